@@ -1,0 +1,28 @@
+"""`cifar-dist VERB ...`: one door to every command; each verb is also `python -m cifar_dist.VERB`."""
+
+import importlib
+import sys
+
+VERBS = {
+    "train": "train a recipe, or continue a run",
+    "evaluate": "measure a checkpoint on a dataset, exactly",
+    "predict": "name what is on images",
+}
+
+
+def main() -> int:
+    """Run the verb named by the first argument and return its exit code."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("-h", "--help"):
+        print("usage: cifar-dist VERB [options]; `cifar-dist VERB --help` lists the options\n")
+        print("\n".join(f"  {name:10} {what}" for name, what in VERBS.items()))
+        return 0
+    if verb not in VERBS:
+        print(f"error: unknown verb '{verb}'; choose from {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"cifar_dist.{verb}")
+    return int(module.main(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

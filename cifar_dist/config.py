@@ -1,0 +1,461 @@
+"""The recipe: every option of a run, as frozen dataclasses read from YAML and dotted overrides.
+
+Nothing else in the package reads options, and this file imports neither torch nor the models:
+a misspelt key is refused in a fraction of a second.
+"""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class UsageError(Exception):
+    """A request that cannot work. Its one line says what was found, what was expected, what to do."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UsageError with `message` unless `condition` holds."""
+    if not condition:
+        raise UsageError(message)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train and test on.
+
+    Attributes:
+        name: cifar10 and cifar100 are downloaded into `root` when absent; imagefolder reads
+            `root`/train and `root`/test (or val, valid, validation), or one folder of class folders
+            split by `val_fraction`; synthetic draws ten classes of shapes and needs no files.
+        root: folder of the dataset.
+        image_size: side in pixels of the square images the model sees; null means 32.
+        limit_train: use only this many training images, chosen by `seed`.
+        limit_test: use only this many test images, chosen by `seed`.
+        val_fraction: share of each training class held out to choose the best epoch by.
+        seed: chooses the held-out share and the limited subsets; apart from train.seed, so that
+            runs with different seeds share one split.
+        normalize: subtract the mean and divide by the deviation of each channel; false leaves
+            pixels in [0, 1].
+        bad_images: imagefolder: stop at a file that cannot be decoded, or skip and report it.
+        cache: folder of decoded datasets; null means the user's cache folder.
+    """
+
+    name: Literal["cifar10", "cifar100", "imagefolder", "synthetic"] = "cifar10"
+    root: str = "data"
+    image_size: int | None = None
+    limit_train: int | None = None
+    limit_test: int | None = None
+    val_fraction: float = 0.0
+    seed: int = 0
+    normalize: bool = True
+    bad_images: Literal["stop", "skip"] = "stop"
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(self, "data", 1, "image_size", "limit_train", "limit_test")
+        require(
+            0 <= self.val_fraction < 1, f"data.val_fraction is {self.val_fraction}; give 0 to 0.99"
+        )
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes to training images, each a function of (seed, epoch, sample).
+
+    Attributes:
+        flip: mirror left to right: at random, or at random in epoch 0 and the other way round in
+            every second epoch (alternating).
+        translate: shift by up to this many pixels along each axis.
+        padding: what a shift uncovers: the image reflected, or black.
+        cutout: side in pixels of one square replaced by the mean colour; 0 is off.
+        grayscale: probability of removing the colour.
+    """
+
+    flip: Literal["none", "random", "alternating"] = "none"
+    translate: int = 0
+    padding: Literal["reflect", "zero"] = "reflect"
+    cutout: int = 0
+    grayscale: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, "augment", 0, "translate", "cutout")
+        require(
+            0 <= self.grayscale <= 1, f"augment.grayscale is {self.grayscale}; give 0 to 1"
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network.
+
+    Attributes:
+        name: architecture; see the docstrings in cifar_dist/models.
+        dropout: probability of dropout in the head; null means the architecture's own.
+    """
+
+    name: Literal[
+        "tutorial",
+        "tutorial-wide",
+        "tutorial-relu",
+        "deep",
+        "residual",
+        "vgg16",
+        "resnet18",
+        "resnet34",
+        "resnet50",
+    ] = "resnet18"
+    dropout: float | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.dropout is None or 0 <= self.dropout < 1,
+            f"model.dropout is {self.dropout}; give 0 to 0.99, or null for the architecture's own",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer.
+
+    Attributes:
+        name: sgd or adamw.
+        lr: learning rate for the global batch; the schedule scales it.
+        momentum: of sgd.
+        nesterov: look-ahead momentum, of sgd.
+        weight_decay: as the optimizer defines it, on every parameter.
+    """
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr is {self.lr}; give a number above 0")
+        require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; give 0 to 0.99")
+        require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; give >= 0")
+        require(
+            not self.nesterov or self.momentum > 0, "optim.nesterov needs optim.momentum above 0"
+        )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate as a function of the step.
+
+    Attributes:
+        name: shape after the warm-up.
+        warmup_epochs: linear rise from 0 over this many epochs; one_cycle rises from lr/25 over
+            30 % of the run when it is 0.
+        step_epochs: of step: epochs between two drops.
+        gamma: of step: factor of each drop.
+        final: of cosine, linear and one_cycle: learning rate at the end, as a share of optim.lr.
+    """
+
+    name: Literal["constant", "step", "cosine", "linear", "one_cycle"] = "constant"
+    warmup_epochs: float = 0.0
+    step_epochs: int = 5
+    gamma: float = 0.4
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, "schedule", 0, "warmup_epochs", "gamma", "final")
+        _at_least(self, "schedule", 1, "step_epochs")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop. Sizes are global: they mean the same on any number of processes.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images per optimizer step, over all processes and accumulation.
+        accumulate: split each batch into this many parts, to save memory; the result is the same.
+        precision: auto is bf16 where the GPU has it natively, fp16 on other NVIDIA GPUs, else no;
+            a precision chosen with the launcher stands in for auto.
+        seed: of initial weights, order, augmentation and dropout.
+        clip_norm: largest gradient norm; 0 is off.
+        label_smoothing: share of each target spread over all classes.
+        ema: decay of a moving average of the weights, used for evaluation; 0 is off.
+        channels_last: memory layout of images and filters; faster on most devices.
+        sync_batchnorm: BatchNorm over the batches of all processes; GPUs only.
+    """
+
+    epochs: int = 10
+    batch_size: int = 64
+    accumulate: int = 1
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    seed: int = 0
+    clip_norm: float = 0.0
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    channels_last: bool = True
+    sync_batchnorm: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(self, "train", 1, "epochs", "batch_size", "accumulate")
+        _at_least(self, "train", 0, "seed", "clip_norm")
+        for name in ("label_smoothing", "ema"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"train.{name} is {value}; give 0 up to, not including, 1")
+        require(
+            self.batch_size % self.accumulate == 0,
+            f"train.batch_size {self.batch_size} does not divide into train.accumulate "
+            f"{self.accumulate} equal parts; {nearest_multiples(self.batch_size, self.accumulate)}",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep.
+
+    Attributes:
+        every_epochs: save after every so many epochs, and after the last.
+        every_steps: save after every so many steps too, also within an epoch; 0 is off.
+        keep: how many of the newest to keep; the best by validation accuracy stays in any case.
+    """
+
+    every_epochs: int = 1
+    every_steps: int = 0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least(self, "checkpoint", 1, "every_epochs", "keep")
+        _at_least(self, "checkpoint", 0, "every_steps")
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """What is recorded besides metrics.jsonl.
+
+    Attributes:
+        log_with: trackers by Accelerate's names (tensorboard, wandb, ...); [] for none.
+        every_steps: record the training loss after every so many steps; 0 is per epoch only.
+    """
+
+    log_with: list[str] = field(default_factory=lambda: ["tensorboard"])
+    every_steps: int = 50
+
+    def __post_init__(self) -> None:
+        _at_least(self, "track", 0, "every_steps")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that defines a run.
+
+    Attributes:
+        name: used for the run folder.
+        out: run folder; null means runs/<name>-<time>.
+        resume: auto continues the run of the same recipe that `out` holds and otherwise starts
+            anew; never refuses a folder that holds a run; a path continues from that checkpoint.
+    """
+
+    name: str = "custom"
+    out: str | None = None
+    resume: str = "auto"
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+
+# Keys that may differ between a run and its continuation: they say where files are and what is
+# recorded, not what is computed. The dataset's digest is compared instead of its place.
+FREE_KEYS = ("name", "out", "resume", "data.root", "data.cache", "train.accumulate")
+FREE_SECTIONS = ("checkpoint.", "track.")
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Say what `new` would compute otherwise than `old`, a line a key; train.epochs may grow."""
+    before, after = flatten(old), flatten(new)
+    if after["train.epochs"] >= before["train.epochs"]:
+        before["train.epochs"] = after["train.epochs"]
+    return [
+        f"{key} is {before[key]} there and {after[key]} here"
+        for key in before
+        if before[key] != after[key]
+        and key not in FREE_KEYS
+        and not key.startswith(FREE_SECTIONS)
+    ]
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as nested plain values, ready for YAML or JSON."""
+    return dataclasses.asdict(recipe)
+
+
+def from_dict(values: dict[str, Any]) -> Recipe:
+    """Rebuild a recipe from `to_dict`.
+
+    Raises:
+        UsageError: a key is unknown or a value out of range.
+    """
+    sections = {f.name: f.default_factory for f in dataclasses.fields(Recipe)}
+    try:
+        return Recipe(
+            **{
+                name: sections[name](**value) if isinstance(value, dict) else value
+                for name, value in values.items()
+            }
+        )
+    except (TypeError, KeyError) as error:
+        raise UsageError(f"a recipe of another version of cifar_dist: {error}") from error
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as {"section.key": value}."""
+    return dict(_walk(to_dict(recipe)))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML; `--config PATH` reads it back."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe written by `dump_recipe`."""
+    return from_dict(yaml.safe_load(path.read_text()))
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the shipped recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def parse_recipe(argv: Sequence[str]) -> tuple[Recipe, str]:
+    """Read the command line of `train`.
+
+    Args:
+        argv: `[--config RECIPE] [--section.key value ...]`; RECIPE is a file or a shipped name.
+
+    Returns:
+        The recipe, and where it came from, for the banner.
+
+    Raises:
+        UsageError: an unknown recipe or key, or a value of the wrong type.
+    """
+    argv, path = _resolve_config(list(argv))
+    _refuse_unknown_keys(argv, path)
+    parser = _parser()
+    values = parse_strictly(parser, argv)
+    recipe = Recipe(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Recipe)})
+    overrides = sum(arg.startswith("--") for arg in argv) - 1
+    shown = path.stem if path.parent == RECIPES else str(path)
+    return recipe, f"recipe {shown}" + (f" with {overrides} overrides" if overrides else "")
+
+
+def parse_strictly(parser: Any, argv: Sequence[str]) -> Any:
+    """Parse with a jsonargparse parser and return its instantiated values.
+
+    Raises:
+        UsageError: with jsonargparse's several lines folded into one.
+    """
+    import argparse
+
+    try:
+        return parser.instantiate(parser.parse_args(list(argv)))
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise UsageError("; ".join(line for line in lines if line)) from error
+
+
+def nearest_multiples(value: int, step: int) -> str:
+    """Name the positive multiples of `step` around `value`: "the nearest that work: 60, 66"."""
+    below, above = value // step * step, -(-value // step) * step
+    near = sorted({size for size in (below, above) if size > 0})
+    return f"the nearest that work: {', '.join(map(str, near))}"
+
+
+def _at_least(section: Any, prefix: str, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        require(
+            value is None or value >= least,
+            f"{prefix}.{name} is {value}; give {least} or more",
+        )
+
+
+def _parser() -> Any:
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(
+        prog="cifar_dist.train", exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help=f"YAML file or shipped recipe ({', '.join(recipe_names())}); default: cifar10",
+    )
+    parser.add_class_arguments(Recipe)
+    return parser
+
+
+def _resolve_config(argv: list[str]) -> tuple[list[str], Path]:
+    """Put `--config PATH` first, with a shipped recipe's name replaced by its path."""
+    asked = "cifar10"
+    for position, arg in enumerate(argv):
+        if arg == "--config" or arg.startswith("--config="):
+            end = position + 1 if "=" in arg else position + 2
+            require(end <= len(argv), "--config names no recipe; give a file or a shipped name")
+            asked = arg.partition("=")[2] or argv[end - 1]
+            argv = argv[:position] + argv[end:]
+            break
+    path = RECIPES / f"{asked}.yaml"
+    if not path.is_file():
+        path = Path(asked)
+    require(
+        path.is_file(),
+        f"recipe '{asked}' is neither a file nor a shipped recipe{_suggest(asked, recipe_names())}",
+    )
+    return ["--config", str(path), *argv], path
+
+
+def _refuse_unknown_keys(argv: list[str], path: Path) -> None:
+    known = {*flatten(Recipe()), "config", "help", "print_config"}
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"recipe {path} is not readable as YAML: {reason}") from error
+    require(isinstance(content, dict), f"recipe {path} holds no keys; see the shipped recipes")
+    given = [(str(path), key) for key, _ in _walk(content)]
+    given += [
+        ("command line", arg[2:].partition("=")[0].rstrip("+"))
+        for arg in argv
+        if arg.startswith("--")
+    ]
+    for place, key in given:
+        require(key in known, f"unknown key '{key}' ({place}){_suggest(key, sorted(known))}")
+
+
+def _walk(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _walk(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Return the folder of decoded datasets: data.cache, else XDG_CACHE_HOME, else ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(config.cache or f"{base}/cifar-dist").expanduser()

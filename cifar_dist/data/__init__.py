@@ -1,0 +1,95 @@
+"""Datasets by name: `load_dataset` gives the splits to train and to measure on."""
+
+from dataclasses import dataclass
+
+from cifar_dist.config import DataConfig, UsageError
+from cifar_dist.data.cifar import load_cifar
+from cifar_dist.data.imagefolder import load_imagefolder
+from cifar_dist.data.images import Images
+from cifar_dist.data.synthetic import load_synthetic
+
+DATASETS = {
+    "cifar10": load_cifar,
+    "cifar100": load_cifar,
+    "imagefolder": load_imagefolder,
+    "synthetic": load_synthetic,
+}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset ready for use.
+
+    Attributes:
+        train: the training images.
+        evaluation: what is measured: "val" where a validation share exists, "test" where a test
+            set exists; at least one of them.
+        mean, std: per channel, to normalise with; 0 and 1 if the recipe does not normalise.
+        digest: SHA-256 of the whole dataset as it was found.
+        skipped: files left out, each with the reason.
+    """
+
+    train: Images
+    evaluation: dict[str, Images]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    digest: str
+    skipped: tuple[str, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, in label order."""
+        return self.train.classes
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """Load, split and limit a dataset as data.* says.
+
+    Raises:
+        UsageError: the dataset is missing, damaged, or has no part to train or to measure on.
+    """
+    source = DATASETS[config.name](config)
+    if "train" not in source.splits:
+        raise UsageError(f"'{config.root}' has no train folder beside its test folder")
+    train = source.splits["train"]
+    evaluation = {name: source.splits[name] for name in ("val", "test") if name in source.splits}
+    if config.val_fraction:
+        if "val" in evaluation:
+            raise UsageError(
+                f"'{config.root}' has a validation folder; leave out data.val_fraction"
+            )
+        train, held_out = train.split(config.val_fraction, config.seed)
+        evaluation = {"val": held_out, **evaluation}
+    if not evaluation:
+        raise UsageError(
+            f"'{config.root}' has no test, val, valid or validation folder to measure on; add one, "
+            "or hold out a share of the images with --data.val_fraction 0.1"
+        )
+    return Dataset(
+        train=train.limited(config.limit_train, config.seed),
+        evaluation={
+            name: images.limited(config.limit_test, config.seed)
+            for name, images in evaluation.items()
+        },
+        mean=source.mean if config.normalize else (0.0, 0.0, 0.0),
+        std=source.std if config.normalize else (1.0, 1.0, 1.0),
+        digest=source.digest,
+        skipped=source.skipped,
+    )
+
+
+def load_evaluation(config: DataConfig, split: str | None) -> Images:
+    """Return the images to measure on: `split`, else test, else val, else all there are.
+
+    Raises:
+        UsageError: there is no such part.
+    """
+    if config.val_fraction:
+        parts = load_dataset(config).evaluation
+    else:
+        parts = DATASETS[config.name](config).splits
+    names = [split] if split else ["test", "val", "train"]
+    found = next((name for name in names if name in parts), None)
+    if found is None:
+        raise UsageError(f"'{config.root}' has no '{split}' part; it has {', '.join(parts)}")
+    return parts[found].limited(config.limit_test, config.seed)

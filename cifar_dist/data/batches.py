@@ -1,0 +1,107 @@
+"""Order and shards: which images form each global batch, and which part a process works on.
+
+The order of an epoch is a function of (seed, epoch) alone. Batches are global: Accelerate gives
+each process its contiguous slice of every one, without padding or duplicates, so the number of
+processes does not change what is trained on.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cifar_dist.data.images import Images
+
+EVALUATION_BATCH = 256  # images per process and forward pass; no effect on the result
+RESIDENT_BYTES = 4 << 30  # datasets up to this size are kept on the accelerator
+
+
+class Batch(NamedTuple):
+    """Images uint8 [N, H, W, 3], labels int64 [N], positions in the set int64 [N]."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+
+
+class ImageDataset(Dataset[Batch]):
+    """Gathers whole batches by position, from the device itself where the images fit there."""
+
+    def __init__(self, images: Images, device: torch.device) -> None:
+        self.rows = torch.from_numpy(images.selected)
+        self.images = torch.from_numpy(images.images)
+        self.labels = torch.from_numpy(images.labels)
+        bytes_used = len(self.rows) * self.images[0].numel()
+        if device.type != "cpu" and bytes_used <= RESIDENT_BYTES:
+            self.images = self.images[self.rows].to(device)
+            self.labels = self.labels[self.rows].to(device)
+            self.rows = torch.arange(len(self.rows), device=device)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, positions: torch.Tensor) -> Batch:
+        positions = positions.to(self.rows.device)
+        rows = self.rows[positions]
+        return Batch(
+            self.images.index_select(0, rows), self.labels.index_select(0, rows), positions
+        )
+
+
+class GlobalBatches(Sampler[torch.Tensor]):
+    """Positions of each global batch, int64 [batch_size].
+
+    Args:
+        size: images in the set.
+        batch_size: images per batch, over all processes.
+        seed: shuffles each epoch and drops the tail that does not fill a batch; None keeps the
+            order and the tail.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int | None) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.drop_last = seed is not None
+        self.epoch = self.first = 0
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Make the next iteration that of `epoch`, from its batch number `batch` on."""
+        self.epoch, self.first = epoch, batch
+
+    def __len__(self) -> int:
+        whole = self.size // self.batch_size
+        return whole if self.drop_last else -(-self.size // self.batch_size)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        order = torch.arange(self.size)
+        if self.seed is not None:
+            order = permutation(self.size, self.seed, self.epoch)
+        for batch in range(self.first, len(self)):
+            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+def permutation(size: int, seed: int, epoch: int) -> torch.Tensor:
+    """Return the order of an epoch, int64 [size]."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(size, generator=generator)
+
+
+def build_loader(
+    accelerator: Accelerator, images: Images, batch_size: int, seed: int | None
+) -> tuple[DataLoader, GlobalBatches]:
+    """Return the loader of this process's shards, and the sampler that says where it starts."""
+    sampler = GlobalBatches(len(images), batch_size, seed)
+    loader: DataLoader = DataLoader(
+        ImageDataset(images, accelerator.device), batch_sampler=sampler, collate_fn=_as_it_is
+    )
+    return accelerator.prepare(loader), sampler
+
+
+def build_evaluation_loader(accelerator: Accelerator, images: Images) -> DataLoader:
+    """Return a loader over every image exactly once, over all processes."""
+    return build_loader(accelerator, images, EVALUATION_BATCH * accelerator.num_processes, None)[0]
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,127 @@
+"""Decode once: datasets as arrays on disk that every process of a machine maps into its memory."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import filelock
+import numpy as np
+
+from cifar_dist.config import UsageError
+from cifar_dist.data.images import Images, Source
+
+CHUNK = 4096  # images handled at a time when measuring
+
+
+class CacheWriter:
+    """Collects the arrays of a dataset in a folder that becomes visible only when complete."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.classes: tuple[str, ...] = ()
+        self.skipped: list[str] = []
+
+    def create(self, split: str, labels: Sequence[int], image_size: int) -> np.ndarray:
+        """Store the labels and return the writable array uint8 [N, size, size, 3] of the images."""
+        np.save(self.folder / f"{split}-labels.npy", np.asarray(labels, dtype=np.int64))
+        path = self.folder / f"{split}-images.npy"
+        shape = (len(labels), image_size, image_size, 3)
+        return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+
+    def drop(self, split: str, rows: Sequence[int]) -> None:
+        """Remove `rows` from a split written before."""
+        for part in ("images", "labels"):
+            path = self.folder / f"{split}-{part}.npy"
+            kept = np.delete(np.load(path), list(rows), axis=0)
+            np.save(path, kept)
+
+
+def load_or_build(folder: Path, key: str, build: Callable[[CacheWriter], None]) -> Source:
+    """Open the dataset cached as `folder`/`key`; if it is absent, build it first.
+
+    Under a lock: one process of the machine builds, the others wait and open the result. The
+    build happens in a temporary folder that is renamed at the end, so a killed one leaves nothing.
+
+    Raises:
+        UsageError: the folder cannot be written.
+    """
+    target = folder / key
+    if not (target / "meta.json").is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(folder / f"{key}.lock"):
+                if not (target / "meta.json").is_file():
+                    _build(target, build)
+        except PermissionError as error:
+            raise UsageError(
+                f"the cache folder {folder} cannot be written ({error.strerror}); "
+                "name another with --data.cache"
+            ) from error
+    return _open(target)
+
+
+def _build(target: Path, build: Callable[[CacheWriter], None]) -> None:
+    for abandoned in target.parent.glob(f".{target.name}-*"):  # of a process that was killed
+        shutil.rmtree(abandoned, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        writer = CacheWriter(temporary)
+        build(writer)
+        meta = {"classes": writer.classes, "skipped": writer.skipped, **_measure(temporary)}
+        (temporary / "meta.json").write_text(json.dumps(meta))
+        temporary.chmod(0o755)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open(target: Path) -> Source:
+    meta = json.loads((target / "meta.json").read_text())
+    classes = tuple(meta["classes"])
+    splits = {}
+    for path in sorted(target.glob("*-images.npy")):
+        split = path.name.removesuffix("-images.npy")
+        # "c": writes stay private; torch warns about arrays that are mapped read-only.
+        images = np.load(path, mmap_mode="c")
+        splits[split] = Images(images, np.load(target / f"{split}-labels.npy"), classes)
+    return Source(
+        splits, tuple(meta["mean"]), tuple(meta["std"]), meta["digest"], tuple(meta["skipped"])
+    )
+
+
+def _measure(folder: Path) -> dict[str, object]:
+    """Hash all arrays, and take mean and deviation of the training images from exact counts."""
+    digest = hashlib.sha256()
+    counts = np.zeros((3, 256), dtype=np.int64)
+    for path in sorted(folder.glob("*.npy")):
+        array = np.load(path, mmap_mode="r")
+        digest.update(path.name.encode())
+        for start in range(0, len(array), CHUNK):
+            chunk = np.ascontiguousarray(array[start : start + CHUNK])
+            digest.update(chunk.data)
+            if path.name == "train-images.npy":
+                counts += count_levels(chunk)
+    mean, std = channel_statistics(counts)
+    return {"mean": mean, "std": std, "digest": digest.hexdigest()}
+
+
+def count_levels(images: np.ndarray) -> np.ndarray:
+    """Count how often each channel of uint8 [N, H, W, 3] has each level; int64 [3, 256]."""
+    return np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)])
+
+
+def channel_statistics(counts: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation per channel, in [0, 1], from `count_levels`.
+
+    A channel without variation, or no images at all, gets deviation 1: it is then only centred.
+    """
+    levels = np.arange(256) / 255
+    total = np.maximum(counts.sum(axis=1), 1)
+    mean = counts @ levels / total
+    variance = np.maximum(counts @ levels**2 / total - mean**2, 0)
+    std = np.where(variance < 1e-8, 1.0, np.sqrt(variance))
+    return tuple(map(float, mean)), tuple(map(float, std))

@@ -1,0 +1,79 @@
+"""Images in memory: what every source of images gives, and how a part of it is chosen."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded images with their labels.
+
+    Attributes:
+        images: uint8 [N, H, W, 3], usually memory-mapped and shared by all processes.
+        labels: int64 [N], indices into `classes`.
+        classes: names, in label order.
+        rows: int64 [M], the rows of the two arrays that belong to this set; None is all of them.
+            A subset refers to the arrays of the whole and copies nothing.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    rows: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels if self.rows is None else self.rows)
+
+    @property
+    def selected(self) -> np.ndarray:
+        """The rows of this set, int64 [M]."""
+        return np.arange(len(self.labels)) if self.rows is None else self.rows
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images, in pixels."""
+        return int(self.images.shape[1])
+
+    def take(self, positions: np.ndarray) -> "Images":
+        """Return the subset at `positions` (int64 [M], indices into this set), in their order."""
+        return replace(self, rows=self.selected[positions])
+
+    def limited(self, count: int | None, seed: int) -> "Images":
+        """Return `count` images chosen by `seed`, or all of them if there are no more."""
+        if count is None or count >= len(self):
+            return self
+        chosen = np.random.default_rng(seed).permutation(len(self))[:count]
+        return self.take(np.sort(chosen))
+
+    def split(self, fraction: float, seed: int) -> tuple["Images", "Images"]:
+        """Hold out `fraction` of every class, chosen by `seed`; at least one image of each.
+
+        Returns:
+            What stays, and what is held out.
+        """
+        labels = self.labels[self.selected]
+        order = np.random.default_rng(seed).permutation(len(labels))
+        held_out = np.zeros(len(labels), dtype=bool)
+        for label in np.unique(labels):
+            members = order[labels[order] == label]
+            held_out[members[: max(1, round(fraction * len(members)))]] = True
+        return self.take(np.flatnonzero(~held_out)), self.take(np.flatnonzero(held_out))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset as it was found.
+
+    Attributes:
+        splits: "train", "test" and "val", those that exist.
+        mean, std: per channel, of the training images scaled to [0, 1].
+        digest: SHA-256 of all pixels, labels and class names.
+        skipped: files left out because they could not be decoded, each with the reason.
+    """
+
+    splits: dict[str, Images]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    digest: str
+    skipped: tuple[str, ...] = ()

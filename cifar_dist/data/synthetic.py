@@ -1,0 +1,89 @@
+"""Ten classes of drawn shapes: a dataset that is generated in a moment and needs no files.
+
+Each image has one shape of random colour, place, scale and turn on a background of another random
+colour, with noise. Colour and place say nothing about the class, so a linear model stays near
+chance, while a small convolutional network learns it within seconds.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+from cifar_dist.config import DataConfig
+from cifar_dist.data.cache import channel_statistics, count_levels
+from cifar_dist.data.images import Images, Source
+
+Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+# Each shape is a function of a point in its own coordinates, where it fills about [-1, 1]: negative
+# inside, positive outside, in the manner of signed distance functions.
+SHAPES: dict[str, Shape] = {
+    "disc": lambda x, y: np.hypot(x, y) - 0.9,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.75) - 0.2,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.8,
+    "frame": lambda x, y: np.abs(np.maximum(np.abs(x), np.abs(y)) - 0.7) - 0.18,
+    "triangle": lambda x, y: np.maximum(np.abs(x) * 0.866 + y * 0.5, -y) - 0.5,
+    "plus": lambda x, y: np.maximum(
+        np.minimum(np.abs(x), np.abs(y)) - 0.25, np.maximum(np.abs(x), np.abs(y)) - 0.95
+    ),
+    "bar": lambda x, y: np.maximum(np.abs(x) - 1.0, np.abs(y) - 0.28),
+    "two bars": lambda x, y: np.maximum(np.abs(x) - 1.0, np.abs(np.abs(y) - 0.6) - 0.22),
+    "crescent": lambda x, y: np.maximum(
+        np.hypot(x, y) - 0.95, 0.75 - np.hypot(x - 0.45, y)
+    ),
+    "four dots": lambda x, y: np.hypot(np.abs(x) - 0.6, np.abs(y) - 0.6) - 0.33,
+}
+SIZES = {"train": 8000, "test": 2000}  # images drawn where data.limit_* says nothing
+
+
+def load_synthetic(config: DataConfig) -> Source:
+    """Draw the dataset; data.limit_train and data.limit_test say how many images."""
+    size = config.image_size or 32
+    counts = {
+        "train": config.limit_train or SIZES["train"],
+        "test": config.limit_test or SIZES["test"],
+    }
+    splits = {
+        split: draw(count, size, seed=(config.seed, number))
+        for number, (split, count) in enumerate(counts.items())
+    }
+    digest = hashlib.sha256()
+    for images in splits.values():
+        digest.update(images.images.data)
+    mean, std = channel_statistics(count_levels(splits["train"].images))
+    return Source(splits, mean, std, digest.hexdigest())
+
+
+def draw(count: int, size: int, seed: tuple[int, ...]) -> Images:
+    """Draw `count` images of `size` pixels; as many of each class as possible, in turn."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % len(SHAPES)
+    scale = random.uniform(0.3, 0.5, (count, 1, 1)).astype(np.float32)
+    room = 1 - scale  # the shape's centre keeps it inside the picture, apart from corners
+    centre_x, centre_y = (random.uniform(-1, 1, (2, count, 1, 1)) * room).astype(np.float32)
+    turn = random.uniform(0, 2 * np.pi, (count, 1, 1)).astype(np.float32)
+    background, colour = _two_colours(random, count)
+
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
+    shifted_x, shifted_y = (axis[None, None] - centre_x), (axis[None, :, None] - centre_y)
+    x = (np.cos(turn) * shifted_x + np.sin(turn) * shifted_y) / scale
+    y = (np.cos(turn) * shifted_y - np.sin(turn) * shifted_x) / scale
+    coverage = np.empty((count, size, size), dtype=np.float32)
+    for label, shape in enumerate(SHAPES.values()):
+        coverage[labels == label] = shape(x[labels == label], y[labels == label])
+    coverage = np.clip(0.5 - coverage * scale * size / 2, 0, 1)[..., None]  # edges one pixel wide
+
+    images = background + coverage * (colour - background)
+    images += random.normal(0, 10, images.shape).astype(np.float32)
+    return Images(np.clip(images, 0, 255).astype(np.uint8), labels, tuple(SHAPES))
+
+
+def _two_colours(random: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return two float32 [N, 1, 1, 3] colours per image that differ clearly in one channel."""
+    first = random.uniform(0, 255, (count, 3))
+    second = random.uniform(0, 255, (count, 3))
+    channel = random.integers(0, 3, count)
+    rows = np.arange(count)
+    second[rows, channel] = (first[rows, channel] + random.uniform(90, 165, count)) % 255
+    return (colour[:, None, None].astype(np.float32) for colour in (first, second))  # type: ignore[return-value]

@@ -1,0 +1,170 @@
+"""The loop: the only place where gradients are computed and where the optimizer steps."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+from cifar_dist.config import TrainConfig
+from cifar_dist.data.augment import Pixels, mix_integers
+from cifar_dist.metrics import Evaluation, Tally, summarise
+
+# Views of an image for test-time augmentation: (mirrored, shift down, shift right), averaged.
+VIEWS = {
+    "none": [(False, 0, 0)],
+    "flip": [(False, 0, 0), (True, 0, 0)],
+    "flip_shift": [(flip, *by) for flip in (False, True) for by in ((0, 0), (-1, -1), (1, 1))],
+}
+
+
+@dataclass
+class TrainState:
+    """What a step changes.
+
+    Attributes:
+        network: the bare network.
+        model: the network as Accelerate prepared it.
+        optimizer: prepared.
+        average: moving average of the weights, or None.
+        tally: loss and accuracy of this epoch so far, on this process.
+        step: optimizer steps done since the start of the run.
+    """
+
+    network: nn.Module
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: AveragedModel | None
+    tally: Tally
+    step: int
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network to measure: the average where there is one."""
+        return self.network if self.average is None else self.average.module
+
+
+def train_epoch(
+    accelerator: Accelerator,
+    state: TrainState,
+    loader: DataLoader,
+    pixels: Pixels,
+    config: TrainConfig,
+    schedule: Callable[[int], float],
+    epoch: int,
+) -> Iterator[None]:
+    """Train on the batches that are left of an epoch, yielding after each optimizer step.
+
+    Args:
+        loader: this process's shards of the global micro-batches.
+        schedule: learning rate of a step.
+
+    Gradients stay in place until the next step, so that the caller may look at them.
+    """
+    # DDP averages gradients over processes, so this makes them those of the mean over the batch.
+    scale = accelerator.num_processes / config.batch_size
+    state.model.train()
+    for number, batch in enumerate(loader):
+        part = number % config.accumulate
+        last = part == config.accumulate - 1
+        if part == 0:
+            state.optimizer.zero_grad()
+        # Dropout is a function of the place in the run: nothing to save, nothing to restore.
+        torch.manual_seed(mix_integers(config.seed, state.step, part, accelerator.process_index))
+        with nullcontext() if last else accelerator.no_sync(state.model):
+            logits = state.model(pixels.for_training(batch, epoch))
+            loss_sum = functional.cross_entropy(
+                logits, batch.labels, reduction="sum", label_smoothing=config.label_smoothing
+            )
+            accelerator.backward(loss_sum * scale)
+        state.tally.add(loss_sum, logits, batch.labels)
+        if not last:
+            continue
+        for group in state.optimizer.param_groups:
+            group["lr"] = schedule(state.step)
+        if config.clip_norm:
+            accelerator.clip_grad_norm_(state.model.parameters(), config.clip_norm)
+        state.optimizer.step()
+        if state.average is not None:
+            state.average.update_parameters(state.network)
+        state.step += 1
+        yield
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator,
+    network: nn.Module,
+    loader: DataLoader,
+    pixels: Pixels,
+    classes: int,
+    views: str = "none",
+) -> Evaluation:
+    """Measure `network` on every image of `loader` exactly once; every process must call it.
+
+    Args:
+        network: bare, without DDP, as processes may have different numbers of batches.
+        views: a key of VIEWS; the logits of all views are averaged.
+
+    Raises:
+        RuntimeError: not every image was counted once.
+    """
+    network.eval()
+    device = accelerator.device
+    labels = [torch.empty(0, dtype=torch.long, device=device)]
+    positions = list(labels)
+    probabilities = [torch.empty(0, classes, device=device)]
+    losses = [torch.empty(0, device=device)]
+    for batch in loader:
+        images = pixels.for_evaluation(batch.images)
+        with accelerator.autocast():
+            logits = torch.stack([network(view(images, *how)) for how in VIEWS[views]])
+        logits = logits.float().mean(dim=0)
+        labels.append(batch.labels)
+        positions.append(batch.positions)
+        probabilities.append(logits.softmax(dim=1))
+        losses.append(functional.cross_entropy(logits, batch.labels, reduction="none"))
+    parts = [torch.cat(part) for part in (labels, probabilities, losses, positions)]
+    result = summarise(accelerator, *parts)
+    expected = len(loader.dataset)  # type: ignore[arg-type]
+    if result.totals.count != expected:
+        raise RuntimeError(f"evaluation counted {result.totals.count} images of {expected}")
+    return result
+
+
+def view(images: torch.Tensor, mirrored: bool, down: int, right: int) -> torch.Tensor:
+    """Mirror and shift float [N, 3, H, W], repeating the border."""
+    if mirrored:
+        images = images.flip(3)
+    if not (down or right):
+        return images
+    reach = max(abs(down), abs(right))
+    height, width = images.shape[2:]
+    padded = functional.pad(images, [reach] * 4, mode="replicate")
+    top, left = reach - down, reach - right
+    return padded[:, :, top : top + height, left : left + width]
+
+
+@torch.no_grad()
+def average_buffers(accelerator: Accelerator, *networks: nn.Module | None) -> None:
+    """Give every process the mean of all processes' BatchNorm statistics, in one collective."""
+    if accelerator.num_processes == 1:
+        return
+    buffers = [
+        buffer
+        for network in networks
+        if network is not None
+        for buffer in network.buffers()
+        if buffer.is_floating_point()
+    ]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    flat = accelerator.reduce(flat, reduction="mean")
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))

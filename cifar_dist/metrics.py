@@ -1,0 +1,147 @@
+"""Metrics as sums and counts: exact on any number of processes, divided once at the end."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over samples of all processes."""
+
+    loss_sum: float = 0.0
+    correct: int = 0
+    count: int = 0
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per sample."""
+        return self.loss_sum / self.count
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct samples."""
+        return self.correct / self.count
+
+    def since(self, earlier: "Totals") -> "Totals":
+        """Return what came after `earlier`."""
+        return Totals(
+            self.loss_sum - earlier.loss_sum,
+            self.correct - earlier.correct,
+            self.count - earlier.count,
+        )
+
+
+class Tally:
+    """Running sums of one process, kept on its device so that a step waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        # MPS has no float64; float32 counts exactly up to 16 million samples.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(3, dtype=dtype, device=device)
+
+    def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add a batch: its summed loss, logits [N, C] and labels int64 [N]."""
+        correct = (logits.detach().argmax(dim=1) == labels).sum()
+        count = torch.full_like(correct, len(labels))
+        self._sums += torch.stack([loss_sum.detach().to(self._sums.dtype), correct, count])
+
+    def totals(self, accelerator: Accelerator) -> Totals:
+        """Sum over all processes; every process must call it."""
+        loss_sum, correct, count = reduce_sum(accelerator, self._sums).tolist()
+        return Totals(loss_sum, int(correct), int(count))
+
+    def restart(self, totals: Totals, accelerator: Accelerator) -> None:
+        """Continue from `totals`, which rank 0 carries from now on."""
+        carried = totals if accelerator.is_main_process else Totals()
+        sums = [carried.loss_sum, carried.correct, carried.count]
+        self._sums = torch.tensor(sums, dtype=self._sums.dtype, device=self._sums.device)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Exact result of measuring a set of images once each.
+
+    Attributes:
+        loss_sum: of the cross-entropy over all images.
+        confusion: int64 [C, C], images of class (row) that were taken for class (column).
+        bins: float64 [3, B] by confidence: images, correct ones, sum of confidences.
+        wrong: (position, predicted label) of images this process got wrong, in order.
+    """
+
+    loss_sum: float
+    confusion: np.ndarray
+    bins: np.ndarray
+    wrong: list[tuple[int, int]]
+
+    @property
+    def totals(self) -> Totals:
+        """Loss and accuracy as sums."""
+        return Totals(self.loss_sum, int(np.trace(self.confusion)), int(self.confusion.sum()))
+
+    @property
+    def per_class(self) -> list[float]:
+        """Share of each class's images that were recognised; nan for a class without images."""
+        counts = self.confusion.sum(axis=1)
+        recalled = np.where(counts > 0, np.diag(self.confusion) / np.maximum(counts, 1), np.nan)
+        return [float(share) for share in recalled]
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error over equal bins of confidence (Guo et al., 2017)."""
+        images, correct, confidence = self.bins
+        return float(np.abs(correct - confidence).sum() / images.sum())
+
+
+def summarise(
+    accelerator: Accelerator,
+    labels: torch.Tensor,
+    probabilities: torch.Tensor,
+    losses: torch.Tensor,
+    positions: torch.Tensor,
+) -> Evaluation:
+    """Build an Evaluation from this process's images; every process must call it.
+
+    Args:
+        labels, positions: int64 [N]; N differs between processes and may be 0.
+        probabilities: float [N, C].
+        losses: float [N].
+    """
+    classes = probabilities.shape[1]
+    confidence, predicted = (part.cpu().numpy() for part in probabilities.max(dim=1))
+    truth = labels.cpu().numpy()
+    confidence = confidence.astype(np.float64)
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    parts = [
+        np.array([losses.double().sum().item() if len(losses) else 0.0]),
+        np.bincount(truth * classes + predicted, minlength=classes * classes),
+        np.bincount(bins, minlength=CALIBRATION_BINS),
+        np.bincount(bins, weights=predicted == truth, minlength=CALIBRATION_BINS),
+        np.bincount(bins, weights=confidence, minlength=CALIBRATION_BINS),
+    ]
+    # float64 holds these counts exactly, so one collective carries everything.
+    mine = torch.from_numpy(np.concatenate(parts).astype(np.float64))
+    if accelerator.num_processes > 1:
+        mine = reduce_sum(accelerator, mine.to(accelerator.device)).cpu()
+    sums = mine.numpy()
+    wrong = np.flatnonzero(predicted != truth)
+    return Evaluation(
+        loss_sum=float(sums[0]),
+        confusion=sums[1 : 1 + classes * classes].astype(np.int64).reshape(classes, classes),
+        bins=sums[1 + classes * classes :].reshape(3, CALIBRATION_BINS),
+        wrong=list(
+            zip(positions.cpu().numpy()[wrong].tolist(), predicted[wrong].tolist(), strict=True)
+        ),
+    )
+
+
+def reduce_sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all processes into a new one."""
+    if accelerator.num_processes == 1:
+        return values.clone()
+    reduced: torch.Tensor = accelerator.reduce(values.clone(), reduction="sum")
+    return reduced

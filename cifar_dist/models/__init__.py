@@ -1,0 +1,34 @@
+"""Architectures by name; one family a file, each for any image size and number of classes."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from cifar_dist.config import ModelConfig
+from cifar_dist.models.deep import deep
+from cifar_dist.models.residual import residual
+from cifar_dist.models.resnet import resnet18, resnet34, resnet50
+from cifar_dist.models.tutorial import tutorial, tutorial_relu, tutorial_wide
+from cifar_dist.models.vgg import vgg16
+
+# Each takes the number of classes and, where it has one, the probability of dropout.
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "tutorial": tutorial,
+    "tutorial-wide": tutorial_wide,
+    "tutorial-relu": tutorial_relu,
+    "deep": deep,
+    "residual": residual,
+    "vgg16": vgg16,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+}
+
+
+def build_model(config: ModelConfig, classes: int) -> nn.Module:
+    """Return a new model whose initial weights come from torch's global generator.
+
+    It maps float [N, 3, H, W] to logits [N, classes].
+    """
+    options = {} if config.dropout is None else {"dropout": config.dropout}
+    return MODELS[config.name](classes, **options)

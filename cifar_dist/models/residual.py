@@ -1,0 +1,32 @@
+"""The residual network of the tutorials: four blocks with 1x1 shortcuts (He et al., 2015)."""
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from cifar_dist.models.layers import convolution, half_size, linear_head
+
+
+def residual(classes: int, dropout: float = 0.4) -> nn.Module:
+    """Blocks of 64, 128, 256, 512 channels, 2x2 pooling after each, linear 2048-256-64-classes."""
+    blocks = [_Block(inputs, outputs) for inputs, outputs in pairwise([3, 64, 128, 256, 512])]
+    return nn.Sequential(*blocks, linear_head(classes, dropout))
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions with BatchNorm beside a 1x1 shortcut, then ReLU and pooling."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            convolution(inputs, outputs, 3),
+            nn.ReLU(inplace=True),
+            convolution(outputs, outputs, 3),
+        )
+        self.shortcut = convolution(inputs, outputs, 1)
+        self.finish = nn.Sequential(nn.ReLU(inplace=True), half_size())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.finish(self.body(images) + self.shortcut(images))
+        return features

@@ -1,0 +1,22 @@
+"""VGG16 for small images (Simonyan and Zisserman, 2015), as the tutorials shape it."""
+
+from torch import nn
+
+from cifar_dist.models.layers import convolution, half_size
+
+STAGES = [(96, 96), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)]
+
+
+def vgg16(classes: int, dropout: float = 0.5) -> nn.Module:
+    """Thirteen 3x3 convolutions with BatchNorm and ReLU, then linear 512-4096-4096-classes."""
+    layers: list[nn.Module] = []
+    inputs = 3
+    for stage in STAGES:
+        for outputs in stage:
+            layers += [convolution(inputs, outputs, 3), nn.ReLU(inplace=True)]
+            inputs = outputs
+        layers += [half_size()]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]  # changes nothing at 32 pixels
+    for width in (512, 4096):
+        layers += [nn.Linear(width, 4096), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Linear(4096, classes))

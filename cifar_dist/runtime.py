@@ -1,0 +1,221 @@
+"""The processes: builds the Accelerator and proves that it is the one that was asked for.
+
+Launchers start processes and speak through environment variables; what they cannot do they often
+skip without a word. Each such case is refused here, before anything else happens.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cifar_dist.config import TrainConfig, UsageError, require
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+
+SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+TWO_ON_CPU = "accelerate launch --multi_gpu --num_processes 2 -m cifar_dist.train ..."
+
+
+def run_verb(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
+    """Run a command and return its exit code; a UsageError becomes one line and code 2."""
+    try:
+        return verb(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        if int(os.environ.get("RANK", "0")) == 0:  # every process found the same
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def start_processes(train: TrainConfig, log_with: Sequence[str] = ()) -> "Accelerator":
+    """Join the processes that the launcher started and return the Accelerator for them.
+
+    Args:
+        train: says the precision and whether BatchNorm is synchronised.
+        log_with: names of trackers.
+
+    Raises:
+        UsageError: the world size, the precision or a tracker is not to be had here.
+    """
+    asked = _asked_world_size()
+    import torch
+    from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+    from accelerate.utils import ProjectConfiguration
+
+    use_cpu = asked > 1 and not _several_devices_usable()
+    if use_cpu and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        # On one machine: gloo's own choice needs the host name to resolve to a working address.
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    try:
+        accelerator = Accelerator(
+            cpu=use_cpu or None,
+            mixed_precision=_choose_precision(train.precision, use_cpu),
+            # Slices of global batches, never padded: no sample is trained or counted twice.
+            dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False),
+            # BatchNorm statistics are averaged where they are used, not broadcast at each step.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            ],
+            log_with=list(log_with) or None,
+            project_config=ProjectConfiguration(project_dir="."),  # the run folder is set later
+        )
+    except ValueError as error:
+        raise UsageError(f"Accelerate refuses this configuration: {error}") from error
+    _check(accelerator, asked, log_with, train)
+    _use_all_cores(accelerator)
+    if accelerator.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    return accelerator
+
+
+def precision_in_force(accelerator: "Accelerator") -> str:
+    """Return the precision the forward pass really runs in."""
+    return str(accelerator.mixed_precision) if accelerator.native_amp else "fp32"
+
+
+def on_main_process(accelerator: "Accelerator", function: Callable[[], T]) -> T:
+    """Run `function` on rank 0 and give its result, or its UsageError, to every process.
+
+    Every process must call it. Nobody is left waiting for a rank 0 that has given up.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except UsageError as error:
+            outcome[1] = str(error)
+    result, refusal = broadcast_object_list(outcome)
+    if refusal is not None:
+        raise UsageError(refusal)
+    return result  # type: ignore[no-any-return]
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: its affinity, within the container's quota."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        allowed, period = quota.read_text().split()
+        if allowed != "max":
+            cores = min(cores, max(1, int(allowed) // int(period)))
+    return cores
+
+
+def _asked_world_size() -> int:
+    """Return the number of processes the launcher meant, from what it left in the environment.
+
+    Raises:
+        UsageError: several were meant, but this process cannot find the others.
+    """
+    env = os.environ
+    size = next((int(env[name]) for name in SIZE_VARIABLES if name in env), 1)
+    by_mpi = any(name in env for name in SIZE_VARIABLES[1:])
+    if "LOCAL_RANK" in env or by_mpi:
+        return size
+    # `accelerate launch --num_processes 2` starts a single process where it finds no GPUs, or
+    # with --cpu; the rendezvous address without a rank is the only trace of what was asked.
+    if "MASTER_ADDR" in env and "ACCELERATE_MIXED_PRECISION" in env:
+        raise UsageError(
+            "accelerate launch was asked for several processes but started only this one; "
+            f"on a CPU use: {TWO_ON_CPU}"
+        )
+    require(
+        size == 1 and env.get("RANK", "0") == "0",
+        f"WORLD_SIZE is {size} and RANK is {env.get('RANK')}, but LOCAL_RANK is not set, so "
+        "Accelerate would train alone; start the processes with torchrun or accelerate launch",
+    )
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+    require(
+        tasks == 1,
+        f"srun started {tasks} tasks of plain python, which would each train alone; start one "
+        "task per node and in it torchrun or accelerate launch",
+    )
+    return 1
+
+
+def _several_devices_usable() -> bool:
+    """Say whether this machine has accelerators that several processes can train on together."""
+    import torch
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return device is not None and device.type != "mps"
+
+
+def _choose_precision(asked: str, use_cpu: bool) -> str:
+    import torch
+
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    forced_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    device = torch.accelerator.current_accelerator(check_available=True)
+    kind = "cpu" if device is None or use_cpu or forced_cpu else device.type
+    precision = launcher if asked == "auto" else asked
+    require(
+        not (precision == "fp16" and kind == "cpu"),
+        "fp16 is not available on a CPU (Accelerate would train in fp32 without saying so); "
+        "use --train.precision no or bf16",
+    )
+    if asked != "auto" or launcher != "no":
+        return precision
+    if kind != "cuda":
+        return "no"
+    # Older GPUs report bf16 as supported but emulate it.
+    return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+
+
+def _check(
+    accelerator: "Accelerator", asked: int, log_with: Sequence[str], train: TrainConfig
+) -> None:
+    world = accelerator.num_processes
+    require(
+        world == asked,
+        f"the launcher asked for {asked} processes, but Accelerate joined {world}; "
+        f"on a CPU use: {TWO_ON_CPU}",
+    )
+    require(
+        accelerator.gradient_accumulation_steps == 1,
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set; unset it and use train.accumulate",
+    )
+    require(
+        len(accelerator.log_with) == len(log_with),
+        f"of the trackers {', '.join(log_with)} not all are installed",
+    )
+    require(
+        not train.sync_batchnorm or accelerator.device.type == "cuda",
+        f"train.sync_batchnorm works on CUDA GPUs only, not on {accelerator.device.type}",
+    )
+
+
+def _use_all_cores(accelerator: "Accelerator") -> None:
+    """Share the cores among the processes of this machine, unless the user chose a number.
+
+    accelerate launch and torchrun set OMP_NUM_THREADS to 1, which would leave cores idle. What the
+    user had set before is in the environment the launcher itself was started with.
+    """
+    import psutil
+    import torch
+
+    environment: dict[str, str] = dict(os.environ)
+    if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        try:
+            environment = psutil.Process(os.getppid()).environ()
+        except (psutil.Error, OSError):
+            environment = {}
+    chosen = environment.get("OMP_NUM_THREADS", "")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    torch.set_num_threads(int(chosen) if chosen.isdigit() else max(1, usable_cores() // local))
+
+
+def describe_device(device: "torch.device") -> str:
+    """Return the device's type with the name of the hardware where it is known."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

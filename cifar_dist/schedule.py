@@ -1,0 +1,59 @@
+"""Learning rates: pure functions of the step, so there is no scheduler to save or to restore."""
+
+import math
+from collections.abc import Callable
+
+from cifar_dist.config import ScheduleConfig
+
+# Each shape maps progress since the warm-up (0 at its end, 1 at the end of the run) and the number
+# of epochs since the start of the run to a factor between `final` and 1.
+Shape = Callable[[ScheduleConfig, float, float], float]
+
+
+def _constant(config: ScheduleConfig, progress: float, epochs: float) -> float:
+    return 1.0
+
+
+def _step(config: ScheduleConfig, progress: float, epochs: float) -> float:
+    return config.gamma ** int(epochs // config.step_epochs)
+
+
+def _cosine(config: ScheduleConfig, progress: float, epochs: float) -> float:
+    return config.final + (1 - config.final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _linear(config: ScheduleConfig, progress: float, epochs: float) -> float:
+    return 1 - (1 - config.final) * progress
+
+
+SCHEDULES: dict[str, Shape] = {
+    "constant": _constant,
+    "step": _step,
+    "cosine": _cosine,  # Loshchilov and Hutter, 2017, without restarts
+    "linear": _linear,
+    "one_cycle": _cosine,  # Smith and Topin, 2018: a long rise, then the fall
+}
+ONE_CYCLE_RISE = 0.3  # share of the run, where schedule.warmup_epochs is 0
+ONE_CYCLE_START = 1 / 25
+
+
+def learning_rate(
+    config: ScheduleConfig, peak: float, step: int, steps_per_epoch: int, epochs: int
+) -> float:
+    """Return the learning rate of a step.
+
+    Args:
+        config: which schedule.
+        peak: learning rate at the top.
+        step: optimizer step, from 0.
+        steps_per_epoch: optimizer steps in an epoch.
+        epochs: length of the run.
+    """
+    total = steps_per_epoch * epochs
+    warmup, start = config.warmup_epochs * steps_per_epoch, 0.0
+    if config.name == "one_cycle":
+        warmup, start = warmup or ONE_CYCLE_RISE * total, ONE_CYCLE_START
+    if step + 1 < warmup:
+        return peak * (start + (1 - start) * (step + 1) / warmup)
+    progress = min(1.0, max(0.0, (step - warmup) / max(1.0, total - warmup)))
+    return peak * SCHEDULES[config.name](config, progress, step / steps_per_epoch)
