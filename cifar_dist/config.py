@@ -349,8 +349,9 @@ def parse_recipe(argv: Sequence[str]) -> tuple[Recipe, str]:
         UsageError: an unknown recipe or key, or a value of the wrong type.
     """
     argv, path = _resolve_config(list(argv))
-    _refuse_unknown_keys(argv, path)
+    _refuse_unknown_keys(path)
     parser = _parser()
+    refuse_unknown_options(parser, argv)
     values = parse_strictly(parser, argv)
     recipe = Recipe(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Recipe)})
     overrides = sum(arg.startswith("--") for arg in argv) - 1
@@ -371,6 +372,24 @@ def parse_strictly(parser: Any, argv: Sequence[str]) -> Any:
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise UsageError("; ".join(line for line in lines if line)) from error
+
+
+def refuse_unknown_options(parser: Any, argv: Sequence[str]) -> None:
+    """Refuse the first option that a jsonargparse parser does not have, naming the nearest.
+
+    Raises:
+        UsageError: there is one.
+    """
+    known = {
+        option[2:].rstrip("+")
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    }
+    for arg in argv:
+        key = arg[2:].partition("=")[0].rstrip("+")
+        if arg.startswith("--"):
+            require(key in known, f"unknown option '--{key}'{_suggest(key, sorted(known))}")
 
 
 def nearest_multiples(value: int, step: int) -> str:
@@ -424,22 +443,16 @@ def _resolve_config(argv: list[str]) -> tuple[list[str], Path]:
     return ["--config", str(path), *argv], path
 
 
-def _refuse_unknown_keys(argv: list[str], path: Path) -> None:
-    known = {*flatten(Recipe()), "config", "help", "print_config"}
+def _refuse_unknown_keys(path: Path) -> None:
+    known = flatten(Recipe())
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"recipe {path} is not readable as YAML: {reason}") from error
     require(isinstance(content, dict), f"recipe {path} holds no keys; see the shipped recipes")
-    given = [(str(path), key) for key, _ in _walk(content)]
-    given += [
-        ("command line", arg[2:].partition("=")[0].rstrip("+"))
-        for arg in argv
-        if arg.startswith("--")
-    ]
-    for place, key in given:
-        require(key in known, f"unknown key '{key}' ({place}){_suggest(key, sorted(known))}")
+    for key, _ in _walk(content):
+        require(key in known, f"unknown key '{key}' in {path}{_suggest(key, sorted(known))}")
 
 
 def _walk(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -45,8 +45,11 @@ def start_processes(train: TrainConfig, log_with: Sequence[str] = ()) -> "Accele
     asked = _asked_world_size()
     import torch
     from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
     from accelerate.utils import ProjectConfiguration
 
+    # A second run in one Python, as in a notebook, may ask for another precision.
+    AcceleratorState._reset_state()
     use_cpu = asked > 1 and not _several_devices_usable()
     if use_cpu and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         # On one machine: gloo's own choice needs the host name to resolve to a working address.
@@ -58,10 +61,7 @@ def start_processes(train: TrainConfig, log_with: Sequence[str] = ()) -> "Accele
             mixed_precision=_choose_precision(train.precision, use_cpu),
             # Slices of global batches, never padded: no sample is trained or counted twice.
             dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False),
-            # BatchNorm statistics are averaged where they are used, not broadcast at each step.
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-            ],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
             log_with=list(log_with) or None,
             project_config=ProjectConfiguration(project_dir="."),  # the run folder is set later
         )
@@ -72,6 +72,13 @@ def start_processes(train: TrainConfig, log_with: Sequence[str] = ()) -> "Accele
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     return accelerator
+
+
+def leave_processes() -> None:
+    """Close the process group, at the end of a command that succeeded."""
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()
 
 
 def precision_in_force(accelerator: "Accelerator") -> str:

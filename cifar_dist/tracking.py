@@ -57,7 +57,8 @@ class Tracker:
 
     def finish(self) -> None:
         """Flush and close."""
-        self.accelerator.end_training()
+        for tracker in self._trackers():
+            tracker.finish()
 
     def _store(self, recipe: Recipe) -> None:
         for tracker in self._trackers():

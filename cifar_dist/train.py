@@ -25,7 +25,7 @@ from cifar_dist.config import (
     require,
     to_dict,
 )
-from cifar_dist.runtime import run_verb
+from cifar_dist.runtime import leave_processes, run_verb
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from torch.distributed.elastic.multiprocessing.errors import record
 
         record(run)(recipe, origin)  # a crash is then named in the launcher's last lines
+        leave_processes()
         return 0
 
     return run_verb(verb, argv)
@@ -103,25 +104,22 @@ def run(recipe: Recipe, origin: str = "Python") -> Result:
     from cifar_dist.runtime import on_main_process, start_processes
 
     accelerator = start_processes(recipe.train, recipe.track.log_with)
+    _check_batch_size(recipe, accelerator.num_processes)
+    on_main_process(accelerator, lambda: check_out(recipe))
+    dataset = load_dataset(recipe.data)
+    _check_dataset(recipe, dataset)
+    start = on_main_process(accelerator, lambda: _find_start(recipe, dataset))
+    out = on_main_process(accelerator, lambda: claim(recipe))
+    run = _prepare(accelerator, recipe, dataset, out, start)
+    _announce(run, origin)
     try:
-        _check_batch_size(recipe, accelerator.num_processes)
-        on_main_process(accelerator, lambda: check_out(recipe))
-        dataset = load_dataset(recipe.data)
-        _check_dataset(recipe, dataset)
-        start = on_main_process(accelerator, lambda: _find_start(recipe, dataset))
-        out = on_main_process(accelerator, lambda: claim(recipe))
-        run = _prepare(accelerator, recipe, dataset, out, start)
-        _announce(run, origin)
-        try:
-            _train(run)
-        except BaseException as error:
-            if accelerator.is_main_process:
-                reason = f"{type(error).__name__}: {error}"
-                write_status(out, "failed", run.state.step, _epoch(run), reason)
-            raise
-        return _finish(run)
-    finally:
-        accelerator.end_training()
+        _train(run)
+    except BaseException as error:
+        if accelerator.is_main_process:
+            reason = f"{type(error).__name__}: {error}"
+            write_status(out, "failed", run.state.step, _epoch(run), reason)
+        raise
+    return _finish(run)
 
 
 def _train(run: Run) -> None:
@@ -212,6 +210,10 @@ def _prepare(
     if not start and accelerator.is_main_process:
         _show_inputs(tracker, network, dataset, pixels)
     model, optimizer = accelerator.prepare(network, optimizer)
+    if accelerator.num_processes > 1:
+        # BatchNorm statistics are averaged where they are used, not sent round at each step. Set
+        # here because the constructor's argument changed its name between torch versions.
+        model.broadcast_buffers = False
     tally = Tally(accelerator.device)
     tally.restart(Totals(**saved.get("totals", {})), accelerator)
     return Run(

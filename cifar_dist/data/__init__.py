@@ -78,18 +78,19 @@ def load_dataset(config: DataConfig) -> Dataset:
     )
 
 
-def load_evaluation(config: DataConfig, split: str | None) -> Images:
-    """Return the images to measure on: `split`, else test, else val, else all there are.
+def load_evaluation(config: DataConfig, split: str | None) -> tuple[str, Images]:
+    """Return what to measure on, with its name: `split`, else test, else val, else all there are.
 
     Raises:
         UsageError: there is no such part.
     """
     if config.val_fraction:
-        parts = load_dataset(config).evaluation
+        dataset = load_dataset(config)
+        parts = {**dataset.evaluation, "train": dataset.train}
     else:
         parts = DATASETS[config.name](config).splits
     names = [split] if split else ["test", "val", "train"]
     found = next((name for name in names if name in parts), None)
     if found is None:
         raise UsageError(f"'{config.root}' has no '{split}' part; it has {', '.join(parts)}")
-    return parts[found].limited(config.limit_test, config.seed)
+    return found, parts[found].limited(config.limit_test, config.seed)

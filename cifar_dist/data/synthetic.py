@@ -59,10 +59,10 @@ def draw(count: int, size: int, seed: tuple[int, ...]) -> Images:
     """Draw `count` images of `size` pixels; as many of each class as possible, in turn."""
     random = np.random.default_rng(seed)
     labels = np.arange(count) % len(SHAPES)
-    scale = random.uniform(0.3, 0.5, (count, 1, 1)).astype(np.float32)
+    scale = random.uniform(0.5, 0.8, (count, 1, 1)).astype(np.float32)
     room = 1 - scale  # the shape's centre keeps it inside the picture, apart from corners
     centre_x, centre_y = (random.uniform(-1, 1, (2, count, 1, 1)) * room).astype(np.float32)
-    turn = random.uniform(0, 2 * np.pi, (count, 1, 1)).astype(np.float32)
+    turn = random.uniform(-0.4, 0.4, (count, 1, 1)).astype(np.float32)
     background, colour = _two_colours(random, count)
 
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1

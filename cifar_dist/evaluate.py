@@ -1,0 +1,213 @@
+"""Measure a checkpoint exactly: `python -m cifar_dist.evaluate --checkpoint RUN_OR_STEP`.
+
+Counts every image once on any number of processes, and prints a table or JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from cifar_dist.config import (
+    DataConfig,
+    Recipe,
+    from_dict,
+    parse_strictly,
+    refuse_unknown_options,
+    require,
+)
+from cifar_dist.runtime import leave_processes, run_verb
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cifar_dist.checkpoint import Checkpoint
+    from cifar_dist.data.images import Images
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, measure, print, and return the exit code."""
+
+    def verb(arguments: Sequence[str]) -> int:
+        options = _parse(arguments)
+        from accelerate import PartialState
+
+        result = evaluate_checkpoint(
+            options.checkpoint, options.data, options.split, options.tta, options.best
+        )
+        if PartialState().is_main_process:
+            print(json.dumps(result) if options.json else _table(result), flush=True)
+        leave_processes()
+        return 0
+
+    return run_verb(verb, argv)
+
+
+def evaluate_checkpoint(
+    place: str,
+    data: DataConfig | None = None,
+    split: str | None = None,
+    tta: str = "none",
+    best: bool = False,
+) -> dict[str, Any]:
+    """Measure the checkpoint at `place` and return plain values.
+
+    Args:
+        place: a run folder or one checkpoint's folder.
+        data: what to measure on; None is the dataset it was trained on.
+        split: test, val or train; None is the first of test, val and train that exists.
+        tta: views averaged at test time: none, flip or flip_shift.
+        best: of a run folder, the best checkpoint by validation instead of the newest.
+
+    Returns:
+        checkpoint, step, split, tta, accuracy, correct, count, loss, calibration_error, per_class
+        (name to share, None without images) and confusion (rows are the truth).
+
+    Raises:
+        UsageError: no such checkpoint or dataset, or their classes differ.
+    """
+    from cifar_dist.checkpoint import find_checkpoint
+    from cifar_dist.data import load_evaluation
+    from cifar_dist.data.augment import Pixels
+    from cifar_dist.data.batches import build_evaluation_loader
+    from cifar_dist.engine import evaluate
+    from cifar_dist.runtime import start_processes
+
+    path, checkpoint = find_checkpoint(place, best)
+    recipe, classes = recipe_of(checkpoint), checkpoint.state["classes"]
+    accelerator = start_processes(recipe.train)
+    wanted = dataclasses.replace(data or recipe.data, image_size=checkpoint.state["image_size"])
+    split, images = load_evaluation(wanted, split)
+    check_classes(images, classes)
+    pixels = Pixels(
+        checkpoint.state["mean"], checkpoint.state["std"], recipe.augment, recipe.train.seed
+    )
+    result = evaluate(
+        accelerator,
+        restore_network(checkpoint).to(accelerator.device),
+        build_evaluation_loader(accelerator, images),
+        pixels,
+        len(classes),
+        tta,
+    )
+    shares = [None if math.isnan(share) else share for share in result.per_class]
+    return {
+        "checkpoint": str(path),
+        "step": checkpoint.state["step"],
+        "split": split,
+        "tta": tta,
+        "accuracy": result.totals.accuracy,
+        "correct": result.totals.correct,
+        "count": result.totals.count,
+        "loss": result.totals.loss,
+        "calibration_error": result.calibration_error,
+        "per_class": dict(zip(classes, shares, strict=True)),
+        "confusion": result.confusion.tolist(),
+    }
+
+
+def recipe_of(checkpoint: Checkpoint) -> Recipe:
+    """Return the recipe a checkpoint was trained with."""
+    return from_dict(checkpoint.state["recipe"])
+
+
+def restore_network(checkpoint: Checkpoint) -> nn.Module:
+    """Return the network of a checkpoint, ready to evaluate: averaged weights where it has them.
+
+    Raises:
+        UsageError: the weights do not fit the model that the recipe names.
+    """
+    import torch
+
+    from cifar_dist.models import build_model
+
+    recipe = recipe_of(checkpoint)
+    network = build_model(recipe.model, len(checkpoint.state["classes"]))
+    try:
+        network.load_state_dict(checkpoint.tensors.get("ema", checkpoint.tensors["model"]))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        require(False, f"the weights do not fit the model {recipe.model.name}: {reason}")
+    if recipe.train.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    return network.eval()
+
+
+def check_classes(images: Images, classes: Sequence[str]) -> None:
+    """Refuse a dataset whose classes are not those the checkpoint knows, naming the difference."""
+    missing, extra = set(classes) - set(images.classes), set(images.classes) - set(classes)
+    parts = [
+        f"{what}: {', '.join(sorted(which))}"
+        for what, which in (("missing", missing), ("unknown to the checkpoint", extra))
+        if which
+    ]
+    require(not parts, f"the dataset's classes are not the checkpoint's; {'; '.join(parts)}")
+
+
+def _parse(argv: Sequence[str]) -> Any:
+    """Read the options.
+
+    data.* starts from what the checkpoint was trained on; with another data.name or data.root, all
+    of that dataset is meant.
+    """
+    import argparse
+
+    import jsonargparse
+
+    from cifar_dist.checkpoint import find_checkpoint
+
+    parser = jsonargparse.ArgumentParser(
+        prog="cifar_dist.evaluate", exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, help="run folder (its newest) or one checkpoint's folder"
+    )
+    parser.add_argument("--best", action="store_true", help="of a run: the best by validation")
+    parser.add_argument(
+        "--split", type=Literal["test", "val", "train"], help="default: the first that exists"
+    )
+    parser.add_argument(
+        "--tta",
+        type=Literal["none", "flip", "flip_shift"],
+        default="none",
+        help="average over mirrored, and over shifted, views of each image",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_class_arguments(DataConfig, "data")
+    refuse_unknown_options(parser, argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--checkpoint")
+    place = early.parse_known_args(list(argv))[0].checkpoint
+    if place:
+        data = dataclasses.asdict(recipe_of(find_checkpoint(place)[1]).data)
+        if any(arg.startswith(("--data.name", "--data.root")) for arg in argv):
+            data |= {"val_fraction": 0.0, "limit_train": None, "limit_test": None}
+        parser.set_defaults({"data": data})
+    return parse_strictly(parser, argv)
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [
+        f"checkpoint {result['checkpoint']}, step {result['step']}, {result['split']} images, views {result['tta']}",
+        f"accuracy {result['accuracy']:.4f} ({result['correct']}/{result['count']})  "
+        f"loss {result['loss']:.4f}  calibration error {result['calibration_error']:.4f}",
+        "",
+    ]
+    names = list(result["per_class"])
+    width = max(map(len, names))
+    cell = max(5, len(str(max(map(max, result["confusion"])))) + 1)
+    lines += [f"{'class':{width}}  accuracy   taken for (columns in the same order)"]
+    for name, row in zip(names, result["confusion"], strict=True):
+        share = result["per_class"][name]
+        shown = "       -" if share is None else f"{share:8.4f}"
+        cells = "".join(f"{number:{cell}}" for number in row) if len(names) <= 20 else ""
+        lines += [f"{name:{width}}  {shown}  {cells}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
