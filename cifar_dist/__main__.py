@@ -1,4 +1,4 @@
-"""`cifar-dist VERB ...`: one door to every command; each verb is also `python -m cifar_dist.VERB`."""
+"""`cifar-dist VERB ...`: one door to all commands; each is also `python -m cifar_dist.VERB`."""
 
 import importlib
 import sys

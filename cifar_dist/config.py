@@ -18,7 +18,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class UsageError(Exception):
-    """A request that cannot work. Its one line says what was found, what was expected, what to do."""
+    """A request that cannot work; one line says what was found, what was expected, what to do."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -87,9 +87,7 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, "augment", 0, "translate", "cutout")
-        require(
-            0 <= self.grayscale <= 1, f"augment.grayscale is {self.grayscale}; give 0 to 1"
-        )
+        require(0 <= self.grayscale <= 1, f"augment.grayscale is {self.grayscale}; give 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -287,9 +285,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     return [
         f"{key} is {before[key]} there and {after[key]} here"
         for key in before
-        if before[key] != after[key]
-        and key not in FREE_KEYS
-        and not key.startswith(FREE_SECTIONS)
+        if before[key] != after[key] and key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)
     ]
 
 
@@ -304,7 +300,7 @@ def from_dict(values: dict[str, Any]) -> Recipe:
     Raises:
         UsageError: a key is unknown or a value out of range.
     """
-    sections = {f.name: f.default_factory for f in dataclasses.fields(Recipe)}
+    sections = {name: type(value) for name, value in vars(Recipe()).items()}
     try:
         return Recipe(
             **{

@@ -192,7 +192,8 @@ def _parse(argv: Sequence[str]) -> Any:
 
 def _table(result: dict[str, Any]) -> str:
     lines = [
-        f"checkpoint {result['checkpoint']}, step {result['step']}, {result['split']} images, views {result['tta']}",
+        f"checkpoint {result['checkpoint']}, step {result['step']}, {result['split']} images, "
+        f"views {result['tta']}",
         f"accuracy {result['accuracy']:.4f} ({result['correct']}/{result['count']})  "
         f"loss {result['loss']:.4f}  calibration error {result['calibration_error']:.4f}",
         "",

@@ -1,4 +1,4 @@
-"""Name what is on images: `python -m cifar_dist.predict --checkpoint RUN_OR_STEP IMAGE_OR_FOLDER...`.
+"""Name what is on images: `python -m cifar_dist.predict --checkpoint RUN_OR_STEP IMAGE...`.
 
 Any image file that Pillow reads will do; class names and preprocessing come from the checkpoint.
 """
@@ -98,13 +98,13 @@ def predict(
 
 
 def _find_files(images: Sequence[str | Path]) -> list[Path]:
-    from cifar_dist.data.imagefolder import SUFFIXES
+    from cifar_dist.data.imagefolder import list_images
 
     files: list[Path] = []
     for place in map(Path, images):
         require(place.exists(), f"'{place}' does not exist; name image files or folders of them")
         if place.is_dir():
-            found = sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES)
+            found = list_images(place)
             require(bool(found), f"the folder '{place}' holds no image file")
             files += found
         else:

@@ -27,7 +27,7 @@ def run_verb(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -
     try:
         return verb(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
-        if int(os.environ.get("RANK", "0")) == 0:  # every process found the same
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # the others of this machine found the same
             print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -102,7 +102,7 @@ def on_main_process(accelerator: "Accelerator", function: Callable[[], T]) -> T:
     result, refusal = broadcast_object_list(outcome)
     if refusal is not None:
         raise UsageError(refusal)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def usable_cores() -> int:

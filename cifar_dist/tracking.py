@@ -30,8 +30,9 @@ class Tracker:
     def __init__(self, accelerator: Accelerator, recipe: Recipe, out: Path, step: int) -> None:
         self.accelerator = accelerator
         accelerator.project_configuration.logging_dir = str(out)
+        purge_step = step + 1 if step else 0
         accelerator.init_trackers(
-            "tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}} if step else {}
+            "tensorboard", init_kwargs={"tensorboard": {"purge_step": purge_step}}
         )
         if not step:
             self._store(recipe)
@@ -117,7 +118,9 @@ def confusion_picture(confusion: np.ndarray, classes: Sequence[str]) -> np.ndarr
         if cell >= 12:
             draw.text((2, margin + (row + 0.3) * cell), classes[row][:13], fill="black")
             draw.text(
-                (margin + row * cell + 2, margin - 14 - row % 2 * 12), classes[row][:8], fill="black"
+                (margin + row * cell + 2, margin - 14 - row % 2 * 12),
+                classes[row][:8],
+                fill="black",
             )
         for column in range(count):
             x, y = margin + column * cell, margin + row * cell

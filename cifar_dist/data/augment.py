@@ -47,8 +47,8 @@ def augment(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return changed images, uint8 [N, H, W, 3], and where they are cut out, bool [N, H, W, 1].
 
-    The second is None where nothing is cut out. Cut-out pixels become the mean colour, hence zero once normalised (DeVries and Taylor, 2017);
-    `normalise` sets them.
+    The second is None where nothing is cut out. Cut-out pixels become the mean colour, hence zero
+    once normalised (DeVries and Taylor, 2017); `normalise` sets them.
     """
     images = batch.images
     count, height, width, _ = images.shape
@@ -167,7 +167,7 @@ def _mix(bits: torch.Tensor) -> torch.Tensor:
 
 
 def _window(side: int, shift: torch.Tensor, padding: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where each pixel of a shifted axis comes from, int64 [N, side], and if from outside."""
+    """Return where pixels of a shifted axis come from, int64 [N, side], and which from outside."""
     source = torch.arange(side, device=shift.device) + shift[:, None]
     outside = (source < 0) | (source >= side)
     if padding == "reflect":

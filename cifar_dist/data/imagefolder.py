@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from cifar_dist.config import DataConfig, UsageError, cache_folder, require
+from cifar_dist.config import DataConfig, cache_folder, require
 from cifar_dist.data.cache import CacheWriter, load_or_build
 from cifar_dist.data.images import Source
 
@@ -96,14 +96,19 @@ def find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
     for split, folder in parts.items():
         files[split] = []
         for label, name in enumerate(names[split]):
-            found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+            paths = list_images(folder / name)
             require(
-                bool(found),
+                bool(paths),
                 f"class folder {folder / name} holds no image; add some "
                 f"({', '.join(sorted(SUFFIXES))}) or remove the folder",
             )
-            files[split] += [(path, label) for path in found]
+            files[split] += [(path, label) for path in paths]
     return files, tuple(names[first])
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the image files in and below a folder, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def decode_image(path: Path, size: int) -> np.ndarray:
@@ -136,7 +141,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _class_names(folder: Path) -> list[str]:
     names = sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and not entry.name.startswith(".")
     )
     require(
         len(names) >= 2,
@@ -186,8 +193,6 @@ def _fingerprint(root: Path, files: Files, config: DataConfig, size: int) -> str
     for split, entries in files.items():
         for path, label in entries:
             stat = path.stat()
-            digest.update(
-                f"{split} {label} {path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n"
-                .encode(errors="surrogateescape")
-            )
+            line = f"{split} {label} {path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n"
+            digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:32]

@@ -1,6 +1,6 @@
 """Ten classes of drawn shapes: a dataset that is generated in a moment and needs no files.
 
-Each image has one shape of random colour, place, scale and turn on a background of another random
+Each image has one shape of random colour, place, scale and tilt on a background of another random
 colour, with noise. Colour and place say nothing about the class, so a linear model stays near
 chance, while a small convolutional network learns it within seconds.
 """
@@ -29,9 +29,7 @@ SHAPES: dict[str, Shape] = {
     ),
     "bar": lambda x, y: np.maximum(np.abs(x) - 1.0, np.abs(y) - 0.28),
     "two bars": lambda x, y: np.maximum(np.abs(x) - 1.0, np.abs(np.abs(y) - 0.6) - 0.22),
-    "crescent": lambda x, y: np.maximum(
-        np.hypot(x, y) - 0.95, 0.75 - np.hypot(x - 0.45, y)
-    ),
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.75 - np.hypot(x - 0.45, y)),
     "four dots": lambda x, y: np.hypot(np.abs(x) - 0.6, np.abs(y) - 0.6) - 0.33,
 }
 SIZES = {"train": 8000, "test": 2000}  # images drawn where data.limit_* says nothing
@@ -60,23 +58,23 @@ def draw(count: int, size: int, seed: tuple[int, ...]) -> Images:
     random = np.random.default_rng(seed)
     labels = np.arange(count) % len(SHAPES)
     scale = random.uniform(0.5, 0.8, (count, 1, 1)).astype(np.float32)
-    room = 1 - scale  # the shape's centre keeps it inside the picture, apart from corners
+    room = 1 - scale  # keeps the shape inside the picture, apart from corners
     centre_x, centre_y = (random.uniform(-1, 1, (2, count, 1, 1)) * room).astype(np.float32)
-    turn = random.uniform(-0.4, 0.4, (count, 1, 1)).astype(np.float32)
+    tilt = random.uniform(-0.4, 0.4, (count, 1, 1)).astype(np.float32)
     background, colour = _two_colours(random, count)
 
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     shifted_x, shifted_y = (axis[None, None] - centre_x), (axis[None, :, None] - centre_y)
-    x = (np.cos(turn) * shifted_x + np.sin(turn) * shifted_y) / scale
-    y = (np.cos(turn) * shifted_y - np.sin(turn) * shifted_x) / scale
-    coverage = np.empty((count, size, size), dtype=np.float32)
+    x = (np.cos(tilt) * shifted_x + np.sin(tilt) * shifted_y) / scale
+    y = (np.cos(tilt) * shifted_y - np.sin(tilt) * shifted_x) / scale
+    distance = np.empty((count, size, size), dtype=np.float32)
     for label, shape in enumerate(SHAPES.values()):
-        coverage[labels == label] = shape(x[labels == label], y[labels == label])
-    coverage = np.clip(0.5 - coverage * scale * size / 2, 0, 1)[..., None]  # edges one pixel wide
+        distance[labels == label] = shape(x[labels == label], y[labels == label])
+    coverage = np.clip(0.5 - distance * scale * size / 2, 0, 1)[..., None]  # edges one pixel wide
 
-    images = background + coverage * (colour - background)
-    images += random.normal(0, 10, images.shape).astype(np.float32)
-    return Images(np.clip(images, 0, 255).astype(np.uint8), labels, tuple(SHAPES))
+    noise = random.normal(0, 10, (count, size, size, 3))
+    pixels = background + coverage * (colour - background) + noise
+    return Images(np.clip(pixels, 0, 255).astype(np.uint8), labels, tuple(SHAPES))
 
 
 def _two_colours(random: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,4 +84,4 @@ def _two_colours(random: np.random.Generator, count: int) -> tuple[np.ndarray, n
     channel = random.integers(0, 3, count)
     rows = np.arange(count)
     second[rows, channel] = (first[rows, channel] + random.uniform(90, 165, count)) % 255
-    return (colour[:, None, None].astype(np.float32) for colour in (first, second))  # type: ignore[return-value]
+    return first[:, None, None].astype(np.float32), second[:, None, None].astype(np.float32)

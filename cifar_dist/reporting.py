@@ -1,0 +1,205 @@
+"""What a run says: banner, metrics.jsonl, trackers, status and the lines on the console."""
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from torch.nn.utils import get_total_norm
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from cifar_dist.data.augment import augment
+from cifar_dist.data.batches import Batch
+from cifar_dist.engine import average_buffers, evaluate
+from cifar_dist.metrics import Evaluation, Totals
+from cifar_dist.runfolder import describe_run, write_status
+from cifar_dist.runtime import describe_device, precision_in_force
+from cifar_dist.session import Session
+from cifar_dist.tracking import TILES, confusion_picture, image_grid, wrong_images
+
+
+def announce(session: Session, origin: str) -> None:
+    """Print the banner and write run.json and status.json. On rank 0."""
+    if not session.accelerator.is_main_process:
+        return
+    recipe, dataset, accelerator = session.recipe, session.dataset, session.accelerator
+    world = accelerator.num_processes
+    backend = torch.distributed.get_backend() if world > 1 else "none"
+    precision = precision_in_force(accelerator)
+    facts = {
+        "world_size": world,
+        "device": describe_device(accelerator.device),
+        "backend": backend,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "classes": dataset.classes,
+        "train_images": len(dataset.train),
+        "evaluation_images": {name: len(part) for name, part in dataset.evaluation.items()},
+        "skipped_images": dataset.skipped,
+        "dataset_sha256": dataset.digest,
+        "steps_per_epoch": session.steps_per_epoch,
+    }
+    per_process = recipe.train.batch_size // recipe.train.accumulate // world
+    parts = f" in {recipe.train.accumulate} parts" if recipe.train.accumulate > 1 else ""
+    dropped = len(dataset.train) - session.steps_per_epoch * recipe.train.batch_size
+    print(
+        f"cifar_dist: {origin}; out {session.out}\n"
+        f"  {world} {'process' if world == 1 else 'processes'} on {facts['device']}, backend "
+        f"{backend}, precision {precision}, {facts['threads']} threads each\n"
+        f"  {recipe.model.name} on {recipe.data.name}: {len(dataset.train)} training images, "
+        + ", ".join(f"{count} {name}" for name, count in facts["evaluation_images"].items())
+        + f", {len(dataset.classes)} classes\n"
+        f"  batch {recipe.train.batch_size}{parts}, {per_process} per process; "
+        f"{session.steps_per_epoch} steps per epoch ({dropped} images left over), "
+        f"{recipe.train.epochs} epochs; {recipe.optim.name} {recipe.optim.lr} "
+        f"{recipe.schedule.name}"
+        + (f"\n  continues at step {session.state.step}" if session.state.step else ""),
+        flush=True,
+    )
+    for reason in dataset.skipped:
+        print(f"warning: left out, cannot be decoded: {reason}", flush=True)
+    describe_run(session.out, facts, session.state.step)
+    write_status(session.out, "running", session.state.step, session.epochs_done)
+
+
+def show_inputs(session: Session) -> None:
+    """Track the network's graph and a grid of training images as it will see them. On rank 0."""
+    if not session.accelerator.is_main_process:
+        return
+    dataset, pixels, tracker = session.dataset, session.pixels, session.tracker
+    positions = np.arange(len(dataset.train))[:: max(1, len(dataset.train) // TILES)][:TILES]
+    rows = dataset.train.selected[positions]
+    batch = Batch(
+        torch.from_numpy(np.asarray(dataset.train.images[rows])),
+        torch.from_numpy(dataset.train.labels[rows]),
+        torch.from_numpy(positions),
+    )
+    images, hole = augment(batch, pixels.augment, pixels.seed, 0)
+    shown = images if hole is None else images.masked_fill(hole, 127)
+    tracker.picture("train_images", image_grid(shown.numpy()), 0)
+    device = session.accelerator.device
+    tracker.graph(session.state.network, pixels.for_evaluation(batch.images[:1]).to(device))
+
+
+def report_window(session: Session, epoch: int) -> None:
+    """Record the training loss since the report before; every process must call it."""
+
+    state = session.state
+    totals = state.tally.totals(session.accelerator)
+    window, session.reported = totals.since(session.reported), totals
+    seconds, session.clock = time.monotonic() - session.clock, time.monotonic()
+    _refuse_non_finite(window, state.step)
+    gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
+    values = {
+        "learning_rate": state.optimizer.param_groups[0]["lr"],
+        "gradient_norm": get_total_norm(gradients).item(),
+        "images_per_second": window.count / seconds,
+        "memory_mb": _memory_used(session.accelerator),
+    }
+    if session.log:
+        session.log.write(_line("train_window", epoch, state.step, window) | values)
+        session.tracker.scalars({"train_loss": window.loss, **values}, state.step)
+
+
+def report_epoch(session: Session, epoch: int, evaluation: Mapping[str, DataLoader]) -> None:
+    """Measure after an epoch, record everything and keep track of the best."""
+    state, accelerator = session.state, session.accelerator
+    train = state.tally.totals(accelerator)
+    _refuse_non_finite(train, state.step)
+    average_buffers(accelerator, state.network, state.average)
+    results = {
+        name: evaluate(
+            accelerator, state.evaluated, loader, session.pixels, len(session.dataset.classes)
+        )
+        for name, loader in evaluation.items()
+    }
+    lines = [_line("train", epoch, state.step, train)]
+    lines += [_line(name, epoch, state.step, result.totals) for name, result in results.items()]
+    session.metrics = {line["split"]: line for line in lines}
+    if "val" in results and session.metrics["val"]["accuracy"] > session.best["accuracy"]:
+        accuracy = session.metrics["val"]["accuracy"]
+        session.best = {"step": state.step, "accuracy": accuracy, "metrics": session.metrics}
+    state.tally.restart(Totals(), accelerator)
+    session.reported = Totals()
+    if session.log is None:
+        return
+    for line in lines:
+        session.log.write(line)
+        prefix = "train_epoch" if line["split"] == "train" else line["split"]
+        session.tracker.scalars(
+            {f"{prefix}_loss": line["loss"], f"{prefix}_accuracy": line["accuracy"]}, state.step
+        )
+    _show_evaluation(session, results)
+    print(
+        f"epoch {epoch + 1}/{session.recipe.train.epochs}  step {state.step}  "
+        + "  ".join(
+            f"{line['split']} loss {line['loss']:.4f} accuracy {line['accuracy']:.4f} "
+            f"({line['correct']}/{line['count']})"
+            for line in lines
+        ),
+        flush=True,
+    )
+
+
+def _show_evaluation(session: Session, results: Mapping[str, Evaluation]) -> None:
+    """Track per-class accuracy, the confusion matrix and some wrong images of each split."""
+    step, classes = session.state.step, session.dataset.classes
+    for name, result in results.items():
+        shares = zip(classes, result.per_class, strict=True)
+        scalars = {f"{name}_class/{kind}": share for kind, share in shares if share == share}
+        session.tracker.scalars(scalars, step)
+        session.tracker.picture(
+            f"{name}_confusion", confusion_picture(result.confusion, classes), step
+        )
+        picture = wrong_images(session.dataset.evaluation[name], result.wrong)
+        if picture is not None:
+            session.tracker.picture(f"{name}_wrong", picture, step)
+
+
+def _line(split: str, epoch: int, step: int, totals: Totals) -> dict[str, Any]:
+    """Return a line of metrics.jsonl."""
+    return {
+        "split": split,
+        "epoch": epoch,
+        "step": step,
+        "loss": totals.loss,
+        "accuracy": totals.accuracy,
+        "correct": totals.correct,
+        "count": totals.count,
+    }
+
+
+def _memory_used(accelerator: Accelerator) -> float:
+    """Return the most memory in use so far: of the GPU, else of this process; megabytes."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+
+    return float(psutil.Process().memory_info().rss) / 1e6
+
+
+def progress_bar(session: Session, epoch: int) -> Any:
+    """Return a bar over the steps of an epoch, shown on a terminal only."""
+
+    shown = session.accelerator.is_main_process and sys.stderr.isatty()
+    return tqdm(
+        total=session.steps_per_epoch,
+        initial=session.state.step % session.steps_per_epoch,
+        desc=f"epoch {epoch + 1}/{session.recipe.train.epochs}",
+        unit=" steps",
+        leave=False,
+        disable=not shown,
+    )
+
+
+def _refuse_non_finite(totals: Totals, step: int) -> None:
+    if not math.isfinite(totals.loss_sum):
+        raise RuntimeError(
+            f"the training loss is {totals.loss_sum} at step {step}; the last checkpoint is from "
+            "before it; try a lower optim.lr, a warm-up or train.clip_norm"
+        )

@@ -1,0 +1,202 @@
+"""A session of a run: everything it works with, built anew or as a checkpoint holds it."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cifar_dist.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    load_newest,
+    pack_optimizer,
+    prune,
+    save_checkpoint,
+    unpack_optimizer,
+)
+from cifar_dist.config import Recipe, differences, from_dict, require, to_dict
+from cifar_dist.data import Dataset
+from cifar_dist.data.augment import Pixels
+from cifar_dist.engine import TrainState, average_buffers
+from cifar_dist.metrics import Tally, Totals
+from cifar_dist.models import build_model
+from cifar_dist.optim import build_optimizer
+from cifar_dist.runfolder import MetricsLog, write_status
+from cifar_dist.tracking import Tracker
+
+
+@dataclass
+class Session:
+    """One start of a run, from its launch to its end.
+
+    Attributes:
+        out: run folder.
+        reported: sums of this epoch when the training loss was recorded last.
+        best: {"step", "accuracy", "metrics"} of the best epoch by validation; step None: none yet.
+        metrics: lines of the last evaluation, by split.
+        log: on rank 0 only.
+        clock: when the training time of the next report began, in seconds.
+    """
+
+    accelerator: Accelerator
+    recipe: Recipe
+    dataset: Dataset
+    pixels: Pixels
+    out: Path
+    state: TrainState
+    reported: Totals
+    best: dict[str, Any]
+    metrics: dict[str, dict[str, Any]]
+    log: MetricsLog | None
+    tracker: Tracker
+    clock: float
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch; images that fill no batch are left over."""
+        return len(self.dataset.train) // self.recipe.train.batch_size
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs that are complete."""
+        return self.state.step // self.steps_per_epoch
+
+
+def find_start(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:
+    """Load the checkpoint to continue from; None starts anew. On rank 0.
+
+    1. resume never: none.
+    2. resume PATH: that checkpoint, or the newest of that run.
+    3. resume auto: the newest in `out` that verifies, if `out` holds any.
+
+    Raises:
+        UsageError: the checkpoint is of another recipe, dataset or model, or all are damaged.
+    """
+    if recipe.resume == "never":
+        return None
+    if recipe.resume == "auto":
+        found = load_newest(Path(recipe.out).expanduser() / "checkpoints") if recipe.out else None
+    else:
+        found = find_checkpoint(recipe.resume)
+    if found is None:
+        return None
+    path, checkpoint = found
+    different = differences(from_dict(checkpoint.state["recipe"]), recipe)
+    require(
+        not different,
+        f"the checkpoint {path} is of another recipe ({'; '.join(different)}); "
+        "continue it with the same, or start a new run",
+    )
+    require(
+        checkpoint.state["dataset"] == dataset.digest,
+        f"the checkpoint {path} was trained on other images than data.root holds now; "
+        "restore them, or start a new run with another --out",
+    )
+    return checkpoint
+
+
+def open_session(
+    accelerator: Accelerator, recipe: Recipe, dataset: Dataset, out: Path, start: Checkpoint | None
+) -> Session:
+    """Build the network and its optimizer, as new or as they were at `start`.
+
+    Every process does the same; rank 0 alone logs and tracks.
+    """
+    saved = start.state if start else {}
+    torch.manual_seed(recipe.train.seed)
+    network = build_model(recipe.model, len(dataset.classes)).to(accelerator.device)
+    if recipe.train.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    if recipe.train.sync_batchnorm:
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    average = None
+    if recipe.train.ema:
+        blend = get_ema_multi_avg_fn(recipe.train.ema)
+        average = AveragedModel(network, multi_avg_fn=blend, use_buffers=True)
+    optimizer = build_optimizer(network, recipe.optim)
+    if start:
+        _restore(start, network, average, optimizer, accelerator)
+    model, optimizer = accelerator.prepare(network, optimizer)
+    if accelerator.num_processes > 1:
+        # BatchNorm statistics are averaged where they are used, not sent round at each step. Set
+        # here because the constructor's argument changed its name between torch versions.
+        model.broadcast_buffers = False
+    step = saved.get("step", 0)
+    tally = Tally(accelerator.device)
+    tally.restart(Totals(**saved.get("totals", {})), accelerator)
+    return Session(
+        accelerator=accelerator,
+        recipe=recipe,
+        dataset=dataset,
+        pixels=Pixels(dataset.mean, dataset.std, recipe.augment, recipe.train.seed),
+        out=out,
+        state=TrainState(network, model, optimizer, average, tally, step),
+        reported=Totals(**saved.get("reported", {})),
+        best=saved.get("best", {"step": None, "accuracy": -1.0, "metrics": {}}),
+        metrics=saved.get("metrics", {}),
+        log=MetricsLog(out, step) if accelerator.is_main_process else None,
+        tracker=Tracker(accelerator, recipe, out, step),
+        clock=time.monotonic(),
+    )
+
+
+def _restore(
+    start: Checkpoint,
+    network: nn.Module,
+    average: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+) -> None:
+    saved = start.state
+    network.load_state_dict(start.tensors["model"])
+    if average is not None:
+        average.module.load_state_dict(start.tensors["ema"])
+        average.n_averaged.fill_(saved["step"])
+    optimizer.load_state_dict(unpack_optimizer(start.tensors["optim"], saved["optimizer"]))
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:  # files know no channels-last layout
+                values[name] = torch.empty_like(parameter).copy_(value)
+    if accelerator.scaler is not None and saved["scaler"]:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+
+
+def save(session: Session) -> None:
+    """Commit a checkpoint and remove those no longer wanted; every process must call it."""
+    state, accelerator = session.state, session.accelerator
+    average_buffers(accelerator, state.network, state.average)
+    totals = state.tally.totals(accelerator)
+    # Rank 0 carries on with the sum, here and after a resume: the same additions in both.
+    state.tally.restart(totals, accelerator)
+    if not accelerator.is_main_process:
+        return
+    optim, plain = pack_optimizer(state.optimizer.state_dict())
+    tensors = {"model": state.network.state_dict(), "optim": optim}
+    if state.average is not None:
+        tensors["ema"] = state.average.module.state_dict()
+    facts = {
+        "step": state.step,
+        "epoch": session.epochs_done,
+        "totals": dataclasses.asdict(totals),
+        "reported": dataclasses.asdict(session.reported),
+        "best": session.best,
+        "metrics": session.metrics,
+        "recipe": to_dict(session.recipe),
+        "classes": session.dataset.classes,
+        "image_size": session.dataset.train.image_size,
+        "mean": session.dataset.mean,
+        "std": session.dataset.std,
+        "dataset": session.dataset.digest,
+        "optimizer": plain,
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
+    }
+    folder = session.out / "checkpoints"
+    save_checkpoint(folder, state.step, Checkpoint(tensors, facts))
+    prune(folder, session.recipe.checkpoint.keep, session.best["step"])
+    write_status(session.out, "running", state.step, session.epochs_done)
