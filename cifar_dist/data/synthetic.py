@@ -6,6 +6,7 @@ chance, while a small convolutional network learns it within seconds.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -36,10 +37,11 @@ SIZES = {"train": 8000, "test": 2000}  # images drawn where data.limit_* says no
 
 
 def load_synthetic(config: DataConfig) -> Source:
-    """Draw the dataset; data.limit_train and data.limit_test say how many images."""
+    """Draw the dataset; data.limit_train and data.limit_test say how many images to use of it."""
     size = config.image_size or 32
     counts = {
-        "train": config.limit_train or SIZES["train"],
+        # The share that will be held out comes on top of what is to be trained on.
+        "train": math.ceil((config.limit_train or SIZES["train"]) / (1 - config.val_fraction)),
         "test": config.limit_test or SIZES["test"],
     }
     splits = {

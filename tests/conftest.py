@@ -1,0 +1,30 @@
+"""Every test gets a cache folder of its own and no settings of this machine."""
+
+from pathlib import Path
+
+import pytest
+
+from cifar_dist.config import parse_recipe
+from cifar_dist.train import Result, run
+from tests.helpers import TINY
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keep caches and Accelerate's settings of this machine out of the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A finished run that has learnt something, with a validation share and TensorBoard files."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    recipe, _ = parse_recipe(
+        [*TINY, "--out", str(out), "--data.limit_train", "1600", "--data.val_fraction", "0.1"]
+        + ["--optim.name", "adamw", "--optim.lr", "0.003", "--model.name", "tutorial-relu"]
+        + ["--train.epochs", "4", "--track.log_with", "[tensorboard]", "--track.every_steps", "20"]
+    )
+    return run(recipe)

@@ -1,0 +1,95 @@
+"""What several tests need: starting real processes, and small datasets on disk."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cifar_dist.data.synthetic import draw
+
+# A run that takes a second: the tutorial network without dropout on a few drawn shapes.
+TINY = [
+    *("--config", "smoke", "--model.name", "tutorial", "--data.limit_train", "320"),
+    *("--data.limit_test", "100", "--train.epochs", "2", "--train.batch_size", "32"),
+    *("--optim.name", "sgd", "--optim.lr", "0.02", "--schedule.name", "constant"),
+    *("--track.every_steps", "1", "--track.log_with", "[]"),
+]
+
+
+def command(processes: int = 1, launcher: str = "torchrun", module: str = "cifar_dist.train") -> list[str]:
+    """Return the command line that starts `module` on several processes."""
+    if processes == 1 and launcher == "torchrun":
+        return [sys.executable, "-m", module]
+    if launcher == "accelerate":
+        flags = ["--multi_gpu"] if processes > 1 else []
+        flags += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        flags += ["--num_processes", str(processes), "--main_process_port", str(free_port())]
+        return [_script("accelerate"), "launch", *flags, "-m", module]
+    return [_script("torchrun"), "--standalone", "--nproc_per_node", str(processes), "-m", module]
+
+
+def run_command(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run to the end, for 5 minutes at most, and return output and exit code."""
+    return subprocess.run(
+        arguments, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
+
+
+def kill_when(arguments: list[str], ready: Callable[[], bool]) -> None:
+    """Start a command in a process group of its own and SIGKILL all of it when `ready` says so."""
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not ready():
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline, "the moment to kill never came"
+            time.sleep(0.005)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def read_lines(out: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def digest_of(out: Path) -> str:
+    """Return the SHA-256 of the newest checkpoint's weights, from its manifest."""
+    newest = max((out / "checkpoints").iterdir())
+    manifest = json.loads((newest / "MANIFEST.json").read_text())
+    return str(manifest["files"]["model.safetensors"]["sha256"])
+
+
+def write_folder(root: Path, counts: dict[str, int], classes: int = 3, size: int = 32) -> Path:
+    """Write drawn shapes as PNG files: {"train": 30, "test": 9} gives that many in all."""
+    for number, (split, count) in enumerate(counts.items()):
+        images = draw(count * 10, size, seed=(7, number))
+        for label in range(classes):
+            folder = root / split / images.classes[label]
+            folder.mkdir(parents=True)
+            for row in np.flatnonzero(images.labels == label)[: count // classes]:
+                Image.fromarray(images.images[row]).save(folder / f"{row:05d}.png")
+    return root
+
+
+def free_port() -> int:
+    """Return a port nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def _script(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))

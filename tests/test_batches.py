@@ -1,0 +1,50 @@
+"""Order: which samples form the batches of an epoch."""
+
+import torch
+
+from cifar_dist.data.batches import GlobalBatches, ImageDataset, permutation
+from cifar_dist.data.synthetic import draw
+
+
+def test_an_epoch_is_a_permutation_without_its_tail() -> None:
+    batches = GlobalBatches(103, 10, seed=1)
+    epoch = list(batches)
+    assert len(epoch) == len(batches) == 10
+    assert all(len(batch) == 10 for batch in epoch)
+    assert len(set(torch.cat(epoch).tolist())) == 100
+    assert torch.equal(torch.cat(epoch), permutation(103, 1, 0)[:100])
+
+
+def test_it_starts_anywhere_and_each_epoch_differs() -> None:
+    batches = GlobalBatches(100, 10, seed=1)
+    first = list(batches)
+    batches.start_at(0, 7)
+    assert torch.equal(torch.cat(list(batches)), torch.cat(first[7:]))
+    batches.start_at(1, 0)
+    assert not torch.equal(torch.cat(list(batches)), torch.cat(first))
+    assert not torch.equal(permutation(100, 1, 0), permutation(100, 2, 0))
+
+
+def test_measuring_keeps_order_and_tail() -> None:
+    batches = list(GlobalBatches(23, 10, seed=None))
+    assert [len(batch) for batch in batches] == [10, 10, 3]
+    assert torch.equal(torch.cat(batches), torch.arange(23))
+
+
+def test_parts_of_a_batch_hold_what_the_batch_holds() -> None:
+    whole = list(GlobalBatches(64, 16, seed=3))
+    parts = list(GlobalBatches(64, 4, seed=3))
+    for number, batch in enumerate(whole):
+        assert torch.equal(batch, torch.cat(parts[4 * number : 4 * number + 4]))
+
+
+def test_a_subset_is_gathered_from_the_whole() -> None:
+    images = draw(50, 8, seed=(0,))
+    subset = images.limited(20, seed=4)
+    dataset = ImageDataset(subset, torch.device("cpu"))
+    batch = dataset.__getitems__(torch.tensor([3, 0, 19]))
+    rows = subset.selected[[3, 0, 19]]
+    assert len(dataset) == 20
+    assert batch.images.tolist() == images.images[rows].tolist()
+    assert batch.labels.tolist() == images.labels[rows].tolist()
+    assert batch.positions.tolist() == [3, 0, 19]

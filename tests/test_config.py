@@ -1,0 +1,146 @@
+"""Recipes: what is accepted, what is refused, and how fast."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from cifar_dist import config
+from cifar_dist.config import (
+    RECIPES,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    ScheduleConfig,
+    UsageError,
+    differences,
+    dump_recipe,
+    flatten,
+    load_recipe,
+    parse_recipe,
+    recipe_names,
+)
+from cifar_dist.data import DATASETS
+from cifar_dist.models import MODELS
+from cifar_dist.optim import OPTIMIZERS
+from cifar_dist.schedule import SCHEDULES
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_opens_with_its_command_and_survives_a_round_trip(
+    name: str, tmp_path: Path
+) -> None:
+    recipe, origin = parse_recipe(["--config", name])
+    assert recipe.name == name
+    assert origin == f"recipe {name}"
+    first = (RECIPES / f"{name}.yaml").read_text().splitlines()[0]
+    assert first.startswith(("# accelerate launch -m cifar_dist.train", "# bash launch/local.sh"))
+    (tmp_path / "copy.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "copy.yaml") == recipe
+    assert parse_recipe([f"--config={tmp_path / 'copy.yaml'}"])[0] == recipe
+
+
+def test_default_recipe_and_overrides() -> None:
+    recipe, origin = parse_recipe(["--train.epochs", "3", "--augment.flip=none", "--out", "x"])
+    assert (recipe.name, recipe.train.epochs, recipe.augment.flip) == ("cifar10", 3, "none")
+    assert origin == "recipe cifar10 with 3 overrides"
+
+
+@pytest.mark.parametrize(
+    ("choices", "section"),
+    [(MODELS, ModelConfig), (DATASETS, DataConfig), (OPTIMIZERS, OptimConfig)]
+    + [(SCHEDULES, ScheduleConfig)],
+)
+def test_names_in_recipes_are_those_that_exist(choices: dict, section: type) -> None:
+    assert set(get_args(get_type_hints(section)["name"])) == set(choices)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.epoch", "3"], "unknown option '--train.epoch'; did you mean 'train.epochs'?"),
+        (["--config", "tutorail"], "did you mean 'tutorial'?"),
+        (["--config", "/nowhere/x.yaml"], "neither a file nor a shipped recipe"),
+        (["--config"], "names no recipe"),
+        (["--train.epochs", "many"], "train.epochs"),
+        (["--train.epochs", "0"], "train.epochs is 0; give 1 or more"),
+        (["--model.name", "alexnet"], "model.name"),
+        (["--train.batch_size", "63", "--train.accumulate", "2"], "that work: 62, 64"),
+        (["--data.val_fraction", "1"], "data.val_fraction is 1"),
+        (["--optim.lr", "0"], "optim.lr"),
+        (["--optim.nesterov", "true", "--optim.momentum", "0"], "needs optim.momentum"),
+        (["--train.ema", "1"], "train.ema"),
+        (["--model.dropout", "1"], "model.dropout"),
+        (["--augment.grayscale", "2"], "augment.grayscale"),
+        (["stray"], "stray"),
+    ],
+)
+def test_bad_options_are_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse_recipe(arguments)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {epoch: 3}", "unknown key 'train.epoch'"),
+        ("trian: {epochs: 3}", "unknown key 'trian.epochs'"),
+        ("- a\n- b", "holds no keys"),
+        ("train: {epochs: [", "not readable as YAML"),
+        ("train: {epochs: x}", "epochs"),
+    ],
+)
+def test_bad_recipe_files_are_one_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UsageError) as refused:
+        parse_recipe(["--config", str(tmp_path / "r.yaml")])
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_may_differ_between_a_run_and_its_continuation() -> None:
+    recipe = parse_recipe(["--config", "smoke"])[0]
+
+    def changed(*arguments: str) -> list[str]:
+        return differences(recipe, parse_recipe(["--config", "smoke", *arguments])[0])
+
+    free = ["--out", "x", "--track.log_with", "[]", "--checkpoint.keep", "9", "--data.root", "y"]
+    assert changed(*free, "--train.accumulate", "2", "--train.epochs", "9") == []
+    assert changed("--train.epochs", "1") == ["train.epochs is 4 there and 1 here"]
+    assert changed("--optim.lr", "1") == ["optim.lr is 0.003 there and 1.0 here"]
+
+
+def test_the_set_of_options_is_deliberate() -> None:
+    """A new option needs a reason: who sets it, and why no constant would do."""
+    sections = {key.partition(".")[0] for key in flatten(Recipe())}
+    counts = {s: sum(key.startswith(f"{s}.") for key in flatten(Recipe())) for s in sections}
+    assert counts == {
+        **{"name": 0, "out": 0, "resume": 0, "data": 10, "augment": 5, "model": 2, "optim": 5},
+        **{"schedule": 5, "train": 10, "checkpoint": 3, "track": 2},
+    }
+
+
+def test_reading_options_imports_neither_torch_nor_torchvision() -> None:
+    code = (
+        "import sys; from cifar_dist.train import main; import cifar_dist.runtime; "
+        "assert main(['--train.epoch', '1']) == 2; "
+        "assert not {'torch', 'torchvision', 'accelerate'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == (
+        "error: unknown option '--train.epoch'; did you mean 'train.epochs'?\n"
+    )
+
+
+def test_cache_folder_follows_the_recipe_then_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert str(config.cache_folder(DataConfig())) == "/somewhere/cifar-dist"
+    assert str(config.cache_folder(DataConfig(cache="/else"))) == "/else"

@@ -1,0 +1,62 @@
+"""Architectures: their sizes, and that any image size and class count works."""
+
+import pytest
+import torch
+
+from cifar_dist.config import ModelConfig
+from cifar_dist.models import MODELS, build_model
+
+# Weights and biases counted from the papers' and tutorials' tables.
+PARAMETERS = {
+    "tutorial": 145_578,
+    "tutorial-wide": 637_610,
+    "tutorial-relu": 637_610,
+    "deep": 5_228_938,
+    "residual": 5_403_082,
+    "vgg16": 33_726_378,
+    "resnet18": 11_173_962,
+    "resnet34": 21_282_122,
+    "resnet50": 23_520_842,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_counts(name: str) -> None:
+    model = build_model(ModelConfig(name=name), classes=10)  # type: ignore[arg-type]
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", ["tutorial", "tutorial-relu", "deep", "residual", "vgg16"] + ["resnet18", "resnet50"])
+@pytest.mark.parametrize("size", [5, 28, 48])
+def test_any_image_size_and_class_count(name: str, size: int) -> None:
+    model = build_model(ModelConfig(name=name), classes=7)  # type: ignore[arg-type]
+    logits = model(torch.zeros(2, 3, size, size))
+    assert logits.shape == (2, 7)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_tutorial_network_is_the_tutorials() -> None:
+    reference = torch.nn.Sequential(
+        *(torch.nn.Conv2d(3, 32, 5, padding=2), torch.nn.MaxPool2d(2)),
+        *(torch.nn.Conv2d(32, 32, 5, padding=2), torch.nn.MaxPool2d(2)),
+        *(torch.nn.Conv2d(32, 64, 5, padding=2), torch.nn.MaxPool2d(2)),
+        *(torch.nn.Flatten(), torch.nn.Linear(1024, 64), torch.nn.Linear(64, 10)),
+    )
+    model = build_model(ModelConfig(name="tutorial"), classes=10)
+    reference.load_state_dict(
+        dict(zip(reference.state_dict(), model.state_dict().values(), strict=True))
+    )
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(model(images), reference(images))
+
+
+def test_dropout_can_be_chosen_or_left_to_the_architecture() -> None:
+    def probabilities(config: ModelConfig) -> set[float]:
+        modules = build_model(config, classes=10).modules()
+        return {m.p for m in modules if isinstance(m, torch.nn.Dropout)}
+
+    assert probabilities(ModelConfig(name="residual")) == {0.4}
+    assert probabilities(ModelConfig(name="residual", dropout=0.1)) == {0.1}
+    assert probabilities(ModelConfig(name="tutorial")) == set()
+    assert probabilities(ModelConfig(name="tutorial", dropout=0.3)) == {0.3}
