@@ -1,7 +1,5 @@
 """Every test gets a cache folder of its own and no settings of this machine."""
 
-from pathlib import Path
-
 import pytest
 
 from cifar_dist.config import parse_recipe
@@ -10,10 +8,12 @@ from tests.helpers import TINY
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def clean_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Keep caches and Accelerate's settings of this machine out of the tests."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
 

@@ -39,11 +39,10 @@ SIZES = {"train": 8000, "test": 2000}  # images drawn where data.limit_* says no
 def load_synthetic(config: DataConfig) -> Source:
     """Draw the dataset; data.limit_train and data.limit_test say how many images to use of it."""
     size = config.image_size or 32
-    counts = {
-        # The share that will be held out comes on top of what is to be trained on.
-        "train": math.ceil((config.limit_train or SIZES["train"]) / (1 - config.val_fraction)),
-        "test": config.limit_test or SIZES["test"],
-    }
+    train = config.limit_train or SIZES["train"]
+    if config.limit_train and config.val_fraction:  # what will be held out comes on top
+        train = math.ceil(train / (1 - config.val_fraction)) + len(SHAPES)
+    counts = {"train": train, "test": config.limit_test or SIZES["test"]}
     splits = {
         split: draw(count, size, seed=(config.seed, number))
         for number, (split, count) in enumerate(counts.items())

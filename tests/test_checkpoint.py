@@ -1,0 +1,116 @@
+"""The checkpoint store: what was saved comes back, and what is damaged is noticed."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar_dist.checkpoint import (
+    Checkpoint,
+    DamagedCheckpoint,
+    find_checkpoint,
+    load_checkpoint,
+    load_newest,
+    pack_optimizer,
+    prune,
+    save_checkpoint,
+    steps_saved,
+    unpack_optimizer,
+)
+from cifar_dist.config import UsageError
+
+
+def sample(value: float = 1.0) -> Checkpoint:
+    tensors = {"w": torch.full((3, 4), value).to(memory_format=torch.contiguous_format)}
+    return Checkpoint({"model": tensors, "optim": {"0.m": torch.ones(2)}}, {"step": 3, "x": 0.1})
+
+
+def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 12, sample(2.5))
+    assert path.name == "step-00000012"
+    back = load_checkpoint(path)
+    assert back.state == sample().state
+    assert torch.equal(back.tensors["model"]["w"], sample(2.5).tensors["model"]["w"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000012"]
+    names = {"MANIFEST.json", "model.safetensors", "optim.safetensors", "state.json"}
+    assert {p.name for p in path.iterdir()} == names
+
+
+@pytest.mark.parametrize("name", ["MANIFEST.json", "model.safetensors", "optim.safetensors"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_is_found_and_the_one_before_is_used(
+    name: str, damage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(tmp_path, 1, sample(1.0))
+    file = save_checkpoint(tmp_path, 2, sample(2.0)) / name
+    content = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(DamagedCheckpoint):
+        load_checkpoint(file.parent)
+    newest = load_newest(tmp_path)
+    assert newest is not None
+    assert newest[0].name == "step-00000001"
+    assert "step-00000002" in capfd.readouterr().out
+
+
+def test_with_all_damaged_nothing_starts_over(tmp_path: Path) -> None:
+    (save_checkpoint(tmp_path, 1, sample()) / "state.json").write_text("{}")
+    with pytest.raises(UsageError, match="no checkpoint in .* is whole"):
+        load_newest(tmp_path)
+    assert load_newest(tmp_path / "absent") is None
+
+
+def test_order_is_by_step_and_leftovers_are_ignored(tmp_path: Path) -> None:
+    for step in (100_000_000, 9, 10):
+        save_checkpoint(tmp_path, step, sample(step))
+    (tmp_path / ".step-00000011.tmp").mkdir()
+    (tmp_path / "step-notes").mkdir()
+    assert steps_saved(tmp_path) == [9, 10, 100_000_000]
+
+
+def test_pruning_keeps_newest_and_best(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, step, sample())
+    prune(tmp_path, keep=2, best=2)
+    assert steps_saved(tmp_path) == [2, 4, 5]
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="neither a run folder nor a checkpoint"):
+        find_checkpoint(str(tmp_path / "absent"))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UsageError, match="has not saved a checkpoint yet"):
+        find_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_optimizers_survive_packing(kind: type[torch.optim.Optimizer]) -> None:
+    def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        return model, kind(model.parameters(), lr=0.1, **options)  # type: ignore[call-arg]
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = make()
+    step(model, optimizer)
+    other, restored = make()
+    other.load_state_dict(model.state_dict())
+    tensors, plain = pack_optimizer(copy.deepcopy(optimizer.state_dict()))
+    restored.load_state_dict(unpack_optimizer(tensors, json.loads(json.dumps(plain))))
+    for _ in range(3):
+        step(model, optimizer)
+        step(other, restored)
+    assert torch.equal(model.weight, other.weight)  # type: ignore[arg-type]

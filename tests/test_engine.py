@@ -1,0 +1,173 @@
+"""One step and one evaluation against plain PyTorch."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cifar_dist.config import AugmentConfig, TrainConfig
+from cifar_dist.data.augment import Pixels
+from cifar_dist.data.batches import build_evaluation_loader, build_loader
+from cifar_dist.data.images import Images
+from cifar_dist.data.synthetic import draw
+from cifar_dist.engine import VIEWS, TrainState, evaluate, train_epoch, view
+from cifar_dist.metrics import Tally
+from cifar_dist.runtime import start_processes
+
+PLAIN = Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), AugmentConfig(), seed=0)
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return start_processes(TrainConfig())
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    return draw(96, 8, seed=(1,))
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 10))
+
+
+def train(accelerator: Accelerator, images: Images, **options: object) -> TrainState:
+    """Train one epoch with SGD at 0.1 and return the state."""
+    config = TrainConfig(batch_size=32, **options)  # type: ignore[arg-type]
+    network = small_network()
+    average = None
+    if config.ema:
+        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    model, optimizer = accelerator.prepare(network, optimizer)
+    state = TrainState(network, model, optimizer, average, Tally(accelerator.device), 0)
+    loader, _ = build_loader(accelerator, images, 32 // config.accumulate, seed=0)
+    steps = sum(1 for _ in train_epoch(accelerator, state, loader, PLAIN, config, lambda _: 0.1, 0))
+    assert steps == state.step == 3
+    return state
+
+
+def plain_loop(images: Images, smoothing: float = 0.0, clip: float = 0.0) -> list[nn.Module]:
+    """Do the same with nothing but PyTorch and return the network after each step."""
+    network = small_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    networks = []
+    for rows in order.split(32):
+        pixels = torch.from_numpy(images.images[rows.numpy()]).permute(0, 3, 1, 2) / 255
+        labels = torch.from_numpy(images.labels[rows.numpy()])
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(
+            network((pixels - 0.5) / 0.25), labels, label_smoothing=smoothing
+        )
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(network.parameters(), clip)
+        optimizer.step()
+        copy = small_network()
+        copy.load_state_dict(network.state_dict())
+        networks.append(copy)
+    return networks
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_an_epoch_equals_the_plain_loop_at_any_accumulation(
+    accelerator: Accelerator, images: Images, accumulate: int
+) -> None:
+    state = train(accelerator, images, accumulate=accumulate)
+    assert_same(state.network, plain_loop(images)[-1])
+
+
+def test_label_smoothing_and_clipping(accelerator: Accelerator, images: Images) -> None:
+    state = train(accelerator, images, label_smoothing=0.2, clip_norm=0.1)
+    assert_same(state.network, plain_loop(images, smoothing=0.2, clip=0.1)[-1])
+    with pytest.raises(AssertionError):
+        assert_same(state.network, plain_loop(images)[-1])
+
+
+def test_the_average_follows_every_step(accelerator: Accelerator, images: Images) -> None:
+    state = train(accelerator, images, ema=0.6)
+    first, second, third = plain_loop(images)
+    expected = small_network()
+    with torch.no_grad():
+        for value, a, b, c in zip(
+            *(network.parameters() for network in (expected, first, second, third)), strict=True
+        ):
+            value.copy_(0.6 * (0.6 * a + 0.4 * b) + 0.4 * c)
+    assert_same(state.evaluated, expected)
+    assert_same(state.network, third)
+
+
+def test_the_tally_is_what_was_trained_on(accelerator: Accelerator, images: Images) -> None:
+    totals = train(accelerator, images).tally.totals(accelerator)
+    assert totals.count == 96
+    assert 0 <= totals.correct <= 96
+    assert totals.loss == pytest.approx(2.3, abs=0.5)
+
+
+def test_evaluation_equals_a_count_by_hand(accelerator: Accelerator, images: Images) -> None:
+    network = small_network()
+    loader = build_evaluation_loader(accelerator, images)
+    result = evaluate(accelerator, network, loader, PLAIN, classes=10)
+    with torch.no_grad():
+        pixels = torch.from_numpy(np.asarray(images.images)).permute(0, 3, 1, 2) / 255
+        logits = network((pixels - 0.5) / 0.25)
+    labels = torch.from_numpy(images.labels)
+    predicted = logits.argmax(1)
+    confusion = np.zeros((10, 10), dtype=int)
+    for truth, guess in zip(labels.tolist(), predicted.tolist(), strict=True):
+        confusion[truth, guess] += 1
+    assert result.confusion.tolist() == confusion.tolist()
+    assert result.totals.correct == int((predicted == labels).sum())
+    assert result.totals.loss == pytest.approx(functional.cross_entropy(logits, labels).item())
+    wrong = [(i, int(p)) for i, p in enumerate(predicted) if p != labels[i]]
+    assert result.wrong == wrong
+
+    confidence = logits.softmax(1).amax(1)
+    error = 0.0
+    for low in np.arange(15) / 15:
+        chosen = (confidence >= low) & (confidence < low + 1 / 15)
+        if chosen.any():
+            gap = (predicted == labels)[chosen].double().mean() - confidence[chosen].double().mean()
+            error += float(chosen.double().mean() * gap.abs())
+    assert result.calibration_error == pytest.approx(error)
+
+
+def test_a_class_without_images_has_no_accuracy(accelerator: Accelerator, images: Images) -> None:
+    some = images.take(np.flatnonzero(images.labels != 4))
+    loader = build_evaluation_loader(accelerator, some)
+    per_class = evaluate(accelerator, small_network(), loader, PLAIN, classes=10).per_class
+    assert np.isnan(per_class).tolist() == [label == 4 for label in range(10)]
+
+
+def test_views_shift_and_mirror() -> None:
+    image = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert view(image, False, 0, 0) is image
+    assert view(image, True, 0, 0)[0, 0, 0].tolist() == [3, 2, 1, 0]
+    moved = view(image, False, 1, -1)[0, 0]
+    assert moved[1:, :-1].tolist() == image[0, 0, :-1, 1:].tolist()
+    assert moved[0].tolist() == [1, 2, 3, 3]  # the border is repeated
+    assert {len(VIEWS[name]) for name in VIEWS} == {1, 2, 6}
+
+
+def test_test_time_views_make_it_blind_to_mirroring(
+    accelerator: Accelerator, images: Images
+) -> None:
+    network = small_network()
+    mirrored = Images(images.images[:, :, ::-1].copy(), images.labels, images.classes)
+    one, other = (
+        evaluate(
+            accelerator, network, build_evaluation_loader(accelerator, part), PLAIN, 10, "flip"
+        )
+        for part in (images, mirrored)
+    )
+    assert one.loss_sum == pytest.approx(other.loss_sum, rel=1e-5)

@@ -1,0 +1,297 @@
+"""Runs from the public commands, in this process: what they leave, and how they continue."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cifar_dist.config import UsageError, parse_recipe
+from cifar_dist.train import Result, main, run
+from tests.helpers import TINY, digest_of, read_lines, write_folder
+
+# Everything random is on: dropout, every augmentation, averaged weights, BatchNorm's statistics.
+RANDOM = [
+    *("--model.name", "tutorial-relu", "--augment.flip", "alternating"),
+    *("--augment.translate", "2", "--augment.cutout", "6", "--augment.grayscale", "0.2"),
+    *("--train.ema", "0.9", "--optim.momentum", "0.9", "--train.label_smoothing", "0.1"),
+]
+
+
+def train(out: Path, *options: str) -> Result:
+    return run(parse_recipe([*TINY, "--out", str(out), *options])[0])
+
+
+class Stopped(Exception):
+    """Ends a run in the middle, as a kill would."""
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the next run die right after an optimizer step."""
+    from cifar_dist import engine
+
+    original = engine.train_epoch
+
+    def train_epoch(accelerator: Any, state: Any, *others: Any) -> Any:
+        for result in original(accelerator, state, *others):
+            yield result
+            if state.step == step:
+                raise Stopped
+
+    monkeypatch.setattr(engine, "train_epoch", train_epoch)
+
+
+def test_a_finished_run_leaves_what_it_promises(trained: Result) -> None:
+    out = trained.out
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert recipe["data"]["limit_train"] == 1600
+    facts = json.loads((out / "run.json").read_text())
+    assert (facts["world_size"], facts["device"], facts["precision"]) == (1, "cpu", "fp32")
+    assert len(facts["dataset_sha256"]) == 64
+    assert set(facts["versions"]) == {"cifar_dist", "torch", "torchvision", "accelerate"}
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["step"], status["epoch"]) == ("finished", 200, 4)
+    lines = read_lines(out)
+    splits = [line["split"] for line in lines if line["split"] != "train_window"]
+    assert splits == ["train", "val", "test"] * 4
+    for line in lines:
+        assert line["accuracy"] == line["correct"] / line["count"]
+    windows = [line for line in lines if line["split"] == "train_window"]
+    assert [line["step"] for line in windows] == list(range(20, 201, 20))
+    assert windows[0].keys() >= {"learning_rate", "gradient_norm", "images_per_second"}
+    counts = {line["split"]: line["count"] for line in lines if line["split"] != "train_window"}
+    assert counts == {"train": 1600, "val": 180, "test": 100}
+    assert trained.metrics["test"] == lines[-1]
+    assert trained.metrics["test"]["accuracy"] > 0.5
+    checkpoint = out / "checkpoints" / "step-00000200"
+    files = {path.name for path in checkpoint.iterdir()}
+    assert files == {"model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json"}
+
+
+def test_tensorboard_holds_the_tutorials_scalars_and_pictures(trained: Result) -> None:
+    events = EventAccumulator(str(trained.out / "tensorboard"), {"images": 0, "scalars": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"train_loss", "test_loss", "test_accuracy", "val_accuracy", "train_epoch_loss"} <= set(
+        tags["scalars"]
+    )
+    assert {"learning_rate", "gradient_norm", "images_per_second", "memory_mb"} <= set(
+        tags["scalars"]
+    )
+    assert {"test_class/disc", "val_class/ring"} <= set(tags["scalars"])
+    assert {"train_images", "test_wrong", "test_confusion"} <= set(tags["images"])
+    assert tags["graph"]
+    losses = {event.step: event.value for event in events.Scalars("test_loss")}
+    lines = [line for line in read_lines(trained.out) if line["split"] == "test"]
+    assert losses == {line["step"]: pytest.approx(line["loss"]) for line in lines}
+
+
+def test_the_best_is_chosen_by_validation(trained: Result) -> None:
+    lines = [line for line in read_lines(trained.out) if line["split"] == "val"]
+    best = max(lines, key=lambda line: line["accuracy"])
+    assert trained.best is not None
+    assert trained.best["val"] == best
+    assert trained.best["test"]["step"] == best["step"]
+
+
+@pytest.mark.parametrize("step", [1, 4, 7, 10, 13])
+def test_a_stopped_run_continues_as_if_it_had_not(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*RANDOM, "--checkpoint.every_steps", "3"]
+    whole = train(tmp_path / "whole", *options)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(step, patch)
+        train(tmp_path / "stopped", *options)
+    status = json.loads((tmp_path / "stopped" / "status.json").read_text())
+    assert status["state"] == "failed"
+    resumed = train(tmp_path / "stopped", *options)
+    assert digest_of(tmp_path / "stopped") == digest_of(tmp_path / "whole")
+
+    def without_times(result: Result) -> list[dict[str, Any]]:
+        return [
+            {key: value for key, value in line.items() if key not in ("images_per_second", "memory_mb")}
+            for line in read_lines(result.out)
+        ]
+
+    assert without_times(resumed) == without_times(whole)
+    assert resumed.metrics == whole.metrics
+    starts = json.loads((tmp_path / "stopped" / "run.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, step // 3 * 3]
+
+
+def test_curves_are_continuous_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--track.log_with", "[tensorboard]", "--checkpoint.every_steps", "4"]
+    for step in (6, 11):
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_at(step, patch)
+            train(tmp_path, *options)
+    train(tmp_path, *options)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0})
+    events.Reload()
+    steps = [event.step for event in events.Scalars("train_loss")]
+    assert steps == list(range(1, 21))
+    assert [e.step for e in events.Scalars("test_accuracy")] == [10, 20]
+
+
+def test_a_finished_run_is_left_alone_and_more_epochs_continue_it(tmp_path: Path) -> None:
+    first = train(tmp_path / "a", "--train.epochs", "2")
+    before = digest_of(first.out)
+    again = train(tmp_path / "a", "--train.epochs", "2")
+    assert digest_of(again.out) == before
+    assert again.metrics == first.metrics
+    longer = train(tmp_path / "a", "--train.epochs", "3")
+    assert longer.metrics["test"]["epoch"] == 2
+    straight = train(tmp_path / "b", "--train.epochs", "3")
+    assert digest_of(straight.out) == digest_of(longer.out)  # the schedule is constant
+
+
+def test_resume_from_a_named_checkpoint(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", "--checkpoint.keep", "9", *RANDOM)
+    middle = whole.out / "checkpoints" / "step-00000010"
+    other = train(tmp_path / "other", "--resume", str(middle), *RANDOM)
+    assert digest_of(other.out) == digest_of(whole.out)
+    assert [line["split"] for line in read_lines(other.out)].count("test") == 1
+
+
+def test_a_damaged_checkpoint_falls_back(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = train(tmp_path / "whole", *RANDOM)
+    shutil.copytree(tmp_path / "whole", tmp_path / "hurt")
+    newest = tmp_path / "hurt" / "checkpoints" / "step-00000020" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    train(tmp_path / "hurt", *RANDOM)
+    assert "step-00000020" in capfd.readouterr().out
+    assert digest_of(tmp_path / "hurt") == digest_of(whole.out)
+
+
+def test_the_best_checkpoint_survives_pruning(tmp_path: Path) -> None:
+    result = train(
+        *(tmp_path, "--data.val_fraction", "0.2", "--train.epochs", "6", "--checkpoint.keep", "1"),
+        *("--optim.lr", "0.1", "--optim.momentum", "0.9"),  # too high: it gets worse after a while
+    )
+    assert result.best is not None
+    assert result.best["val"]["step"] < 60
+    kept = {int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {60, result.best["val"]["step"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train.batch_size", "400"], "exceeds the 320 training images; give 320 or less"),
+        (["--train.precision", "fp16"], "fp16 is not available on a CPU"),
+        (["--train.sync_batchnorm", "true"], "works on CUDA GPUs only, not on cpu"),
+        (["--track.log_with", "[nonsense]"], "nonsense"),
+        (["--data.name", "imagefolder", "--data.root", "/absent"], "'/absent' is not a folder"),
+        (["--resume", "/absent"], "neither a run folder nor a checkpoint"),
+    ],
+)
+def test_requests_that_cannot_work(
+    options: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = main([*TINY, "--out", str(tmp_path / "out"), *options])
+    errors = capfd.readouterr().err.splitlines()
+    assert code == 2
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert message in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_datasets_stop_before_anything_is_written(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = write_folder(tmp_path / "set", {"train": 36, "test": 9})
+    victim = sorted((root / "test" / "disc").iterdir())[0]
+    victim.write_bytes(b"GIF89a")
+    options = ["--data.name", "imagefolder", "--data.root", str(root), "--out", str(tmp_path / "o")]
+    assert main([*TINY, *options]) == 2
+    error = capfd.readouterr().err
+    assert str(victim) in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+    assert main([*TINY, *options, "--data.bad_images", "skip"]) == 0
+    assert f"left out, cannot be decoded: {victim}" in capfd.readouterr().out
+    facts = json.loads((tmp_path / "o" / "run.json").read_text())
+    assert facts["evaluation_images"] == {"test": 8}
+    assert len(facts["skipped_images"]) == 1
+
+
+def test_a_folder_of_another_recipe_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path / "run", "--train.epochs", "1")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    out = ["--out", str(tmp_path / "run"), "--train.epochs", "1"]
+    for options, message in [
+        (["--optim.lr", "0.5"], "optim.lr is 0.02 there and 0.5 here"),
+        (["--model.name", "deep"], "model.name is tutorial there and deep here"),
+        (["--resume", "never"], "already holds a run"),
+        (["--data.seed", "9"], "data.seed is 0 there and 9 here"),
+    ]:
+        assert main([*TINY, *out, *options]) == 2
+        assert message in capfd.readouterr().err
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_a_checkpoint_of_another_model_or_dataset_is_refused(tmp_path: Path) -> None:
+    train(tmp_path / "run", "--train.epochs", "1")
+    resume = ["--resume", str(tmp_path / "run"), "--train.epochs", "1"]
+    with pytest.raises(UsageError, match="model.name is tutorial there and tutorial-wide here"):
+        train(tmp_path / "new", *resume, "--model.name", "tutorial-wide")
+    root = write_folder(tmp_path / "set", {"train": 36, "test": 9})
+    folder = ["--data.name", "imagefolder", "--data.root", str(root), "--train.epochs", "1"]
+    train(tmp_path / "folder", *folder)
+    sorted((root / "train" / "disc").iterdir())[0].unlink()
+    with pytest.raises(UsageError, match="trained on other images"):
+        train(tmp_path / "folder", *folder)
+
+
+def test_an_unusable_out_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"the run folder .* cannot be used"):
+        train(tmp_path / "file" / "below")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="the training loss is"):
+        train(tmp_path, "--optim.lr", "1e30")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "optim.lr" in status["message"]
+
+
+def test_one_console_line_an_epoch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path)
+    output = capfd.readouterr()
+    assert [line[:9] for line in output.out.splitlines() if line.startswith("epoch")] == [
+        "epoch 1/2",
+        "epoch 2/2",
+    ]
+    assert "1 process on cpu, backend none, precision fp32" in output.out
+    assert "batch 32, 32 per process; 10 steps per epoch (0 images left over)" in output.out
+    assert output.err == ""
+
+
+def test_wrong_images_are_shown_with_both_names(trained: Result) -> None:
+    from cifar_dist.data.synthetic import draw
+    from cifar_dist.tracking import confusion_picture, image_grid, wrong_images
+
+    images = draw(20, 32, seed=(3,))
+    picture = wrong_images(images, [(4, 1), (7, 2)])
+    assert picture is not None
+    assert picture.shape == (76, 512, 3)
+    assert np.array_equal(picture[0:64:2, 0:64:2], images.images[4])
+    assert picture[64:, :64].min() < 100  # the caption
+    assert wrong_images(images, []) is None
+    assert image_grid(images.images).shape == (192, 512, 3)
+    matrix = confusion_picture(np.diag([5] * 10), images.classes)
+    assert matrix[90, 85].tolist() == [0, 0, 255]
