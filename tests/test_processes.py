@@ -1,0 +1,174 @@
+"""Several processes, started as users start them: the same maths, the same samples, no surprises."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cifar_dist import runtime
+from cifar_dist.config import UsageError
+from tests.helpers import TINY, command, digest_of, kill_when, read_lines, run_command
+
+RANDOM = [
+    *("--model.name", "tutorial-relu", "--augment.flip", "random", "--augment.translate", "2"),
+    *("--augment.cutout", "6", "--optim.momentum", "0.9"),
+]
+
+
+def train(processes: int, launcher: str, out: Path, *options: str) -> list[dict[str, Any]]:
+    done = run_command([*command(processes, launcher), *TINY, "--out", str(out), *options])
+    assert done.returncode == 0, done.stderr
+    assert f"{processes} process" in done.stdout
+    return read_lines(out)
+
+
+def test_the_number_of_processes_does_not_change_the_maths(tmp_path: Path) -> None:
+    fifty = ["--data.limit_train", "800"]
+    alone = train(1, "torchrun", tmp_path / "1", *fifty)
+    runs = {
+        "accelerate 2": train(2, "accelerate", tmp_path / "2", *fifty),
+        "torchrun 2": train(2, "torchrun", tmp_path / "3", *fifty),
+        "torchrun 2 x 2": train(2, "torchrun", tmp_path / "4", *fifty, "--train.accumulate", "2"),
+    }
+    assert sum(line["split"] == "train_window" for line in alone) == 50
+    learnt = [line["loss"] for line in alone if line["split"] == "train"]
+    assert learnt[-1] < learnt[0]
+    for name, lines in runs.items():
+        for line, expected in zip(lines, alone, strict=True):
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5), (name, expected)
+            if expected["split"] == "test":
+                counts = (expected["correct"], expected["count"])
+                assert (line["correct"], line["count"]) == counts, name
+    assert digest_of(tmp_path / "2") == digest_of(tmp_path / "3")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_continues_to_the_same_weights(processes: int, tmp_path: Path) -> None:
+    options = [*RANDOM, "--checkpoint.every_steps", "4", "--train.epochs", "3"]
+    train(processes, "accelerate", tmp_path / "whole", *options)
+    out = tmp_path / "killed"
+    start = [*command(processes, "accelerate"), *TINY, "--out", str(out), *options]
+
+    def in_mid_epoch() -> bool:
+        log = out / "metrics.jsonl"
+        return log.is_file() and log.read_text().count("train_window") >= 15
+
+    kill_when(start, in_mid_epoch)
+    assert json.loads((out / "status.json").read_text())["state"] == "running"
+    done = run_command(start)
+    assert done.returncode == 0, done.stderr
+    assert "continues at step" in done.stdout
+    assert digest_of(out) == digest_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
+def test_each_sample_once_when_the_number_of_processes_changes(
+    before: int, after: int, tmp_path: Path
+) -> None:
+    options = [*TINY, *RANDOM, "--out", str(tmp_path / "run"), "--train.epochs", "1"]
+    options += ["--train.batch_size", "30", "--checkpoint.every_steps", "4"]
+    used = {}
+    for processes, stop_at in ((before, 6), (after, 0)):
+        folder = tmp_path / f"until {stop_at}"
+        folder.mkdir()
+        worker = [*command(processes, module="tests.worker"), "record_positions"]
+        done = run_command([*worker, str(folder), str(stop_at), *options])
+        assert (done.returncode == 0) == (stop_at == 0), done.stderr
+        assert len(list(folder.iterdir())) == processes
+        lines = "".join(file.read_text() for file in folder.iterdir()).splitlines()
+        used[stop_at] = [json.loads(line) for line in lines]
+    assert {step for step, _ in used[6]} == set(range(1, 7))
+    assert {step for step, _ in used[0]} == set(range(5, 11))  # the checkpoint was of step 4
+    kept = [*used[0], *(entry for entry in used[6] if entry[0] <= 4)]
+    counts = Counter(position for _, positions in kept for position in positions)
+    assert set(counts.values()) == {1}
+    assert len(counts) == 300  # of 320 images; 20 fill no batch
+
+
+def test_evaluation_counts_every_image_once_on_any_number_of_processes(tmp_path: Path) -> None:
+    results = {}
+    for processes in (1, 2, 3):
+        out = tmp_path / f"{processes}.json"
+        worker = command(processes, module="tests.worker")
+        done = run_command([*worker, "evaluate_sizes", str(out)])
+        assert done.returncode == 0, done.stderr
+        results[processes] = json.loads(out.read_text())
+    assert [entry[:2] for entry in results[1]] == [[size, size] for size in range(1, 66)]
+    assert results[1] == results[2] == results[3]
+
+
+def test_a_launcher_that_started_one_of_two_is_refused(tmp_path: Path) -> None:
+    launch = command(2, "accelerate")
+    launch[launch.index("--multi_gpu")] = "--cpu"
+    done = run_command([*launch, *TINY, "--out", str(tmp_path / "out")])
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "accelerate launch --multi_gpu --num_processes 2 -m cifar_dist.train" in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_that_does_not_divide_names_those_that_do(tmp_path: Path) -> None:
+    done = run_command(
+        [*command(2), *TINY, "--out", str(tmp_path / "out"), "--train.batch_size", "33"]
+    )
+    assert done.returncode != 0
+    assert "does not divide among 2 processes; the nearest that work: 32, 34" in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_all_cores_are_used_whatever_the_launcher_sets(launcher: str) -> None:
+    cores = runtime.usable_cores()
+    for processes in (1, 2):
+        worker = [*command(processes, launcher, "tests.worker"), "show_threads"]
+        done = run_command(worker)
+        expected = max(1, cores // processes)
+        assert done.stdout.split() == [f"threads={expected}"] * processes, done.stderr
+    done = run_command(worker, OMP_NUM_THREADS="3")
+    assert done.stdout.split() == ["threads=3"] * 2, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_RANK is not set"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks"),
+        (
+            {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"},
+            "started only this one",
+        ),
+    ],
+)
+def test_environments_in_which_accelerate_would_train_alone(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message):
+        runtime._asked_world_size()
+
+
+def test_accumulation_set_behind_the_recipes_back_is_refused(tmp_path: Path) -> None:
+    done = run_command(
+        [*command(), *TINY, "--out", str(tmp_path / "out")],
+        ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4",
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set")
+
+
+def test_a_precision_chosen_with_the_launcher_is_used(tmp_path: Path) -> None:
+    launch = command(1, "accelerate")
+    launch[launch.index("--mixed_precision") + 1] = "bf16"
+    done = run_command([*launch, *TINY, "--out", str(tmp_path), "--train.epochs", "1"])
+    assert "precision bf16" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "run.json").read_text())["precision"] == "bf16"
+
+
+def test_the_cores_of_this_process_are_those_it_may_use() -> None:
+    assert 1 <= runtime.usable_cores() <= (os.cpu_count() or 1)

@@ -1,0 +1,83 @@
+"""Programs that tests start on several processes: `python -m tests.worker NAME [arguments]`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def evaluate_sizes(out: str) -> None:
+    """Evaluate sets of 1 to 65 images; rank 0 writes what was counted."""
+    from cifar_dist.config import AugmentConfig, TrainConfig
+    from cifar_dist.data.augment import Pixels
+    from cifar_dist.data.batches import build_evaluation_loader
+    from cifar_dist.data.synthetic import draw
+    from cifar_dist.engine import evaluate
+    from cifar_dist.runtime import leave_processes, start_processes
+
+    import cifar_dist.data.batches as batches
+
+    batches.EVALUATION_BATCH = 8  # so that the sets span several batches and ragged tails
+    accelerator = start_processes(TrainConfig())
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+    pixels = Pixels((0.5,) * 3, (0.25,) * 3, AugmentConfig(), 0)
+    images = draw(65, 8, seed=(0,))
+    counted = []
+    for size in range(1, 66):
+        loader = build_evaluation_loader(accelerator, images.limited(size, seed=size))
+        result = evaluate(accelerator, network, loader, pixels, classes=10)
+        counted.append([size, result.totals.count, result.totals.correct, result.confusion.tolist()])
+    if accelerator.is_main_process:
+        Path(out).write_text(json.dumps(counted))
+    leave_processes()
+
+
+def record_positions(folder: str, stop_at: str, *arguments: str) -> None:
+    """Train, and append each position trained on with its step; die after a step unless it is 0."""
+    from cifar_dist import engine
+    from cifar_dist.data.augment import Pixels
+    from cifar_dist.train import main
+
+    rank = os.environ.get("RANK", "0")
+    original, seen = Pixels.for_training, []
+
+    def for_training(self: Pixels, batch: Any, epoch: int) -> torch.Tensor:
+        seen.append(batch.positions.tolist())
+        return original(self, batch, epoch)
+
+    Pixels.for_training = for_training  # type: ignore[method-assign]
+    train_epoch = engine.train_epoch
+
+    def recorded(accelerator: Any, state: Any, *others: Any) -> Any:
+        for result in train_epoch(accelerator, state, *others):
+            with open(f"{folder}/{rank}.jsonl", "a") as file:
+                for positions in seen:
+                    file.write(json.dumps([state.step, positions]) + "\n")
+            seen.clear()
+            if state.step == int(stop_at):
+                accelerator.wait_for_everyone()
+                os._exit(9)
+            yield result
+
+    engine.train_epoch = recorded  # type: ignore[assignment]
+    sys.exit(main(arguments))
+
+
+def show_threads() -> None:
+    """Print how many threads each process uses."""
+    from cifar_dist.config import TrainConfig
+    from cifar_dist.runtime import leave_processes, start_processes
+
+    start_processes(TrainConfig())
+    print(f"threads={torch.get_num_threads()}", flush=True)
+    leave_processes()
+
+
+if __name__ == "__main__":
+    {f.__name__: f for f in (evaluate_sizes, record_positions, show_threads)}[sys.argv[1]](
+        *sys.argv[2:]
+    )
