@@ -82,14 +82,14 @@ def evaluate_checkpoint(
     accelerator = start_processes(recipe.train)
     wanted = dataclasses.replace(data or recipe.data, image_size=checkpoint.state["image_size"])
     split, images = load_evaluation(wanted, split)
-    check_classes(images, classes)
+    _check_classes(images, classes)
     pixels = Pixels(
         checkpoint.state["mean"], checkpoint.state["std"], recipe.augment, recipe.train.seed
     )
     result = evaluate(
         accelerator,
         restore_network(checkpoint).to(accelerator.device),
-        build_evaluation_loader(accelerator, images),
+        build_evaluation_loader(accelerator, images.relabelled(tuple(classes))),
         pixels,
         len(classes),
         tta,
@@ -137,7 +137,7 @@ def restore_network(checkpoint: Checkpoint) -> nn.Module:
     return network.eval()
 
 
-def check_classes(images: Images, classes: Sequence[str]) -> None:
+def _check_classes(images: Images, classes: Sequence[str]) -> None:
     """Refuse a dataset whose classes are not those the checkpoint knows, naming the difference."""
     missing, extra = set(classes) - set(images.classes), set(images.classes) - set(classes)
     parts = [

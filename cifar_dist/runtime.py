@@ -50,14 +50,14 @@ def start_processes(train: TrainConfig, log_with: Sequence[str] = ()) -> "Accele
 
     # A second run in one Python, as in a notebook, may ask for another precision.
     AcceleratorState._reset_state()
-    use_cpu = asked > 1 and not _several_devices_usable()
-    if use_cpu and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+    use_cpu = _cpu_is_meant(asked)
+    if use_cpu and asked > 1 and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         # On one machine: gloo's own choice needs the host name to resolve to a working address.
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     try:
         accelerator = Accelerator(
-            cpu=use_cpu or None,
+            cpu=use_cpu,
             mixed_precision=_choose_precision(train.precision, use_cpu),
             # Slices of global batches, never padded: no sample is trained or counted twice.
             dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False),
@@ -149,30 +149,30 @@ def _asked_world_size() -> int:
     return 1
 
 
-def _several_devices_usable() -> bool:
-    """Say whether this machine has accelerators that several processes can train on together."""
+def _cpu_is_meant(processes: int) -> bool:
+    """Say whether to train on the CPU: as the launcher was told, or for want of anything else."""
     import torch
 
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return True
     device = torch.accelerator.current_accelerator(check_available=True)
-    return device is not None and device.type != "mps"
+    # Without being told, Accelerate would let each of several processes train alone.
+    return device is None or (device.type == "mps" and processes > 1)
 
 
 def _choose_precision(asked: str, use_cpu: bool) -> str:
     import torch
 
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    forced_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    device = torch.accelerator.current_accelerator(check_available=True)
-    kind = "cpu" if device is None or use_cpu or forced_cpu else device.type
     precision = launcher if asked == "auto" else asked
     require(
-        not (precision == "fp16" and kind == "cpu"),
+        not (precision == "fp16" and use_cpu),
         "fp16 is not available on a CPU (Accelerate would train in fp32 without saying so); "
         "use --train.precision no or bf16",
     )
     if asked != "auto" or launcher != "no":
         return precision
-    if kind != "cuda":
+    if use_cpu or not torch.cuda.is_available():
         return "no"
     # Older GPUs report bf16 as supported but emulate it.
     return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"

@@ -25,7 +25,9 @@ TINY = [
 ]
 
 
-def command(processes: int = 1, launcher: str = "torchrun", module: str = "cifar_dist.train") -> list[str]:
+def command(
+    processes: int = 1, launcher: str = "torchrun", module: str = "cifar_dist.train"
+) -> list[str]:
     """Return the command line that starts `module` on several processes."""
     if processes == 1 and launcher == "torchrun":
         return [sys.executable, "-m", module]

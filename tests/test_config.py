@@ -133,9 +133,7 @@ def test_reading_options_imports_neither_torch_nor_torchvision() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == (
-        "error: unknown option '--train.epoch'; did you mean 'train.epochs'?\n"
-    )
+    assert done.stderr == ("error: unknown option '--train.epoch'; did you mean 'train.epochs'?\n")
 
 
 def test_cache_folder_follows_the_recipe_then_the_environment(

@@ -26,7 +26,9 @@ def test_parameter_counts(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", ["tutorial", "tutorial-relu", "deep", "residual", "vgg16"] + ["resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    "name", ["tutorial", "tutorial-relu", "deep", "residual", "vgg16"] + ["resnet18", "resnet50"]
+)
 @pytest.mark.parametrize("size", [5, 28, 48])
 def test_any_image_size_and_class_count(name: str, size: int) -> None:
     model = build_model(ModelConfig(name=name), classes=7)  # type: ignore[arg-type]

@@ -114,7 +114,11 @@ def test_a_stopped_run_continues_as_if_it_had_not(
 
     def without_times(result: Result) -> list[dict[str, Any]]:
         return [
-            {key: value for key, value in line.items() if key not in ("images_per_second", "memory_mb")}
+            {
+                key: value
+                for key, value in line.items()
+                if key not in ("images_per_second", "memory_mb")
+            }
             for line in read_lines(result.out)
         ]
 
@@ -160,9 +164,7 @@ def test_resume_from_a_named_checkpoint(tmp_path: Path) -> None:
     assert [line["split"] for line in read_lines(other.out)].count("test") == 1
 
 
-def test_a_damaged_checkpoint_falls_back(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_checkpoint_falls_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     whole = train(tmp_path / "whole", *RANDOM)
     shutil.copytree(tmp_path / "whole", tmp_path / "hurt")
     newest = tmp_path / "hurt" / "checkpoints" / "step-00000020" / "model.safetensors"

@@ -30,7 +30,9 @@ def evaluate_sizes(out: str) -> None:
     for size in range(1, 66):
         loader = build_evaluation_loader(accelerator, images.limited(size, seed=size))
         result = evaluate(accelerator, network, loader, pixels, classes=10)
-        counted.append([size, result.totals.count, result.totals.correct, result.confusion.tolist()])
+        counted.append(
+            [size, result.totals.count, result.totals.correct, result.confusion.tolist()]
+        )
     if accelerator.is_main_process:
         Path(out).write_text(json.dumps(counted))
     leave_processes()

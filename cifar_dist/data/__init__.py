@@ -88,9 +88,13 @@ def load_evaluation(config: DataConfig, split: str | None) -> tuple[str, Images]
         dataset = load_dataset(config)
         parts = {**dataset.evaluation, "train": dataset.train}
     else:
-        parts = DATASETS[config.name](config).splits
+        limits = {"train": config.limit_train}
+        parts = {
+            name: images.limited(limits.get(name, config.limit_test), config.seed)
+            for name, images in DATASETS[config.name](config).splits.items()
+        }
     names = [split] if split else ["test", "val", "train"]
     found = next((name for name in names if name in parts), None)
     if found is None:
         raise UsageError(f"'{config.root}' has no '{split}' part; it has {', '.join(parts)}")
-    return found, parts[found].limited(config.limit_test, config.seed)
+    return found, parts[found]

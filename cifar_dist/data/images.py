@@ -39,6 +39,11 @@ class Images:
         """Return the subset at `positions` (int64 [M], indices into this set), in their order."""
         return replace(self, rows=self.selected[positions])
 
+    def relabelled(self, classes: tuple[str, ...]) -> "Images":
+        """Return the same images with labels that index `classes`, the same names in any order."""
+        places = np.array([classes.index(name) for name in self.classes])
+        return replace(self, labels=places[self.labels], classes=classes)
+
     def limited(self, count: int | None, seed: int) -> "Images":
         """Return `count` images chosen by `seed`, or all of them if there are no more."""
         if count is None or count >= len(self):

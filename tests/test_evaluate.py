@@ -1,0 +1,172 @@
+"""Measuring and predicting from a checkpoint, through the commands."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar_dist import evaluate, predict
+from cifar_dist.config import UsageError
+from cifar_dist.data.synthetic import draw
+from cifar_dist.evaluate import evaluate_checkpoint
+from cifar_dist.train import Result
+from tests.helpers import command, read_lines, run_command, write_folder
+
+
+def measure(trained: Result, capfd: pytest.CaptureFixture[str], *options: str) -> dict:
+    capfd.readouterr()
+    assert evaluate.main(["--checkpoint", str(trained.out), "--json", *options]) == 0
+    return dict(json.loads(capfd.readouterr().out))
+
+
+def test_it_gives_the_integers_of_the_run(
+    trained: Result, capfd: pytest.CaptureFixture[str]
+) -> None:
+    last = read_lines(trained.out)[-1]
+    result = measure(trained, capfd)
+    assert (result["split"], result["step"]) == ("test", last["step"])
+    assert (result["correct"], result["count"]) == (last["correct"], last["count"])
+    assert result["loss"] == last["loss"]
+    assert np.trace(result["confusion"]) == result["correct"]
+    assert list(result["per_class"]) == list(draw(1, 8, (0,)).classes)
+    shares = [share for share in result["per_class"].values()]
+    assert np.mean(shares) == pytest.approx(result["accuracy"])  # as many images of each class
+    assert 0 <= result["calibration_error"] <= 1
+    val = next(line for line in reversed(read_lines(trained.out)) if line["split"] == "val")
+    held_out = measure(trained, capfd, "--split", "val")
+    assert (held_out["correct"], held_out["count"]) == (val["correct"], val["count"])
+    assert measure(trained, capfd, "--split", "train")["count"] == 1600
+
+
+def test_best_step_and_views(trained: Result, capfd: pytest.CaptureFixture[str]) -> None:
+    assert trained.best is not None
+    best = measure(trained, capfd, "--best")
+    assert (best["step"], best["correct"]) == (
+        trained.best["test"]["step"],
+        trained.best["test"]["correct"],
+    )
+    views = measure(trained, capfd, "--tta", "flip_shift")
+    assert views["tta"] == "flip_shift"
+    assert views["loss"] != measure(trained, capfd)["loss"]
+
+
+def test_the_table_names_every_class(trained: Result, capfd: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["--checkpoint", str(trained.out)]) == 0
+    output = capfd.readouterr().out
+    last = read_lines(trained.out)[-1]
+    assert f"({last['correct']}/{last['count']})" in output
+    for name in draw(1, 8, (0,)).classes:
+        assert f"\n{name} " in output
+
+
+def test_two_processes_count_the_same(trained: Result) -> None:
+    start = command(2, module="cifar_dist.evaluate")
+    done = run_command([*start, "--checkpoint", str(trained.out), "--json"])
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    last = read_lines(trained.out)[-1]
+    assert (result["correct"], result["count"]) == (last["correct"], last["count"])
+
+
+def test_another_folder_with_the_same_classes(
+    trained: Result, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = write_folder(tmp_path / "set", {"test": 50}, classes=10)
+    options = ["--data.name", "imagefolder", "--data.root", str(root)]
+    assert measure(trained, capfd, *options)["count"] == 50
+    assert measure(trained, capfd, *options[:3], str(root / "test"))["count"] == 50
+
+
+def test_a_missing_class_is_refused_by_name(
+    trained: Result, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = write_folder(tmp_path / "set", {"test": 45}, classes=9)
+    options = ["--data.name", "imagefolder", "--data.root", str(root)]
+    assert evaluate.main(["--checkpoint", str(trained.out), *options]) == 2
+    error = capfd.readouterr().err
+    assert error == ("error: the dataset's classes are not the checkpoint's; missing: four dots\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--checkpoint", "/absent"], "neither a run folder nor a checkpoint"),
+        (["--chekpoint", "x"], "did you mean 'checkpoint'?"),
+        ([], "checkpoint"),
+    ],
+)
+def test_bad_requests(options: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(options) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_weights_of_another_architecture_are_refused(trained: Result, tmp_path: Path) -> None:
+    import shutil
+
+    from cifar_dist.checkpoint import find_checkpoint, save_checkpoint
+
+    checkpoint = find_checkpoint(str(trained.out))[1]
+    checkpoint.state["recipe"]["model"]["name"] = "deep"
+    path = save_checkpoint(tmp_path, 1, checkpoint)
+    with pytest.raises(UsageError, match="do not fit the model deep"):
+        evaluate_checkpoint(str(path))
+    shutil.rmtree(path)
+
+
+def test_predict_names_images_of_any_kind(
+    trained: Result, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shape = Image.fromarray(draw(10, 32, seed=(11,)).images[3])
+    alpha = shape.resize((64, 64)).convert("RGBA")
+    alpha.putalpha(Image.new("L", (64, 64), 200))
+    alpha.save(tmp_path / "alpha.png")
+    shape.convert("L").save(tmp_path / "grey.jpg")
+    shape.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    capfd.readouterr()
+    files = [str(tmp_path / name) for name in ("alpha.png", "cmyk.jpg", "grey.jpg")]
+    options = ["--checkpoint", str(trained.out)]
+    assert predict.main([*options, "--json", "--top", "10", *files]) == 0
+    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [row["image"] for row in rows] == files
+    for row in rows:
+        probabilities = [entry["probability"] for entry in row["classes"]]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert {entry["class"] for entry in row["classes"]} == set(draw(1, 8, (0,)).classes)
+    assert predict.main([*options, str(tmp_path)]) == 0
+    table = capfd.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in table] == files
+    assert table[0].count(",") == 2
+
+
+def test_predict_agrees_with_evaluate(trained: Result, tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", {"test": 60}, classes=10)
+    from cifar_dist.config import DataConfig
+
+    measured = evaluate_checkpoint(str(trained.out), DataConfig(name="imagefolder", root=str(root)))
+    predictions = predict.predict(str(trained.out), [root], top=1)
+    right = sum(
+        Path(prediction["image"]).parent.name == prediction["classes"][0]["class"]
+        for prediction in predictions
+    )
+    assert (right, len(predictions)) == (measured["correct"], measured["count"])
+
+
+def test_predict_refuses_what_is_no_image(
+    trained: Result, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.png").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    for name, message in [
+        ("x.png", "x.png' is not an image that can be read"),
+        ("absent.png", "does not exist"),
+        ("empty", "holds no image file"),
+    ]:
+        assert predict.main(["--checkpoint", str(trained.out), str(tmp_path / name)]) == 2
+        error = capfd.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
