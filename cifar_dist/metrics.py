@@ -117,7 +117,7 @@ def summarise(
     confidence = confidence.astype(np.float64)
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     parts = [
-        np.array([losses.double().sum().item() if len(losses) else 0.0]),
+        np.array([losses.cpu().double().sum().item() if len(losses) else 0.0]),
         np.bincount(truth * classes + predicted, minlength=classes * classes),
         np.bincount(bins, minlength=CALIBRATION_BINS),
         np.bincount(bins, weights=predicted == truth, minlength=CALIBRATION_BINS),

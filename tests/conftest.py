@@ -23,8 +23,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """A finished run that has learnt something, with a validation share and TensorBoard files."""
     out = tmp_path_factory.mktemp("trained") / "run"
     recipe, _ = parse_recipe(
-        [*TINY, "--out", str(out), "--data.limit_train", "1600", "--data.val_fraction", "0.1"]
-        + ["--optim.name", "adamw", "--optim.lr", "0.003", "--model.name", "tutorial-relu"]
-        + ["--train.epochs", "4", "--track.log_with", "[tensorboard]", "--track.every_steps", "20"]
+        [
+            *TINY,
+            "--out",
+            str(out),
+            "--data.limit_train",
+            "1600",
+            "--data.val_fraction",
+            "0.1",
+            "--optim.name",
+            "adamw",
+            "--optim.lr",
+            "0.003",
+            "--model.name",
+            "tutorial-relu",
+            "--train.epochs",
+            "4",
+            "--track.log_with",
+            "[tensorboard]",
+            "--track.every_steps",
+            "20",
+        ]
     )
     return run(recipe)

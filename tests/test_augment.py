@@ -30,7 +30,7 @@ def test_draws_are_uniform_and_unrelated() -> None:
     }
     for values in draws.values():
         assert values.dtype == torch.float32
-        assert 0 <= values.min()
+        assert values.min() >= 0
         assert values.max() < 1
         counts = torch.histc(values, bins=20, min=0, max=1)
         chi_square = ((counts - 5000) ** 2 / 5000).sum()

@@ -63,7 +63,7 @@ def test_damage_is_found_and_the_one_before_is_used(
 
 def test_with_all_damaged_nothing_starts_over(tmp_path: Path) -> None:
     (save_checkpoint(tmp_path, 1, sample()) / "state.json").write_text("{}")
-    with pytest.raises(UsageError, match="no checkpoint in .* is whole"):
+    with pytest.raises(UsageError, match=r"no checkpoint in .* is whole"):
         load_newest(tmp_path)
     assert load_newest(tmp_path / "absent") is None
 

@@ -30,7 +30,18 @@ def archive() -> tuple[bytes, dict[str, str]]:
         )
         for number, name in enumerate(names)
     }
-    classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    classes = [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
     files["batches.meta"] = pickle.dumps({"label_names": classes})
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:

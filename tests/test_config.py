@@ -51,8 +51,12 @@ def test_default_recipe_and_overrides() -> None:
 
 @pytest.mark.parametrize(
     ("choices", "section"),
-    [(MODELS, ModelConfig), (DATASETS, DataConfig), (OPTIMIZERS, OptimConfig)]
-    + [(SCHEDULES, ScheduleConfig)],
+    [
+        (MODELS, ModelConfig),
+        (DATASETS, DataConfig),
+        (OPTIMIZERS, OptimConfig),
+        (SCHEDULES, ScheduleConfig),
+    ],
 )
 def test_names_in_recipes_are_those_that_exist(choices: dict, section: type) -> None:
     assert set(get_args(get_type_hints(section)["name"])) == set(choices)

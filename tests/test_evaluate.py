@@ -31,7 +31,7 @@ def test_it_gives_the_integers_of_the_run(
     assert result["loss"] == last["loss"]
     assert np.trace(result["confusion"]) == result["correct"]
     assert list(result["per_class"]) == list(draw(1, 8, (0,)).classes)
-    shares = [share for share in result["per_class"].values()]
+    shares = list(result["per_class"].values())
     assert np.mean(shares) == pytest.approx(result["accuracy"])  # as many images of each class
     assert 0 <= result["calibration_error"] <= 1
     val = next(line for line in reversed(read_lines(trained.out)) if line["split"] == "val")

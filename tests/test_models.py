@@ -27,7 +27,7 @@ def test_parameter_counts(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tutorial", "tutorial-relu", "deep", "residual", "vgg16"] + ["resnet18", "resnet50"]
+    "name", ["tutorial", "tutorial-relu", "deep", "residual", "vgg16", "resnet18", "resnet50"]
 )
 @pytest.mark.parametrize("size", [5, 28, 48])
 def test_any_image_size_and_class_count(name: str, size: int) -> None:

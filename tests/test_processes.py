@@ -1,4 +1,4 @@
-"""Several processes, started as users start them: the same maths, the same samples, no surprises."""
+"""Several processes, started as users start them: same maths, same samples, no surprises."""
 
 import json
 import os

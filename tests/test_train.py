@@ -104,9 +104,10 @@ def test_a_stopped_run_continues_as_if_it_had_not(
 ) -> None:
     options = [*RANDOM, "--checkpoint.every_steps", "3"]
     whole = train(tmp_path / "whole", *options)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         stop_at(step, patch)
-        train(tmp_path / "stopped", *options)
+        with pytest.raises(Stopped):
+            train(tmp_path / "stopped", *options)
     status = json.loads((tmp_path / "stopped" / "status.json").read_text())
     assert status["state"] == "failed"
     resumed = train(tmp_path / "stopped", *options)
@@ -133,9 +134,10 @@ def test_curves_are_continuous_after_a_resume(
 ) -> None:
     options = ["--track.log_with", "[tensorboard]", "--checkpoint.every_steps", "4"]
     for step in (6, 11):
-        with monkeypatch.context() as patch, pytest.raises(Stopped):
+        with monkeypatch.context() as patch:
             stop_at(step, patch)
-            train(tmp_path, *options)
+            with pytest.raises(Stopped):
+                train(tmp_path, *options)
     train(tmp_path, *options)
     events = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0})
     events.Reload()
@@ -247,7 +249,7 @@ def test_a_folder_of_another_recipe_is_refused(
 def test_a_checkpoint_of_another_model_or_dataset_is_refused(tmp_path: Path) -> None:
     train(tmp_path / "run", "--train.epochs", "1")
     resume = ["--resume", str(tmp_path / "run"), "--train.epochs", "1"]
-    with pytest.raises(UsageError, match="model.name is tutorial there and tutorial-wide here"):
+    with pytest.raises(UsageError, match=r"model\.name is tutorial there and tutorial-wide here"):
         train(tmp_path / "new", *resume, "--model.name", "tutorial-wide")
     root = write_folder(tmp_path / "set", {"train": 36, "test": 9})
     folder = ["--data.name", "imagefolder", "--data.root", str(root), "--train.epochs", "1"]

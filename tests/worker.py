@@ -11,14 +11,13 @@ import torch
 
 def evaluate_sizes(out: str) -> None:
     """Evaluate sets of 1 to 65 images; rank 0 writes what was counted."""
+    import cifar_dist.data.batches as batches
     from cifar_dist.config import AugmentConfig, TrainConfig
     from cifar_dist.data.augment import Pixels
     from cifar_dist.data.batches import build_evaluation_loader
     from cifar_dist.data.synthetic import draw
     from cifar_dist.engine import evaluate
     from cifar_dist.runtime import leave_processes, start_processes
-
-    import cifar_dist.data.batches as batches
 
     batches.EVALUATION_BATCH = 8  # so that the sets span several batches and ragged tails
     accelerator = start_processes(TrainConfig())

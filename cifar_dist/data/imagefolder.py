@@ -6,7 +6,6 @@ the largest centred square cut out and scaled (bicubic). Of an animation the fir
 """
 
 import hashlib
-import os
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from PIL import Image, ImageOps
 from cifar_dist.config import DataConfig, cache_folder, require
 from cifar_dist.data.cache import CacheWriter, load_or_build
 from cifar_dist.data.images import Source
+from cifar_dist.runtime import usable_cores
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VALIDATION = ("val", "valid", "validation")
@@ -168,7 +168,7 @@ def _decode_all(
             return str(error)
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         reasons = tqdm(
             pool.map(decode, range(len(entries)), chunksize=64),
             f"decoding {split}",
