@@ -11,12 +11,10 @@ import psutil
 import torch
 from accelerate import Accelerator
 from torch.nn.utils import get_total_norm
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cifar_dist.data.augment import augment
 from cifar_dist.data.batches import Batch
-from cifar_dist.engine import average_buffers, evaluate
 from cifar_dist.metrics import Evaluation, Totals
 from cifar_dist.runfolder import describe_run, write_status
 from cifar_dist.runtime import describe_device, precision_in_force
@@ -87,9 +85,21 @@ def show_inputs(session: Session) -> None:
     tracker.graph(session.state.network, pixels.for_evaluation(batch.images[:1]).to(device))
 
 
+def progress_bar(session: Session, epoch: int) -> Any:
+    """Return a bar over the steps of an epoch, shown on a terminal only."""
+    shown = session.accelerator.is_main_process and sys.stderr.isatty()
+    return tqdm(
+        total=session.steps_per_epoch,
+        initial=session.state.step % session.steps_per_epoch,
+        desc=f"epoch {epoch + 1}/{session.recipe.train.epochs}",
+        unit=" steps",
+        leave=False,
+        disable=not shown,
+    )
+
+
 def report_window(session: Session, epoch: int) -> None:
     """Record the training loss since the report before; every process must call it."""
-
     state = session.state
     totals = state.tally.totals(session.accelerator)
     window, session.reported = totals.since(session.reported), totals
@@ -107,25 +117,18 @@ def report_window(session: Session, epoch: int) -> None:
         session.tracker.scalars({"train_loss": window.loss, **values}, state.step)
 
 
-def report_epoch(session: Session, epoch: int, evaluation: Mapping[str, DataLoader]) -> None:
-    """Measure after an epoch, record everything and keep track of the best."""
-    state, accelerator = session.state, session.accelerator
-    train = state.tally.totals(accelerator)
+def report_epoch(session: Session, epoch: int, results: Mapping[str, Evaluation]) -> None:
+    """Record an epoch and what was measured after it; every process must call it."""
+    state = session.state
+    train = state.tally.totals(session.accelerator)
     _refuse_non_finite(train, state.step)
-    average_buffers(accelerator, state.network, state.average)
-    results = {
-        name: evaluate(
-            accelerator, state.evaluated, loader, session.pixels, len(session.dataset.classes)
-        )
-        for name, loader in evaluation.items()
-    }
     lines = [_line("train", epoch, state.step, train)]
     lines += [_line(name, epoch, state.step, result.totals) for name, result in results.items()]
     session.metrics = {line["split"]: line for line in lines}
     if "val" in results and session.metrics["val"]["accuracy"] > session.best["accuracy"]:
         accuracy = session.metrics["val"]["accuracy"]
         session.best = {"step": state.step, "accuracy": accuracy, "metrics": session.metrics}
-    state.tally.restart(Totals(), accelerator)
+    state.tally.restart(Totals(), session.accelerator)
     session.reported = Totals()
     if session.log is None:
         return
@@ -176,25 +179,10 @@ def _line(split: str, epoch: int, step: int, totals: Totals) -> dict[str, Any]:
 
 
 def _memory_used(accelerator: Accelerator) -> float:
-    """Return the most memory in use so far: of the GPU, else of this process; megabytes."""
+    """Return the peak of the GPU's memory, else what this process has resident; megabytes."""
     if accelerator.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-
     return float(psutil.Process().memory_info().rss) / 1e6
-
-
-def progress_bar(session: Session, epoch: int) -> Any:
-    """Return a bar over the steps of an epoch, shown on a terminal only."""
-
-    shown = session.accelerator.is_main_process and sys.stderr.isatty()
-    return tqdm(
-        total=session.steps_per_epoch,
-        initial=session.state.step % session.steps_per_epoch,
-        desc=f"epoch {epoch + 1}/{session.recipe.train.epochs}",
-        unit=" steps",
-        leave=False,
-        disable=not shown,
-    )
 
 
 def _refuse_non_finite(totals: Totals, step: int) -> None:

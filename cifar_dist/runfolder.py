@@ -58,8 +58,10 @@ def claim(recipe: Recipe) -> Path:
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = Path(recipe.out or f"runs/{recipe.name}-{stamp}").expanduser()
+    while not recipe.out and out.exists():  # another run started in this second
+        out = out.with_name(f"{out.name}-again")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=bool(recipe.out))
         replace_file(out / "recipe.yaml", dump_recipe(recipe))
     except OSError as error:
         raise UsageError(

@@ -90,18 +90,18 @@ def run(recipe: Recipe, origin: str = "Python") -> Result:
 def _train(session: Session) -> None:
     """Train the epochs that are left."""
     from cifar_dist.data.batches import build_evaluation_loader, build_loader
-    from cifar_dist.engine import train_epoch
+    from cifar_dist.engine import average_buffers, evaluate, train_epoch
     from cifar_dist.reporting import progress_bar, report_epoch, report_window
     from cifar_dist.schedule import learning_rate
     from cifar_dist.session import save
 
-    recipe, state, steps = session.recipe, session.state, session.steps_per_epoch
-    train = recipe.train
+    accelerator, recipe, state = session.accelerator, session.recipe, session.state
+    train, steps, classes = recipe.train, session.steps_per_epoch, len(session.dataset.classes)
     loader, order = build_loader(
-        session.accelerator, session.dataset.train, train.batch_size // train.accumulate, train.seed
+        accelerator, session.dataset.train, train.batch_size // train.accumulate, train.seed
     )
     evaluation = {
-        name: build_evaluation_loader(session.accelerator, images)
+        name: build_evaluation_loader(accelerator, images)
         for name, images in session.dataset.evaluation.items()
     }
 
@@ -112,17 +112,20 @@ def _train(session: Session) -> None:
         order.start_at(epoch, state.step % steps * train.accumulate)
         bar = progress_bar(session, epoch)
         session.clock = time.monotonic()
-        for _ in train_epoch(
-            session.accelerator, state, loader, session.pixels, train, schedule, epoch
-        ):
+        for _ in train_epoch(accelerator, state, loader, session.pixels, train, schedule, epoch):
             bar.update()
-            if recipe.track.every_steps and state.step % recipe.track.every_steps == 0:
+            if _due(recipe.track.every_steps, state.step):
                 report_window(session, epoch)
             within = state.step % steps != 0  # an epoch's last step is saved after evaluation
             if within and _due(recipe.checkpoint.every_steps, state.step):
                 save(session)
         bar.close()
-        report_epoch(session, epoch, evaluation)
+        average_buffers(accelerator, state.network, state.average)
+        results = {
+            name: evaluate(accelerator, state.evaluated, part, session.pixels, classes)
+            for name, part in evaluation.items()
+        }
+        report_epoch(session, epoch, results)
         if (
             epoch + 1 == train.epochs
             or session.best["step"] == state.step
