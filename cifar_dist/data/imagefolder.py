@@ -92,6 +92,10 @@ def find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
                 if which
             ),
         )
+    require(
+        len(names[first]) >= 2,
+        f"{parts[first]} holds {len(names[first])} class folders; at least 2 are needed",
+    )
     files: Files = {}
     for split, folder in parts.items():
         files[split] = []
@@ -140,16 +144,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _class_names(folder: Path) -> list[str]:
-    names = sorted(
+    return sorted(
         entry.name
         for entry in folder.iterdir()
         if entry.is_dir() and not entry.name.startswith(".")
     )
-    require(
-        len(names) >= 2,
-        f"{folder} holds {len(names)} class folders; at least 2 are needed, one a class",
-    )
-    return names
 
 
 def _decode_all(
