@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 TWO_ON_CPU = "accelerate launch --multi_gpu --num_processes 2 -m cifar_dist.train ..."
 
 
@@ -55,6 +56,7 @@ def start_processes(train: TrainConfig, log_with: Sequence[str] = ()) -> "Accele
         # On one machine: gloo's own choice needs the host name to resolve to a working address.
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    _use_all_cores()
     try:
         accelerator = Accelerator(
             cpu=use_cpu,
@@ -68,7 +70,6 @@ def start_processes(train: TrainConfig, log_with: Sequence[str] = ()) -> "Accele
     except ValueError as error:
         raise UsageError(f"Accelerate refuses this configuration: {error}") from error
     _check(accelerator, asked, log_with, train)
-    _use_all_cores(accelerator)
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     return accelerator
@@ -201,7 +202,7 @@ def _check(
     )
 
 
-def _use_all_cores(accelerator: "Accelerator") -> None:
+def _use_all_cores() -> None:
     """Share the cores among the processes of this machine, unless the user chose a number.
 
     accelerate launch and torchrun set OMP_NUM_THREADS to 1, which would leave cores idle. What the
@@ -217,8 +218,10 @@ def _use_all_cores(accelerator: "Accelerator") -> None:
         except (psutil.Error, OSError):
             environment = {}
     chosen = environment.get("OMP_NUM_THREADS", "")
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    torch.set_num_threads(int(chosen) if chosen.isdigit() else max(1, usable_cores() // local))
+    local = next((int(os.environ[name]) for name in LOCAL_SIZES if name in os.environ), 1)
+    threads = int(chosen) if chosen.isdigit() else max(1, usable_cores() // local)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # else Accelerate chooses again
+    torch.set_num_threads(threads)
 
 
 def describe_device(device: "torch.device") -> str:

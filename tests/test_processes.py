@@ -123,6 +123,13 @@ def test_a_batch_that_does_not_divide_names_those_that_do(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+def test_one_process_of_torchrun_uses_all_cores_and_warns_of_nothing() -> None:
+    launch = command(2, "torchrun", "tests.worker")
+    launch[launch.index("--nproc_per_node") + 1] = "1"
+    done = run_command([*launch, "show_threads"], PYTHONWARNINGS="error")
+    assert done.stdout.split() == [f"threads={runtime.usable_cores()}"], done.stderr
+
+
 @pytest.mark.parametrize(
     ("launcher", "chosen"), [("torchrun", None), ("accelerate", None), ("accelerate", "3")]
 )
