@@ -1,6 +1,6 @@
 """The loop: the only place where gradients are computed and where the optimizer steps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -150,21 +150,41 @@ def view(images: torch.Tensor, mirrored: bool, down: int, right: int) -> torch.T
     return padded[:, :, top : top + height, left : left + width]
 
 
+def read_buffers(*networks: nn.Module | None) -> torch.Tensor:
+    """Return BatchNorm's statistics of all networks as one float tensor [n]; a copy."""
+    buffers = _statistics(networks)
+    return torch.cat([b.flatten() for b in buffers]) if buffers else torch.empty(0)
+
+
 @torch.no_grad()
+def write_buffers(values: torch.Tensor, *networks: nn.Module | None) -> None:
+    """Undo `read_buffers`."""
+    buffers = _statistics(networks)
+    for buffer, part in zip(buffers, values.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))
+
+
+def gather_buffers(
+    accelerator: Accelerator, *networks: nn.Module | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return BatchNorm's statistics of every process, [processes, n], and their mean, [n]."""
+    mine = read_buffers(*networks)[None]
+    rows = accelerator.gather(mine) if len(mine[0]) and accelerator.num_processes > 1 else mine
+    # What is equal stays as it is: a mean may be rounded.
+    return rows, torch.where((rows == rows[0]).all(dim=0), rows[0], rows.mean(dim=0))
+
+
 def average_buffers(accelerator: Accelerator, *networks: nn.Module | None) -> None:
-    """Give every process the mean of all processes' BatchNorm statistics, in one collective."""
-    if accelerator.num_processes == 1:
-        return
-    buffers = [
+    """Give every process the mean of all processes' BatchNorm statistics."""
+    if accelerator.num_processes > 1:
+        write_buffers(gather_buffers(accelerator, *networks)[1], *networks)
+
+
+def _statistics(networks: Sequence[nn.Module | None]) -> list[torch.Tensor]:
+    return [
         buffer
         for network in networks
         if network is not None
         for buffer in network.buffers()
         if buffer.is_floating_point()
     ]
-    if not buffers:
-        return
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
-    flat = accelerator.reduce(flat, reduction="mean")
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))

@@ -37,29 +37,27 @@ class Totals:
 
 
 class Tally:
-    """Running sums of one process, kept on its device so that a step waits for nothing."""
+    """Running sums of one process, kept on its device so that a step waits for nothing.
+
+    Attributes:
+        sums: float [3]: loss, correct samples, samples.
+    """
 
     def __init__(self, device: torch.device) -> None:
         # MPS has no float64; float32 counts exactly up to 16 million samples.
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._sums = torch.zeros(3, dtype=dtype, device=device)
+        self.sums = torch.zeros(3, dtype=dtype, device=device)
 
     def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a batch: its summed loss, logits [N, C] and labels int64 [N]."""
         correct = (logits.detach().argmax(dim=1) == labels).sum()
         count = torch.full_like(correct, len(labels))
-        self._sums += torch.stack([loss_sum.detach().to(self._sums.dtype), correct, count])
+        self.sums += torch.stack([loss_sum.detach().to(self.sums.dtype), correct, count])
 
     def totals(self, accelerator: Accelerator) -> Totals:
         """Sum over all processes; every process must call it."""
-        loss_sum, correct, count = reduce_sum(accelerator, self._sums).tolist()
+        loss_sum, correct, count = reduce_sum(accelerator, self.sums).tolist()
         return Totals(loss_sum, int(correct), int(count))
-
-    def restart(self, totals: Totals, accelerator: Accelerator) -> None:
-        """Continue from `totals`, which rank 0 carries from now on."""
-        carried = totals if accelerator.is_main_process else Totals()
-        sums = [carried.loss_sum, carried.correct, carried.count]
-        self._sums = torch.tensor(sums, dtype=self._sums.dtype, device=self._sums.device)
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def report_epoch(session: Session, epoch: int, results: Mapping[str, Evaluation]
     if "val" in results and session.metrics["val"]["accuracy"] > session.best["accuracy"]:
         accuracy = session.metrics["val"]["accuracy"]
         session.best = {"step": state.step, "accuracy": accuracy, "metrics": session.metrics}
-    state.tally.restart(Totals(), session.accelerator)
+    state.tally.sums.zero_()
     session.reported = Totals()
     if session.log is None:
         return

@@ -23,7 +23,7 @@ from cifar_dist.checkpoint import (
 from cifar_dist.config import Recipe, differences, from_dict, require, to_dict
 from cifar_dist.data import Dataset
 from cifar_dist.data.augment import Pixels
-from cifar_dist.engine import TrainState, average_buffers
+from cifar_dist.engine import TrainState, gather_buffers, write_buffers
 from cifar_dist.metrics import Tally, Totals
 from cifar_dist.models import build_model
 from cifar_dist.optim import build_optimizer
@@ -127,9 +127,10 @@ def open_session(
         # BatchNorm statistics are averaged where they are used, not sent round at each step. Set
         # here because the constructor's argument changed its name between torch versions.
         model.broadcast_buffers = False
-    step = saved.get("step", 0)
     tally = Tally(accelerator.device)
-    tally.restart(Totals(**saved.get("totals", {})), accelerator)
+    if start:  # after DDP has made all processes equal to rank 0
+        _restore_own(start, network, average, tally, accelerator)
+    step = saved.get("step", 0)
     return Session(
         accelerator=accelerator,
         recipe=recipe,
@@ -167,13 +168,30 @@ def _restore(
         accelerator.scaler.load_state_dict(saved["scaler"])
 
 
+def _restore_own(
+    start: Checkpoint,
+    network: nn.Module,
+    average: AveragedModel | None,
+    tally: Tally,
+    accelerator: Accelerator,
+) -> None:
+    """Give each process what it had for itself; another number of them, the mean and the sum."""
+    statistics, tallies = (start.tensors["processes"][name] for name in ("statistics", "tallies"))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if len(statistics) == world:
+        write_buffers(statistics[rank].to(accelerator.device), network, average)
+    if len(tallies) == world:
+        tally.sums.copy_(tallies[rank])
+    elif rank == 0:
+        tally.sums.copy_(tallies.sum(dim=0))
+
+
 def save(session: Session) -> None:
     """Commit a checkpoint and remove those no longer wanted; every process must call it."""
     state, accelerator = session.state, session.accelerator
-    average_buffers(accelerator, state.network, state.average)
-    totals = state.tally.totals(accelerator)
-    # Rank 0 carries on with the sum, here and after a resume: the same additions in both.
-    state.tally.restart(totals, accelerator)
+    networks = (state.network, state.average)
+    rows, mean = gather_buffers(accelerator, *networks)
+    tallies = accelerator.gather(state.tally.sums[None])
     if not accelerator.is_main_process:
         return
     optim, plain = pack_optimizer(state.optimizer.state_dict())
@@ -183,7 +201,6 @@ def save(session: Session) -> None:
     facts = {
         "step": state.step,
         "epoch": session.epochs_done,
-        "totals": dataclasses.asdict(totals),
         "reported": dataclasses.asdict(session.reported),
         "best": session.best,
         "metrics": session.metrics,
@@ -197,6 +214,11 @@ def save(session: Session) -> None:
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
     }
     folder = session.out / "checkpoints"
+    # The weights are written with the mean of all processes' statistics, and each process's own
+    # beside them: training goes on with those, here as after a resume.
+    tensors["processes"] = {"statistics": rows, "tallies": tallies}
+    write_buffers(mean, *networks)
     save_checkpoint(folder, state.step, Checkpoint(tensors, facts))
+    write_buffers(rows[0], *networks)
     prune(folder, session.recipe.checkpoint.keep, session.best["step"])
     write_status(session.out, "running", state.step, session.epochs_done)

@@ -96,7 +96,8 @@ def wrong_images(images: Images, wrong: Sequence[tuple[int, int]]) -> np.ndarray
     """
     if not wrong:
         return None
-    positions = np.array([position for position, _ in wrong[:WRONG]])
+    wrong = wrong[:: -(-len(wrong) // WRONG)]  # from all over the set, hence of all classes
+    positions = np.array([position for position, _ in wrong])
     rows = images.selected[positions]
     names = [name[:6] for name in images.classes]
     captions = [

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar_dist.config import Recipe, nearest_multiples, parse_recipe, require
+from cifar_dist.preemption import EXIT_CODE, Preempted, Preemption
 from cifar_dist.runtime import leave_processes, on_main_process, run_verb, start_processes
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Result:
     """How a run ended.
 
     Attributes:
-        state: finished.
+        state: finished, or preempted: start the same recipe again to continue.
         out: run folder.
         metrics: of the last epoch: one entry a split, with loss, accuracy, correct and count.
         best: the same of the epoch with the best validation accuracy; None without validation.
@@ -44,11 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe, origin = parse_recipe(arguments)
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        record(run)(recipe, origin)  # a crash is then named in the launcher's last lines
+        result = record(run)(recipe, origin)  # names a crash in the launcher's last lines
         leave_processes()
-        return 0
+        return EXIT_CODE if result and result.state == "preempted" else 0
 
-    return run_verb(verb, argv)
+    try:
+        return run_verb(verb, argv)
+    except Preempted:
+        print("stopped by a signal before training began; nothing was lost", file=sys.stderr)
+        return EXIT_CODE
 
 
 def run(recipe: Recipe, origin: str = "Python") -> Result:
@@ -60,10 +65,33 @@ def run(recipe: Recipe, origin: str = "Python") -> Result:
 
     Raises:
         UsageError: the request cannot work; nothing was started.
+        Preempted: a signal came before training had begun; nothing was lost.
     """
-    from cifar_dist.data import load_dataset
     from cifar_dist.reporting import announce, show_inputs
-    from cifar_dist.runfolder import check_out, claim, write_status
+    from cifar_dist.runfolder import write_status
+
+    preemption = Preemption()
+    with preemption.listen():
+        session = _start(recipe)
+        state = session.state
+        with preemption.deferred(session.accelerator.num_processes):
+            try:
+                announce(session, origin)
+                if not state.step:
+                    show_inputs(session)
+                finished = _train(session, preemption)
+            except BaseException as error:
+                if session.accelerator.is_main_process:
+                    reason = f"{type(error).__name__}: {error}"
+                    write_status(session.out, "failed", state.step, session.epochs_done, reason)
+                raise
+            return _finish(session, finished)
+
+
+def _start(recipe: Recipe) -> Session:
+    """Check the request against this machine and these data, and prepare everything."""
+    from cifar_dist.data import load_dataset
+    from cifar_dist.runfolder import check_out, claim
     from cifar_dist.session import find_start, open_session
 
     accelerator = start_processes(recipe.train, recipe.track.log_with)
@@ -73,22 +101,11 @@ def run(recipe: Recipe, origin: str = "Python") -> Result:
     _check_dataset(recipe, dataset)
     start = on_main_process(accelerator, lambda: find_start(recipe, dataset))
     out = on_main_process(accelerator, lambda: claim(recipe))
-    session = open_session(accelerator, recipe, dataset, out, start)
-    announce(session, origin)
-    try:
-        if not start:
-            show_inputs(session)
-        _train(session)
-    except BaseException as error:
-        if accelerator.is_main_process:
-            reason = f"{type(error).__name__}: {error}"
-            write_status(out, "failed", session.state.step, session.epochs_done, reason)
-        raise
-    return _finish(session)
+    return open_session(accelerator, recipe, dataset, out, start)
 
 
-def _train(session: Session) -> None:
-    """Train the epochs that are left."""
+def _train(session: Session, preemption: Preemption) -> bool:
+    """Train the epochs that are left, and say whether that is done; else a signal came."""
     from cifar_dist.data.batches import build_evaluation_loader, build_loader
     from cifar_dist.engine import average_buffers, evaluate, train_epoch
     from cifar_dist.reporting import progress_bar, report_epoch, report_window
@@ -96,6 +113,7 @@ def _train(session: Session) -> None:
     from cifar_dist.session import save
 
     accelerator, recipe, state = session.accelerator, session.recipe, session.state
+    stop = False
     train, steps, classes = recipe.train, session.steps_per_epoch, len(session.dataset.classes)
     loader, order = build_loader(
         accelerator, session.dataset.train, train.batch_size // train.accumulate, train.seed
@@ -116,9 +134,13 @@ def _train(session: Session) -> None:
             bar.update()
             if _due(recipe.track.every_steps, state.step):
                 report_window(session, epoch)
+            stop = preemption.agreed()
             within = state.step % steps != 0  # an epoch's last step is saved after evaluation
-            if within and _due(recipe.checkpoint.every_steps, state.step):
+            if within and (stop or _due(recipe.checkpoint.every_steps, state.step)):
                 save(session)
+            if within and stop:
+                bar.close()
+                return False
         bar.close()
         average_buffers(accelerator, state.network, state.average)
         results = {
@@ -127,29 +149,36 @@ def _train(session: Session) -> None:
         }
         report_epoch(session, epoch, results)
         if (
-            epoch + 1 == train.epochs
+            stop
+            or epoch + 1 == train.epochs
             or session.best["step"] == state.step
             or _due(recipe.checkpoint.every_epochs, epoch + 1)
             or _due(recipe.checkpoint.every_steps, state.step)
         ):
             save(session)
+        if stop and epoch + 1 < train.epochs:
+            return False
+    return True
 
 
-def _finish(session: Session) -> Result:
+def _finish(session: Session, finished: bool) -> Result:
+    """Say how it ended, once the checkpoint is there; nobody leaves before the others."""
     from cifar_dist.runfolder import write_status
 
     session.tracker.finish()
+    result = "finished" if finished else "preempted"
     best = session.best["metrics"] if session.best["step"] is not None else None
     if session.accelerator.is_main_process:
-        write_status(session.out, "finished", session.state.step, session.epochs_done)
-        if best:
+        write_status(session.out, result, session.state.step, session.epochs_done)
+        if finished and best:
             numbers = ", ".join(
                 f"{name} {line['accuracy']:.4f}" for name, line in best.items() if name != "train"
             )
             print(f"best by validation: step {session.best['step']}, accuracy {numbers}")
-        print(f"finished: {session.out}", flush=True)
+        hint = "" if finished else "; the same command with --out continues it"
+        print(f"{result} at step {session.state.step}: {session.out}{hint}", flush=True)
     session.accelerator.wait_for_everyone()
-    return Result("finished", session.out, session.metrics, best)
+    return Result(result, session.out, session.metrics, best)
 
 
 def _check_batch_size(recipe: Recipe, world: int) -> None:

@@ -69,7 +69,10 @@ def test_a_finished_run_leaves_what_it_promises(trained: Result) -> None:
     assert trained.metrics["test"]["accuracy"] > 0.3
     checkpoint = out / "checkpoints" / "step-00000200"
     files = {path.name for path in checkpoint.iterdir()}
-    assert files == {"model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json"}
+    assert files == {
+        *("model.safetensors", "optim.safetensors", "processes.safetensors"),
+        *("state.json", "MANIFEST.json"),
+    }
 
 
 def test_tensorboard_holds_the_tutorials_scalars_and_pictures(trained: Result) -> None:

@@ -1,0 +1,111 @@
+"""Stopping early on purpose: a signal to any process becomes a decision of all at one step.
+
+SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C are honoured. Before training there is nothing to save
+and the run stops where it is; in training the signal only sets a flag, which all processes compare
+after every step. A second Ctrl-C stops at once.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+EXIT_CODE = 75  # EX_TEMPFAIL: start the same command again
+REPEAT_SECONDS = 1.0  # a launcher forwards the Ctrl-C that the terminal has already delivered
+
+
+class Preempted(BaseException):
+    """The run was asked to stop; like KeyboardInterrupt it is no error to be handled on the way."""
+
+
+class Preemption:
+    """Listens for signals while it is entered.
+
+    Attributes:
+        received: name of the first signal, or "".
+    """
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._since = 0.0
+        self._defer = False
+        self._group: Any = None
+        self._pending: Any = None
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Handle the signals within the block; elsewhere than in the main thread, do nothing."""
+        try:
+            before = {
+                number: signal.signal(number, self._note)
+                for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+            }
+        except ValueError:  # Python lets only the main thread handle signals
+            yield
+            return
+        _follow_launcher()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self, processes: int) -> Iterator[None]:
+        """Within the block, signals wait until `agreed` is asked."""
+        if processes > 1:
+            import torch
+
+            # On the CPU, so that asking never waits for a GPU.
+            self._group = torch.distributed.new_group(backend="gloo")
+        self._defer = True
+        try:
+            yield
+        finally:
+            self._defer = False
+
+    def agreed(self) -> bool:
+        """Say whether any process was told to stop; all get the same answer at the same step.
+
+        Every process must call it after every step. With several, the answer is that of the step
+        before: the exchange goes on beside the next step and costs no waiting.
+        """
+        if self._group is None:
+            return bool(self.received)
+        import torch
+
+        flag = torch.tensor([float(bool(self.received))])
+        work = torch.distributed.all_reduce(
+            flag, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+        )
+        before, self._pending = self._pending, (work, flag)
+        if before is None:
+            return False
+        before[0].wait()
+        return bool(before[1].item())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again = bool(self.received) and time.monotonic() - self._since > REPEAT_SECONDS
+        if number == signal.SIGINT and again:
+            raise KeyboardInterrupt
+        if not self.received:
+            self.received, self._since = signal.Signals(number).name, time.monotonic()
+            if not self._defer:
+                raise Preempted
+
+
+def _follow_launcher() -> None:
+    """Have Linux send this process SIGTERM when the launcher dies, so that it is not left alone.
+
+    accelerate launch passes no signal on to a single process, and torchrun none that it is not told
+    to. Without a launcher the parent is a shell, whose end must not end the run.
+    """
+    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
