@@ -52,8 +52,9 @@ def start_processes(train: TrainConfig, log_with: Sequence[str] = ()) -> "Accele
     # A second run in one Python, as in a notebook, may ask for another precision.
     AcceleratorState._reset_state()
     use_cpu = _cpu_is_meant(asked)
-    if use_cpu and asked > 1 and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+    if asked > 1 and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         # On one machine: gloo's own choice needs the host name to resolve to a working address.
+        # GPUs use gloo too, for agreeing on signals.
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     _use_all_cores()
