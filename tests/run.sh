@@ -17,4 +17,4 @@ for script in launch/*.sh tests/*.sh .ci/run; do bash -n "$script"; done
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n 2 "$@"  # two at a time: most of it is waiting for imports

@@ -64,7 +64,11 @@ def status_of(out: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("processes", "launcher", "number", "rank", "code"),
     [
-        pytest.param(1, "torchrun", signal.SIGTERM, None, EXIT_CODE, id="TERM to plain python"),
+        pytest.param(
+            *(1, "torchrun", signal.SIGTERM, None, EXIT_CODE),
+            id="TERM to plain python",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *(1, "torchrun", signal.SIGINT, None, EXIT_CODE), id="Ctrl-C", marks=pytest.mark.slow
         ),

@@ -123,9 +123,12 @@ def test_a_batch_that_does_not_divide_names_those_that_do(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_one_process_of_torchrun_uses_all_cores_and_warns_of_nothing() -> None:
+def test_one_process_of_torchrun_uses_all_cores_and_warns_of_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     launch = command(2, "torchrun", "tests.worker")
     launch[launch.index("--nproc_per_node") + 1] = "1"
+    monkeypatch.delenv("OMP_NUM_THREADS")
     done = run_command([*launch, "show_threads"], PYTHONWARNINGS="error")
     assert done.stdout.split() == [f"threads={runtime.usable_cores()}"], done.stderr
 
@@ -133,7 +136,10 @@ def test_one_process_of_torchrun_uses_all_cores_and_warns_of_nothing() -> None:
 @pytest.mark.parametrize(
     ("launcher", "chosen"), [("torchrun", None), ("accelerate", None), ("accelerate", "3")]
 )
-def test_all_cores_are_used_unless_the_user_chose(launcher: str, chosen: str | None) -> None:
+def test_all_cores_are_used_unless_the_user_chose(
+    launcher: str, chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
     expected = chosen or max(1, runtime.usable_cores() // 2)
     worker = [*command(2, launcher, "tests.worker"), "show_threads"]
     done = run_command(worker, **({"OMP_NUM_THREADS": chosen} if chosen else {}))
