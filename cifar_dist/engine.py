@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from cifar_dist.config import TrainConfig
 from cifar_dist.data.augment import Pixels, mix_integers
-from cifar_dist.metrics import Evaluation, Tally, summarise
+from cifar_dist.metrics import Evaluation, Outcome, Tally, summarise
 
 # Views of an image for test-time augmentation: (mirrored, shift down, shift right), averaged.
 VIEWS = {
@@ -116,21 +116,20 @@ def evaluate(
     """
     network.eval()
     device = accelerator.device
-    labels = [torch.empty(0, dtype=torch.long, device=device)]
-    positions = list(labels)
-    probabilities = [torch.empty(0, classes, device=device)]
-    losses = [torch.empty(0, device=device)]
+    # A process may have no batch at all; then each of these stays empty.
+    integers = torch.empty(0, dtype=torch.long, device=device)
+    numbers = torch.empty(0, device=device)
+    outcomes = [Outcome(integers, integers, integers, numbers, numbers)]
     for batch in loader:
         images = pixels.for_evaluation(batch.images)
         with accelerator.autocast():
             logits = torch.stack([network(view(images, *how)) for how in VIEWS[views]])
         logits = logits.float().mean(dim=0)
-        labels.append(batch.labels)
-        positions.append(batch.positions)
-        probabilities.append(logits.softmax(dim=1))
-        losses.append(functional.cross_entropy(logits, batch.labels, reduction="none"))
-    parts = [torch.cat(part) for part in (labels, probabilities, losses, positions)]
-    result = summarise(accelerator, *parts)
+        confidence, predicted = logits.softmax(dim=1).max(dim=1)
+        losses = functional.cross_entropy(logits, batch.labels, reduction="none")
+        outcomes.append(Outcome(batch.positions, batch.labels, predicted, confidence, losses))
+    mine = Outcome(*(torch.cat(parts).cpu() for parts in zip(*outcomes, strict=True)))
+    result = summarise(accelerator, mine, classes)
     expected = len(loader.dataset)  # type: ignore[arg-type]
     if result.totals.count != expected:
         raise RuntimeError(f"evaluation counted {result.totals.count} images of {expected}")

@@ -1,6 +1,7 @@
 """Metrics as sums and counts: exact on any number of processes, divided once at the end."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -95,45 +96,45 @@ class Evaluation:
         return float(np.abs(correct - confidence).sum() / images.sum())
 
 
-def summarise(
-    accelerator: Accelerator,
-    labels: torch.Tensor,
-    probabilities: torch.Tensor,
-    losses: torch.Tensor,
-    positions: torch.Tensor,
-) -> Evaluation:
-    """Build an Evaluation from this process's images; every process must call it.
+class Outcome(NamedTuple):
+    """What came out for each image: int64 [N] positions, labels, predicted; float [N] the others.
 
-    Args:
-        labels, positions: int64 [N]; N differs between processes and may be 0.
-        probabilities: float [N, C].
-        losses: float [N].
+    `confidence` is the probability given to the predicted class.
     """
-    classes = probabilities.shape[1]
-    confidence, predicted = (part.cpu().numpy() for part in probabilities.max(dim=1))
-    truth = labels.cpu().numpy()
+
+    positions: torch.Tensor
+    labels: torch.Tensor
+    predicted: torch.Tensor
+    confidence: torch.Tensor
+    losses: torch.Tensor
+
+
+def summarise(accelerator: Accelerator, outcome: Outcome, classes: int) -> Evaluation:
+    """Build an Evaluation from the outcome of this process's images, which may be none.
+
+    Every process must call it.
+    """
+    positions, truth, predicted, confidence, losses = (part.numpy() for part in outcome)
     confidence = confidence.astype(np.float64)
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     parts = [
-        np.array([losses.cpu().double().sum().item() if len(losses) else 0.0]),
+        losses.sum(dtype=np.float64, keepdims=True),
         np.bincount(truth * classes + predicted, minlength=classes * classes),
         np.bincount(bins, minlength=CALIBRATION_BINS),
         np.bincount(bins, weights=predicted == truth, minlength=CALIBRATION_BINS),
         np.bincount(bins, weights=confidence, minlength=CALIBRATION_BINS),
     ]
     # float64 holds these counts exactly, so one collective carries everything.
-    mine = torch.from_numpy(np.concatenate(parts).astype(np.float64))
+    sums = torch.from_numpy(np.concatenate(parts).astype(np.float64))
     if accelerator.num_processes > 1:
-        mine = reduce_sum(accelerator, mine.to(accelerator.device)).cpu()
-    sums = mine.numpy()
+        sums = reduce_sum(accelerator, sums.to(accelerator.device)).cpu()
+    loss_sum, confusion, binned = np.split(sums.numpy(), [1, 1 + classes * classes])
     wrong = np.flatnonzero(predicted != truth)
     return Evaluation(
-        loss_sum=float(sums[0]),
-        confusion=sums[1 : 1 + classes * classes].astype(np.int64).reshape(classes, classes),
-        bins=sums[1 + classes * classes :].reshape(3, CALIBRATION_BINS),
-        wrong=list(
-            zip(positions.cpu().numpy()[wrong].tolist(), predicted[wrong].tolist(), strict=True)
-        ),
+        loss_sum=float(loss_sum[0]),
+        confusion=confusion.astype(np.int64).reshape(classes, classes),
+        bins=binned.reshape(3, CALIBRATION_BINS),
+        wrong=list(zip(positions[wrong].tolist(), predicted[wrong].tolist(), strict=True)),
     )
 
 
