@@ -228,6 +228,14 @@ def test_a_killed_build_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["key.lock"]
 
 
+def test_a_cache_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    root = write_folder(tmp_path / "set", {"train": 12, "test": 6})
+    with pytest.raises(UsageError, match=r"name another with --data\.cache"):
+        load_dataset(folder_config(root, cache=str(blocked / "below")))
+
+
 def test_statistics_of_a_channel_without_variation() -> None:
     images = np.full((2, 4, 4, 3), 51, dtype=np.uint8)
     mean, std = channel_statistics(count_levels(images))

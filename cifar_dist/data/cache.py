@@ -56,7 +56,7 @@ def load_or_build(folder: Path, key: str, build: Callable[[CacheWriter], None]) 
             with filelock.FileLock(folder / f"{key}.lock"):
                 if not (target / "meta.json").is_file():
                     _build(target, build)
-        except PermissionError as error:
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise UsageError(
                 f"the cache folder {folder} cannot be written ({error.strerror}); "
                 "name another with --data.cache"
@@ -75,6 +75,9 @@ def _build(target: Path, build: Callable[[CacheWriter], None]) -> None:
         (temporary / "meta.json").write_text(json.dumps(meta))
         temporary.chmod(0o755)
         os.replace(temporary, target)
+    except OSError:
+        if not (target / "meta.json").is_file():  # else another machine was faster
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
