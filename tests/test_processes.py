@@ -134,16 +134,18 @@ def test_one_process_of_torchrun_uses_all_cores_and_warns_of_nothing(
 
 
 @pytest.mark.parametrize(
-    ("launcher", "chosen"), [("torchrun", None), ("accelerate", None), ("accelerate", "3")]
+    ("processes", "launcher", "chosen"),
+    # accelerate launch tells a single process to use one thread: here the difference shows.
+    [(1, "accelerate", None), (2, "torchrun", None), (2, "accelerate", "3")],
 )
 def test_all_cores_are_used_unless_the_user_chose(
-    launcher: str, chosen: str | None, monkeypatch: pytest.MonkeyPatch
+    processes: int, launcher: str, chosen: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
-    expected = chosen or max(1, runtime.usable_cores() // 2)
-    worker = [*command(2, launcher, "tests.worker"), "show_threads"]
+    expected = chosen or max(1, runtime.usable_cores() // processes)
+    worker = [*command(processes, launcher, "tests.worker"), "show_threads"]
     done = run_command(worker, **({"OMP_NUM_THREADS": chosen} if chosen else {}))
-    assert done.stdout.split() == [f"threads={expected}"] * 2, done.stderr
+    assert done.stdout.split() == [f"threads={expected}"] * processes, done.stderr
 
 
 @pytest.mark.parametrize(
