@@ -15,10 +15,15 @@ from typing import Any, Literal
 import yaml
 
 RECIPES = Path(__file__).parent / "recipes"
+LARGEST_IMAGE = 2048  # pixels; a checkpoint from elsewhere must not ask for all memory there is
 
 
 class UsageError(Exception):
     """A request that cannot work; one line says what was found, what was expected, what to do."""
+
+
+class RunError(Exception):
+    """A run that cannot go on for a known reason; one line, as of UsageError, says all."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -61,6 +66,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, "data", 1, "image_size", "limit_train", "limit_test")
+        require(
+            (self.image_size or 1) <= LARGEST_IMAGE,
+            f"data.image_size is {self.image_size}; give {LARGEST_IMAGE} or less",
+        )
         require(
             0 <= self.val_fraction < 1, f"data.val_fraction is {self.val_fraction}; give 0 to 0.99"
         )
@@ -186,6 +195,9 @@ class TrainConfig:
         ema: decay of a moving average of the weights, used for evaluation; 0 is off.
         channels_last: memory layout of images and filters; faster on most devices.
         sync_batchnorm: BatchNorm over the batches of all processes; GPUs only.
+        deterministic: only algorithms that give the same bits each time, on a GPU too; slower.
+        timeout: seconds that processes wait for each other before the run ends, naming those that
+            did not arrive.
     """
 
     epochs: int = 10
@@ -198,9 +210,11 @@ class TrainConfig:
     ema: float = 0.0
     channels_last: bool = True
     sync_batchnorm: bool = False
+    deterministic: bool = False
+    timeout: int = 120
 
     def __post_init__(self) -> None:
-        _at_least(self, "train", 1, "epochs", "batch_size", "accumulate")
+        _at_least(self, "train", 1, "epochs", "batch_size", "accumulate", "timeout")
         _at_least(self, "train", 0, "seed", "clip_norm")
         for name in ("label_smoothing", "ema"):
             value = getattr(self, name)
@@ -273,7 +287,10 @@ class Recipe:
 
 # Keys that may differ between a run and its continuation: they say where files are and what is
 # recorded, not what is computed. The dataset's digest is compared instead of its place.
-FREE_KEYS = ("name", "out", "resume", "data.root", "data.cache", "train.accumulate")
+FREE_KEYS = (
+    *("name", "out", "resume", "data.root", "data.cache"),
+    *("train.accumulate", "train.timeout"),
+)
 FREE_SECTIONS = ("checkpoint.", "track.")
 
 

@@ -8,11 +8,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from cifar_dist.config import TrainConfig
 from cifar_dist.data.augment import Pixels, mix_integers
+from cifar_dist.data.batches import GlobalBatches
+from cifar_dist.guard import Guard, bad_samples, describe_bad_step, scale_showing
 from cifar_dist.metrics import Evaluation, Outcome, Tally, summarise
 
 # Views of an image for test-time augmentation: (mirrored, shift down, shift right), averaged.
@@ -32,16 +35,20 @@ class TrainState:
         model: the network as Accelerate prepared it.
         optimizer: prepared.
         average: moving average of the weights, or None.
+        guard: against numbers that are not finite; None where fp16's loss scaling is one itself.
         tally: loss and accuracy of this epoch so far, on this process.
         step: optimizer steps done since the start of the run.
+        gradient_norm: of the last step, before clipping; float [] on the device.
     """
 
     network: nn.Module
     model: nn.Module
     optimizer: torch.optim.Optimizer
     average: AveragedModel | None
+    guard: Guard | None
     tally: Tally
     step: int
+    gradient_norm: torch.Tensor
 
     @property
     def evaluated(self) -> nn.Module:
@@ -63,37 +70,83 @@ def train_epoch(
     Args:
         loader: this process's shards of the global micro-batches.
         schedule: learning rate of a step.
-
-    Gradients stay in place until the next step, so that the caller may look at them.
     """
     # DDP averages gradients over processes, so this makes them those of the mean over the batch.
     scale = accelerator.num_processes / config.batch_size
+    parameters = list(state.network.parameters())
     state.model.train()
     for number, batch in enumerate(loader):
         part = number % config.accumulate
         last = part == config.accumulate - 1
         if part == 0:
             state.optimizer.zero_grad()
-        # Dropout is a function of the place in the run: nothing to save, nothing to restore.
-        torch.manual_seed(mix_integers(config.seed, state.step, part, accelerator.process_index))
+        seed_step(accelerator, config, state.step, part)
         with nullcontext() if last else accelerator.no_sync(state.model):
             logits = state.model(pixels.for_training(batch, epoch))
             loss_sum = functional.cross_entropy(
                 logits, batch.labels, reduction="sum", label_smoothing=config.label_smoothing
             )
-            accelerator.backward(loss_sum * scale)
+            accelerator.backward(loss_sum * scale_showing(loss_sum, scale))
         state.tally.add(loss_sum, logits, batch.labels)
         if not last:
             continue
         for group in state.optimizer.param_groups:
             group["lr"] = schedule(state.step)
+        accelerator.unscale_gradients(state.optimizer)
+        state.gradient_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         if config.clip_norm:
-            accelerator.clip_grad_norm_(state.model.parameters(), config.clip_norm)
-        state.optimizer.step()
+            clip_grads_with_norm_(parameters, config.clip_norm, state.gradient_norm)
+        if state.guard is None or state.guard.admits(state.gradient_norm):
+            state.optimizer.step()
         if state.average is not None:
             state.average.update_parameters(state.network)
         state.step += 1
         yield
+
+
+def seed_step(accelerator: Accelerator, config: TrainConfig, step: int, part: int) -> None:
+    """Make dropout a function of the place in the run: nothing to save, nothing to restore."""
+    torch.manual_seed(mix_integers(config.seed, step, part, accelerator.process_index))
+
+
+def refuse_bad_numbers(
+    accelerator: Accelerator,
+    state: TrainState,
+    loader: DataLoader,
+    order: GlobalBatches,
+    pixels: Pixels,
+    config: TrainConfig,
+) -> None:
+    """End the run if the guard has skipped a step; every process must call it.
+
+    The step is computed once more to find the samples: the weights are still those it met.
+
+    Raises:
+        RunError: naming step, ranks and samples.
+    """
+    skipped = state.guard.skipped() if state.guard else 0
+    if not skipped:
+        return
+    step = state.step - skipped
+    steps_per_epoch = len(order) // config.accumulate
+    epoch = step // steps_per_epoch
+    order.start_at(epoch, step % steps_per_epoch * config.accumulate)
+    parameters = list(state.network.parameters())
+
+    def gradient_norm(loss: torch.Tensor) -> float:
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        return get_total_norm([g for g in gradients if g is not None]).item()
+
+    mine: list[str] = []
+    for part, batch in zip(range(config.accumulate), loader, strict=False):
+        seed_step(accelerator, config, step, part)
+        with accelerator.autocast():
+            logits = state.network(pixels.for_training(batch, epoch)).float()
+        losses = functional.cross_entropy(
+            logits, batch.labels, reduction="none", label_smoothing=config.label_smoothing
+        )
+        mine += bad_samples(losses, batch.positions, gradient_norm)
+    raise describe_bad_step(accelerator, mine, step + 1)
 
 
 @torch.no_grad()
@@ -104,12 +157,14 @@ def evaluate(
     pixels: Pixels,
     classes: int,
     views: str = "none",
-) -> Evaluation:
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Measure `network` on every image of `loader` exactly once; every process must call it.
 
     Args:
         network: bare, without DDP, as processes may have different numbers of batches.
         views: a key of VIEWS; the logits of all views are averaged.
+        stop: asked after every global batch, by every process; if it says so, the result is None.
 
     Raises:
         RuntimeError: not every image was counted once.
@@ -120,14 +175,19 @@ def evaluate(
     integers = torch.empty(0, dtype=torch.long, device=device)
     numbers = torch.empty(0, device=device)
     outcomes = [Outcome(integers, integers, integers, numbers, numbers)]
-    for batch in loader:
-        images = pixels.for_evaluation(batch.images)
-        with accelerator.autocast():
-            logits = torch.stack([network(view(images, *how)) for how in VIEWS[views]])
-        logits = logits.float().mean(dim=0)
-        confidence, predicted = logits.softmax(dim=1).max(dim=1)
-        losses = functional.cross_entropy(logits, batch.labels, reduction="none")
-        outcomes.append(Outcome(batch.positions, batch.labels, predicted, confidence, losses))
+    batches = iter(loader)
+    for _ in range(len(loader)):  # some processes may have one batch less
+        batch = next(batches, None)
+        if batch is not None:
+            images = pixels.for_evaluation(batch.images)
+            with accelerator.autocast():
+                logits = torch.stack([network(view(images, *how)) for how in VIEWS[views]])
+            logits = logits.float().mean(dim=0)
+            confidence, predicted = logits.softmax(dim=1).max(dim=1)
+            losses = functional.cross_entropy(logits, batch.labels, reduction="none")
+            outcomes.append(Outcome(batch.positions, batch.labels, predicted, confidence, losses))
+        if stop():
+            return None
     mine = Outcome(*(torch.cat(parts).cpu() for parts in zip(*outcomes, strict=True)))
     result = summarise(accelerator, mine, classes)
     expected = len(loader.dataset)  # type: ignore[arg-type]

@@ -79,7 +79,7 @@ def evaluate_checkpoint(
 
     path, checkpoint = find_checkpoint(place, best)
     recipe, classes = recipe_of(checkpoint), checkpoint.state["classes"]
-    accelerator = start_processes(recipe.train)
+    accelerator, peers = start_processes(recipe.train, told={"step": checkpoint.state["step"]})
     wanted = dataclasses.replace(data or recipe.data, image_size=checkpoint.state["image_size"])
     split, images = load_evaluation(wanted, split)
     _check_classes(images, classes)
@@ -94,6 +94,8 @@ def evaluate_checkpoint(
         len(classes),
         tta,
     )
+    assert result is not None  # nobody stops it
+    peers.leave()
     shares = [None if math.isnan(share) else share for share in result.per_class]
     return {
         "checkpoint": str(path),

@@ -1,4 +1,4 @@
-"""Optimizers by name."""
+"""Optimizers by name, all fused: faster, and able to skip a step without asking the host."""
 
 from collections.abc import Callable
 
@@ -15,11 +15,14 @@ def _sgd(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
+        fused=True,
     )
 
 
 def _adamw(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+    )
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, OptimConfig], torch.optim.Optimizer]] = {

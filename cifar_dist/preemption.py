@@ -1,8 +1,8 @@
 """Stopping early on purpose: a signal to any process becomes a decision of all at one step.
 
 SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C are honoured. Before training there is nothing to save
-and the run stops where it is; in training the signal only sets a flag, which all processes compare
-after every step. A second Ctrl-C stops at once.
+and the run stops where it is; from then on the signal only sets a flag, which all processes compare
+after every step and every batch of an evaluation. A second Ctrl-C stops at once.
 """
 
 import ctypes
@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -55,19 +57,16 @@ class Preemption:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    @contextmanager
-    def deferred(self, processes: int) -> Iterator[None]:
-        """Within the block, signals wait until `agreed` is asked."""
+    def defer(self, processes: int, timeout: float) -> None:
+        """From now on signals wait until `agreed` is asked; it waits `timeout` seconds at most."""
         if processes > 1:
             import torch
 
             # On the CPU, so that asking never waits for a GPU.
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(
+                backend="gloo", timeout=timedelta(seconds=timeout)
+            )
         self._defer = True
-        try:
-            yield
-        finally:
-            self._defer = False
 
     def agreed(self) -> bool:
         """Say whether any process was told to stop; all get the same answer at the same step.
@@ -109,3 +108,7 @@ def _follow_launcher() -> None:
     if launched and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        # It may have died just before; an orphan's parent is process 1, which in a container may
+        # also be the launcher itself.
+        if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -10,9 +10,9 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
+from cifar_dist.config import RunError
 from cifar_dist.data.augment import augment
 from cifar_dist.data.batches import Batch
 from cifar_dist.metrics import Evaluation, Totals
@@ -105,10 +105,9 @@ def report_window(session: Session, epoch: int) -> None:
     window, session.reported = totals.since(session.reported), totals
     seconds, session.clock = time.monotonic() - session.clock, time.monotonic()
     _refuse_non_finite(window, state.step)
-    gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
     values = {
         "learning_rate": state.optimizer.param_groups[0]["lr"],
-        "gradient_norm": get_total_norm(gradients).item(),
+        "gradient_norm": state.gradient_norm.item(),
         "images_per_second": window.count / seconds,
         "memory_mb": _memory_used(session.accelerator),
     }
@@ -130,6 +129,7 @@ def report_epoch(session: Session, epoch: int, results: Mapping[str, Evaluation]
         session.best = {"step": state.step, "accuracy": accuracy, "metrics": session.metrics}
     state.tally.sums.zero_()
     session.reported = Totals()
+    session.epochs_done = epoch + 1
     if session.log is None:
         return
     for line in lines:
@@ -186,8 +186,9 @@ def _memory_used(accelerator: Accelerator) -> float:
 
 
 def _refuse_non_finite(totals: Totals, step: int) -> None:
+    """With fp16 there is no guard: loss scaling skips a bad step and then tries others."""
     if not math.isfinite(totals.loss_sum):
-        raise RuntimeError(
+        raise RunError(
             f"the training loss is {totals.loss_sum} at step {step}; the last checkpoint is from "
             "before it; try a lower optim.lr, a warm-up or train.clip_norm"
         )

@@ -4,11 +4,16 @@ recipe.yaml is the resolved recipe, run.json where and with what it ran, status.
 metrics.jsonl one JSON object a line. Only rank 0 writes.
 """
 
+import errno
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -20,22 +25,120 @@ from cifar_dist.config import Recipe, UsageError, differences, dump_recipe, load
 
 def replace_file(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with temporary.open("x") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def check_out(recipe: Recipe) -> None:
-    """Refuse a run folder that holds something else than this recipe's run.
+class RunLock:
+    """Held by the one run that may write to a run folder.
+
+    The kernel drops it when the process ends, however it ends, so there is no stale lock.
+    """
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    @property
+    def held(self) -> bool:
+        """Whether `take` has succeeded."""
+        return self._descriptor is not None
+
+    def take(self, out: Path) -> None:
+        """Take the lock of the folder `out`, unless it is held already.
+
+        Raises:
+            UsageError: another run has it; names its process and host.
+            OSError: the folder cannot be written.
+        """
+        if self.held:
+            return
+        descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(descriptor, 200).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise UsageError(
+                f"'{out}' is in use by {owner}; wait for that run, stop it, or name another folder "
+                "with --out"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            print(f"warning: '{out}' cannot be locked ({error.strerror}); start one run only there")
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        self._descriptor = descriptor
+
+
+def check_out(recipe: Recipe, lock: RunLock) -> None:
+    """Refuse a run folder that cannot be used, before any data is looked at; lock one that exists.
 
     Raises:
-        UsageError: naming the keys that differ.
+        UsageError: it holds a run of another recipe (naming the keys that differ), is in use, or
+            cannot be written.
     """
-    out = Path(recipe.out or "").expanduser()
-    if not recipe.out or not (out / "recipe.yaml").is_file():
+    out = Path(recipe.out or "runs").expanduser()
+    existing = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        reason = "cannot be written" if existing.is_dir() else "is not a folder"
+        raise UsageError(
+            f"the run folder '{out}' cannot be used: '{existing}' {reason}; name another with --out"
+        )
+    if recipe.out and out.is_dir():
+        _take(lock, out)
+        _check_recipe(recipe, out)
+
+
+def claim(recipe: Recipe, lock: RunLock) -> Path:
+    """Find or make the run folder, lock it, write recipe.yaml into it and return its path.
+
+    Raises:
+        UsageError: it cannot be written, or another run has taken it meanwhile.
+    """
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = Path(recipe.out or f"runs/{recipe.name}-{stamp}").expanduser()
+    while not recipe.out and out.exists():  # another run started in this second
+        out = out.with_name(f"{out.name}-again")
+    try:
+        out.mkdir(parents=True, exist_ok=bool(recipe.out))
+        if not lock.held:
+            _take(lock, out)
+            _check_recipe(recipe, out)
+        replace_file(out / "recipe.yaml", dump_recipe(recipe))
+    except OSError as error:
+        raise UsageError(_unusable(out, error)) from error
+    return out
+
+
+def _take(lock: RunLock, out: Path) -> None:
+    try:
+        lock.take(out)
+    except OSError as error:
+        raise UsageError(_unusable(out, error)) from error
+
+
+def _unusable(out: Path, error: OSError) -> str:
+    return f"the run folder '{out}' cannot be used ({error.strerror}); name another with --out"
+
+
+def _check_recipe(recipe: Recipe, out: Path) -> None:
+    if not (out / "recipe.yaml").is_file():
         return
     if recipe.resume != "auto":
         raise UsageError(
@@ -50,24 +153,27 @@ def check_out(recipe: Recipe) -> None:
         )
 
 
-def claim(recipe: Recipe) -> Path:
-    """Find or make the run folder, write recipe.yaml into it and return its path.
+class Warned:
+    """Lets what only observes a run fail: a warning the first time, then silence.
 
-    Raises:
-        UsageError: it cannot be written.
+    Attributes:
+        reasons: what has failed, with the reason, in order.
     """
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = Path(recipe.out or f"runs/{recipe.name}-{stamp}").expanduser()
-    while not recipe.out and out.exists():  # another run started in this second
-        out = out.with_name(f"{out.name}-again")
-    try:
-        out.mkdir(parents=True, exist_ok=bool(recipe.out))
-        replace_file(out / "recipe.yaml", dump_recipe(recipe))
-    except OSError as error:
-        raise UsageError(
-            f"the run folder '{out}' cannot be used ({error.strerror}); name another with --out"
-        ) from error
-    return out
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+
+    @contextmanager
+    def spare(self, what: str) -> Iterator[None]:
+        """Within the block any Exception becomes a warning that `what` has failed."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self.reasons:
+                self.reasons[what] = " ".join(f"{type(error).__name__}: {error}".split())
+                print(
+                    f"warning: {what} failed, training goes on ({self.reasons[what]})", flush=True
+                )
 
 
 def write_status(out: Path, state: str, step: int, epoch: int, message: str = "") -> None:
@@ -81,7 +187,22 @@ def write_status(out: Path, state: str, step: int, epoch: int, message: str = ""
         "host": platform.node(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    replace_file(out / "status.json", json.dumps(status, indent=1))
+    text, path = json.dumps(status, indent=1), out / "status.json"
+    try:
+        replace_file(path, text)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or not path.is_file() or path.is_symlink():
+            raise
+        # A full disk has no room for a second file, but the first one's is ours.
+        with path.open("r+") as file:
+            file.write(text)
+            file.truncate()
+
+
+def read_status(out: Path) -> dict[str, Any]:
+    """Return status.json; empty if there is none."""
+    path = out / "status.json"
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 def describe_run(out: Path, facts: dict[str, Any], step: int) -> None:
@@ -110,17 +231,37 @@ def describe_run(out: Path, facts: dict[str, Any], step: int) -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl, continued at `step`: lines of later steps, written before a stop, go."""
+    """metrics.jsonl, continued: lines written after the checkpoint, before a stop, go.
 
-    def __init__(self, out: Path, step: int) -> None:
-        self.path = out / "metrics.jsonl"
-        kept = [line for line in read_metrics(out) if line["step"] <= step] if step else []
+    Args:
+        out: run folder.
+        step, epoch: steps and epochs done at the checkpoint; the last epoch may be trained but not
+            yet measured.
+        warned: a log that cannot be written is warned of, and does not end the run.
+    """
+
+    def __init__(self, out: Path, step: int, epoch: int, warned: Warned) -> None:
+        self.path, self.warned = out / "metrics.jsonl", warned
+        kept = [
+            line
+            for line in (read_metrics(out) if step else [])
+            if line["step"] <= step
+            and (line["epoch"] < epoch or line["split"] in ("train_window", "notice"))
+        ]
         replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._noticed = len(warned.reasons)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Append one line; before it, what has failed since the last one."""
+        place = {"split": "notice", "epoch": line["epoch"], "step": line["step"]}
+        lines = [
+            {**place, "message": f"{what} failed: {reason}"}
+            for what, reason in list(self.warned.reasons.items())[self._noticed :]
+        ]
+        with self.warned.spare("metrics.jsonl"), self.path.open("a") as file:
+            file.write("".join(json.dumps(entry) + "\n" for entry in (*lines, line)))
+            file.flush()
+            self._noticed += len(lines)
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:

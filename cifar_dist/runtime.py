@@ -6,11 +6,13 @@ skip without a word. Each such case is refused here, before anything else happen
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cifar_dist.config import TrainConfig, UsageError, require
+from cifar_dist.peers import Peers, PeersMissing, describe_process
 
 if TYPE_CHECKING:
     import torch
@@ -28,24 +30,34 @@ def run_verb(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -
     try:
         return verb(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # the others of this machine found the same
+        # The others of this machine found the same, unless they are those that are missing.
+        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        if error.reporter if isinstance(error, PeersMissing) else first:
             print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def start_processes(train: TrainConfig, log_with: Sequence[str] = ()) -> "Accelerator":
+def start_processes(
+    train: TrainConfig, log_with: Sequence[str] = (), told: Mapping[str, Any] | None = None
+) -> "tuple[Accelerator, Peers]":
     """Join the processes that the launcher started and return the Accelerator for them.
 
     Args:
-        train: says the precision and whether BatchNorm is synchronised.
+        train: says the precision, the time-out and whether BatchNorm is synchronised.
         log_with: names of trackers.
+        told: what this process was told to do, plain values; all must have been told the same.
 
     Raises:
-        UsageError: the world size, the precision or a tracker is not to be had here.
+        UsageError: the world size, the precision or a tracker is not to be had here, or the
+            processes differ in what they were told or in their code.
     """
-    asked = _asked_world_size()
-    import torch
-    from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+    asked = asked_world_size()
+    from accelerate import (
+        Accelerator,
+        DataLoaderConfiguration,
+        DistributedDataParallelKwargs,
+        InitProcessGroupKwargs,
+    )
     from accelerate.state import AcceleratorState
     from accelerate.utils import ProjectConfiguration
 
@@ -58,22 +70,46 @@ def start_processes(train: TrainConfig, log_with: Sequence[str] = ()) -> "Accele
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     _use_all_cores()
+    _choose_algorithms(train.deterministic)
+    peers = Peers(int(os.environ.get("RANK", "0")), asked, train.timeout)
+    peers.compare("code", describe_process())
+    peers.compare("recipe", told or {})
+    # NCCL would end the process itself: the exchange on the CPU is to notice first, and say it.
+    timeout = timedelta(seconds=train.timeout + (0 if use_cpu else 60))
     try:
         accelerator = Accelerator(
             cpu=use_cpu,
             mixed_precision=_choose_precision(train.precision, use_cpu),
             # Slices of global batches, never padded: no sample is trained or counted twice.
             dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False),
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timeout),
+            ],
             log_with=list(log_with) or None,
             project_config=ProjectConfiguration(project_dir="."),  # the run folder is set later
         )
     except ValueError as error:
         raise UsageError(f"Accelerate refuses this configuration: {error}") from error
+    except torch.distributed.DistError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PeersMissing(
+            f"the processes lost each other at the start: {reason}", False
+        ) from error
     _check(accelerator, asked, log_with, train)
-    if accelerator.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-    return accelerator
+    return accelerator, peers
+
+
+def _choose_algorithms(deterministic: bool) -> None:
+    """Let CUDA measure which algorithms are fastest, or have it use only repeatable ones."""
+    import torch
+
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    # The same as torch.use_deterministic_algorithms, which imports the compiler: two seconds.
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not deterministic
 
 
 def leave_processes() -> None:
@@ -119,7 +155,7 @@ def usable_cores() -> int:
     return cores
 
 
-def _asked_world_size() -> int:
+def asked_world_size() -> int:
     """Return the number of processes the launcher meant, from what it left in the environment.
 
     Raises:
@@ -128,6 +164,11 @@ def _asked_world_size() -> int:
     env = os.environ
     size = next((int(env[name]) for name in SIZE_VARIABLES if name in env), 1)
     by_mpi = any(name in env for name in SIZE_VARIABLES[1:])
+    if by_mpi:  # as Accelerate will do for itself
+        from accelerate.utils import get_cpu_distributed_information
+
+        found = get_cpu_distributed_information()
+        env.setdefault("RANK", str(found.rank))
     if "LOCAL_RANK" in env or by_mpi:
         return size
     # `accelerate launch --num_processes 2` starts a single process where it finds no GPUs, or

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cifar_dist.checkpoint import (
     Checkpoint,
+    Saver,
     find_checkpoint,
     load_newest,
     pack_optimizer,
@@ -20,14 +21,16 @@ from cifar_dist.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
 )
-from cifar_dist.config import Recipe, differences, from_dict, require, to_dict
+from cifar_dist.config import Recipe, UsageError, differences, from_dict, require, to_dict
 from cifar_dist.data import Dataset
 from cifar_dist.data.augment import Pixels
 from cifar_dist.engine import TrainState, gather_buffers, write_buffers
+from cifar_dist.guard import Guard, require_equal_weights
 from cifar_dist.metrics import Tally, Totals
 from cifar_dist.models import build_model
 from cifar_dist.optim import build_optimizer
-from cifar_dist.runfolder import MetricsLog, write_status
+from cifar_dist.peers import Peers
+from cifar_dist.runfolder import MetricsLog, Warned, write_status
 from cifar_dist.tracking import Tracker
 
 
@@ -37,35 +40,39 @@ class Session:
 
     Attributes:
         out: run folder.
+        epochs_done: epochs trained and measured.
+        equal_at: step at which all processes had the same weights, as far as was looked.
         reported: sums of this epoch when the training loss was recorded last.
         best: {"step", "accuracy", "metrics"} of the best epoch by validation; step None: none yet.
         metrics: lines of the last evaluation, by split.
         log: on rank 0 only.
+        saver: on rank 0 it writes the checkpoints.
+        warned: what only observes, and has failed.
         clock: when the training time of the next report began, in seconds.
     """
 
     accelerator: Accelerator
+    peers: Peers
     recipe: Recipe
     dataset: Dataset
     pixels: Pixels
     out: Path
     state: TrainState
+    epochs_done: int
+    equal_at: int
     reported: Totals
     best: dict[str, Any]
     metrics: dict[str, dict[str, Any]]
     log: MetricsLog | None
     tracker: Tracker
+    saver: Saver
+    warned: Warned
     clock: float
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch; images that fill no batch are left over."""
         return len(self.dataset.train) // self.recipe.train.batch_size
-
-    @property
-    def epochs_done(self) -> int:
-        """Epochs that are complete."""
-        return self.state.step // self.steps_per_epoch
 
 
 def find_start(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:
@@ -102,7 +109,12 @@ def find_start(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:
 
 
 def open_session(
-    accelerator: Accelerator, recipe: Recipe, dataset: Dataset, out: Path, start: Checkpoint | None
+    accelerator: Accelerator,
+    peers: Peers,
+    recipe: Recipe,
+    dataset: Dataset,
+    out: Path,
+    start: Checkpoint | None,
 ) -> Session:
     """Build the network and its optimizer, as new or as they were at `start`.
 
@@ -120,6 +132,7 @@ def open_session(
         blend = get_ema_multi_avg_fn(recipe.train.ema)
         average = AveragedModel(network, multi_avg_fn=blend, use_buffers=True)
     optimizer = build_optimizer(network, recipe.optim)
+    guard = Guard(optimizer, accelerator.device) if accelerator.scaler is None else None
     if start:
         _restore(start, network, average, optimizer, accelerator)
     model, optimizer = accelerator.prepare(network, optimizer)
@@ -130,19 +143,25 @@ def open_session(
     tally = Tally(accelerator.device)
     if start:  # after DDP has made all processes equal to rank 0
         _restore_own(start, network, average, tally, accelerator)
-    step = saved.get("step", 0)
+    step, epochs_done, warned = saved.get("step", 0), saved.get("epoch", 0), Warned()
+    is_main = accelerator.is_main_process
     return Session(
         accelerator=accelerator,
+        peers=peers,
         recipe=recipe,
         dataset=dataset,
         pixels=Pixels(dataset.mean, dataset.std, recipe.augment, recipe.train.seed),
         out=out,
-        state=TrainState(network, model, optimizer, average, tally, step),
+        state=TrainState(network, model, optimizer, average, guard, tally, step, torch.zeros(())),
+        epochs_done=epochs_done,
+        equal_at=step,
         reported=Totals(**saved.get("reported", {})),
         best=saved.get("best", {"step": None, "accuracy": -1.0, "metrics": {}}),
         metrics=saved.get("metrics", {}),
-        log=MetricsLog(out, step) if accelerator.is_main_process else None,
-        tracker=Tracker(accelerator, recipe, out, step),
+        log=MetricsLog(out, step, epochs_done, warned) if is_main else None,
+        tracker=Tracker(accelerator, recipe, out, step, warned),
+        saver=Saver(),
+        warned=warned,
         clock=time.monotonic(),
     )
 
@@ -155,11 +174,15 @@ def _restore(
     accelerator: Accelerator,
 ) -> None:
     saved = start.state
-    network.load_state_dict(start.tensors["model"])
-    if average is not None:
-        average.module.load_state_dict(start.tensors["ema"])
-        average.n_averaged.fill_(saved["step"])
-    optimizer.load_state_dict(unpack_optimizer(start.tensors["optim"], saved["optimizer"]))
+    try:
+        network.load_state_dict(start.tensors["model"])
+        if average is not None:
+            average.module.load_state_dict(start.tensors["ema"])
+            average.n_averaged.fill_(saved["step"])
+        optimizer.load_state_dict(unpack_optimizer(start.tensors["optim"], saved["optimizer"]))
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"the checkpoint does not fit the recipe's model: {reason}") from error
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if value.shape == parameter.shape:  # files know no channels-last layout
@@ -187,17 +210,37 @@ def _restore_own(
 
 
 def save(session: Session) -> None:
-    """Commit a checkpoint and remove those no longer wanted; every process must call it."""
+    """Start to save a checkpoint; every process must call it.
+
+    Everything is copied first, so training may go on; `session.saver` says how it ended.
+
+    Raises:
+        RunError: the processes no longer have the same weights; nothing is saved.
+    """
     state, accelerator = session.state, session.accelerator
+    compare_weights(session)
     networks = (state.network, state.average)
     rows, mean = gather_buffers(accelerator, *networks)
     tallies = accelerator.gather(state.tally.sums[None])
     if not accelerator.is_main_process:
         return
+    session.saver.wait()  # before copying: one copy is memory enough
     optim, plain = pack_optimizer(state.optimizer.state_dict())
-    tensors = {"model": state.network.state_dict(), "optim": optim}
+    # The weights are written with the mean of all processes' statistics, and each process's own
+    # beside them: training goes on with those, here as after a resume.
+    write_buffers(mean, *networks)
+    tensors = {
+        "model": state.network.state_dict(),
+        "optim": optim,
+        "processes": {"statistics": rows, "tallies": tallies},
+    }
     if state.average is not None:
         tensors["ema"] = state.average.module.state_dict()
+    copies = {
+        part: {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
+        for part, values in tensors.items()
+    }
+    write_buffers(rows[0], *networks)
     facts = {
         "step": state.step,
         "epoch": session.epochs_done,
@@ -213,12 +256,24 @@ def save(session: Session) -> None:
         "optimizer": plain,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
     }
-    folder = session.out / "checkpoints"
-    # The weights are written with the mean of all processes' statistics, and each process's own
-    # beside them: training goes on with those, here as after a resume.
-    tensors["processes"] = {"statistics": rows, "tallies": tallies}
-    write_buffers(mean, *networks)
-    save_checkpoint(folder, state.step, Checkpoint(tensors, facts))
-    write_buffers(rows[0], *networks)
-    prune(folder, session.recipe.checkpoint.keep, session.best["step"])
-    write_status(session.out, "running", state.step, session.epochs_done)
+    folder, step, epoch = session.out / "checkpoints", state.step, session.epochs_done
+    keep, best = session.recipe.checkpoint.keep, session.best["step"]
+
+    def commit() -> None:
+        save_checkpoint(folder, step, Checkpoint(copies, facts))
+        prune(folder, keep, best)
+        with session.warned.spare("status.json"):
+            write_status(session.out, "running", step, epoch)
+
+    session.saver.start(step, commit)
+
+
+def compare_weights(session: Session) -> None:
+    """Make sure that all processes have the same weights; every process must call it.
+
+    Raises:
+        RunError: naming the ranks that drifted.
+    """
+    step = session.state.step
+    require_equal_weights(session.accelerator, session.state.network, step, session.equal_at)
+    session.equal_at = step

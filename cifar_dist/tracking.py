@@ -1,7 +1,7 @@
 """What people watch: scalars and pictures, through Accelerate's trackers, on rank 0 only."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from cifar_dist.config import Recipe, dump_recipe, flatten
 from cifar_dist.data.images import Images
+from cifar_dist.runfolder import Warned
 
 TILES = 64  # images in a grid
 WRONG = 32  # wrong test images in a picture
@@ -22,54 +23,73 @@ LABEL_HEIGHT = 12  # pixels of text under a picture
 class Tracker:
     """Sends scalars and pictures to all trackers of the recipe.
 
+    A tracker that fails is warned of once and left out from then on; the run goes on.
+
     Args:
         out: run folder; TensorBoard's files go to its folder `tensorboard`.
         step: what a run is continued from; anything tracked after it is withdrawn.
+        warned: takes the warnings.
     """
 
-    def __init__(self, accelerator: Accelerator, recipe: Recipe, out: Path, step: int) -> None:
-        self.accelerator = accelerator
+    def __init__(
+        self, accelerator: Accelerator, recipe: Recipe, out: Path, step: int, warned: Warned
+    ) -> None:
+        self._warned, self._trackers = warned, []
+        if not accelerator.is_main_process:
+            return
         accelerator.project_configuration.logging_dir = str(out)
         purge_step = step + 1 if step else 0
-        accelerator.init_trackers(
-            "tensorboard", init_kwargs={"tensorboard": {"purge_step": purge_step}}
-        )
+        with warned.spare("tracking"):
+            accelerator.init_trackers(
+                "tensorboard", init_kwargs={"tensorboard": {"purge_step": purge_step}}
+            )
+            self._trackers = list(accelerator.trackers)
         if not step:
-            self._store(recipe)
+            self._each(lambda tracker: _store(tracker, recipe))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Record named numbers at a step."""
-        self.accelerator.log(values, step=step)
+        self._each(lambda tracker: tracker.log(values, step=step))
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Record a picture, uint8 [H, W, 3], with every tracker that takes pictures."""
-        for tracker in self._trackers():
+
+        def record(tracker: Any) -> None:
             if hasattr(tracker, "log_images"):
                 extra = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({name: image[None]}, step=step, **extra)
 
+        self._each(record)
+
     def graph(self, network: nn.Module, images: torch.Tensor) -> None:
         """Record the network's graph in TensorBoard, traced on `images` [N, 3, H, W]."""
-        for tracker in self._trackers():
+
+        def record(tracker: Any) -> None:
             if tracker.name == "tensorboard":
                 with warnings.catch_warnings():  # TensorBoard has no other tracer than torch.jit
                     warnings.simplefilter("ignore")
                     tracker.writer.add_graph(network.eval(), images)
 
+        self._each(record)
+
     def finish(self) -> None:
         """Flush and close."""
-        for tracker in self._trackers():
-            tracker.finish()
+        self._each(lambda tracker: tracker.finish())
 
-    def _store(self, recipe: Recipe) -> None:
-        for tracker in self._trackers():
-            if tracker.name == "tensorboard":  # as text: its hparams would fill a folder a start
-                tracker.writer.add_text("recipe", f"```\n{dump_recipe(recipe)}```", 0)
-            else:
-                tracker.store_init_configuration(flatten(recipe))
+    def _each(self, record: Callable[[Any], None]) -> None:
+        for tracker in list(self._trackers):
+            what = f"the tracker {tracker.name}"
+            with self._warned.spare(what):
+                record(tracker)
+            if what in self._warned.reasons:
+                self._trackers.remove(tracker)
 
-    def _trackers(self) -> list[Any]:
-        return self.accelerator.trackers if self.accelerator.is_main_process else []
+
+def _store(tracker: Any, recipe: Recipe) -> None:
+    if tracker.name == "tensorboard":  # as text: its hparams would fill a folder a start
+        tracker.writer.add_text("recipe", f"```\n{dump_recipe(recipe)}```", 0)
+    else:
+        tracker.store_init_configuration(flatten(recipe))
 
 
 def image_grid(images: np.ndarray, captions: Sequence[str] | None = None) -> np.ndarray:

@@ -7,18 +7,37 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cifar_dist.config import Recipe, nearest_multiples, parse_recipe, require
+from cifar_dist.config import (
+    Recipe,
+    RunError,
+    UsageError,
+    flatten,
+    nearest_multiples,
+    parse_recipe,
+    require,
+)
 from cifar_dist.preemption import EXIT_CODE, Preempted, Preemption
-from cifar_dist.runtime import leave_processes, on_main_process, run_verb, start_processes
+from cifar_dist.runtime import (
+    asked_world_size,
+    leave_processes,
+    on_main_process,
+    run_verb,
+    start_processes,
+)
 
 if TYPE_CHECKING:
     from cifar_dist.data import Dataset
+    from cifar_dist.metrics import Evaluation
+    from cifar_dist.runfolder import RunLock
     from cifar_dist.session import Session
+
+OWN_KEYS = ("out", "data.root", "data.cache")  # places, which may differ between machines
 
 
 @dataclass(frozen=True)
@@ -38,22 +57,39 @@ class Result:
     best: dict[str, Any] | None
 
 
+class RunFailed(Exception):
+    """A run that failed; the cause is chained.
+
+    Args:
+        line: the one line about it, with the rank, the cause and the place.
+        speaks: this process is the one to say it.
+    """
+
+    def __init__(self, line: str, speaks: bool) -> None:
+        super().__init__(line)
+        self.speaks = speaks
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and return the exit code."""
+    preemption = Preemption()
 
     def verb(arguments: Sequence[str]) -> int:
         recipe, origin = parse_recipe(arguments)
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        result = record(run)(recipe, origin)  # names a crash in the launcher's last lines
+        result = record(_run)(recipe, origin, preemption)  # names a crash in the launcher's lines
         leave_processes()
         return EXIT_CODE if result and result.state == "preempted" else 0
 
     try:
-        return run_verb(verb, argv)
+        with preemption.listen():
+            return run_verb(verb, argv)
     except Preempted:
         print("stopped by a signal before training began; nothing was lost", file=sys.stderr)
         return EXIT_CODE
+    except RunFailed as error:
+        return _report(error)
 
 
 def run(recipe: Recipe, origin: str = "Python") -> Result:
@@ -66,88 +102,114 @@ def run(recipe: Recipe, origin: str = "Python") -> Result:
     Raises:
         UsageError: the request cannot work; nothing was started.
         Preempted: a signal came before training had begun; nothing was lost.
+        RunFailed: anything else; status.json holds the same line.
     """
-    from cifar_dist.reporting import announce, show_inputs
-    from cifar_dist.runfolder import write_status
-
     preemption = Preemption()
     with preemption.listen():
-        session = _start(recipe)
-        state = session.state
-        with preemption.deferred(session.accelerator.num_processes):
-            try:
-                announce(session, origin)
-                if not state.step:
-                    show_inputs(session)
-                finished = _train(session, preemption)
-            except BaseException as error:
-                if session.accelerator.is_main_process:
-                    reason = f"{type(error).__name__}: {error}"
-                    write_status(session.out, "failed", state.step, session.epochs_done, reason)
-                raise
+        return _run(recipe, origin, preemption)
+
+
+def _run(recipe: Recipe, origin: str, preemption: Preemption) -> Result:
+    from cifar_dist.reporting import announce, show_inputs
+    from cifar_dist.runfolder import RunLock
+
+    with RunLock() as lock:
+        session = _start(recipe, lock)
+        processes = session.accelerator.num_processes
+        preemption.defer(processes, recipe.train.timeout)
+        try:
+            announce(session, origin)
+            if not session.state.step:
+                show_inputs(session)
+            finished = _train(session, preemption)
             return _finish(session, finished)
+        except (Exception, KeyboardInterrupt) as error:
+            raise _fail(session, error) from error
 
 
-def _start(recipe: Recipe) -> Session:
+def _start(recipe: Recipe, lock: RunLock) -> Session:
     """Check the request against this machine and these data, and prepare everything."""
     from cifar_dist.data import load_dataset
     from cifar_dist.runfolder import check_out, claim
     from cifar_dist.session import find_start, open_session
 
-    accelerator = start_processes(recipe.train, recipe.track.log_with)
-    _check_batch_size(recipe, accelerator.num_processes)
-    on_main_process(accelerator, lambda: check_out(recipe))
-    dataset = load_dataset(recipe.data)
-    _check_dataset(recipe, dataset)
-    start = on_main_process(accelerator, lambda: find_start(recipe, dataset))
-    out = on_main_process(accelerator, lambda: claim(recipe))
-    return open_session(accelerator, recipe, dataset, out, start)
+    _check_batch_size(recipe, asked_world_size())
+    told = {key: value for key, value in flatten(recipe).items() if key not in OWN_KEYS}
+    accelerator, peers = start_processes(recipe.train, recipe.track.log_with, told)
+    try:
+        on_main_process(accelerator, lambda: check_out(recipe, lock))
+        dataset = load_dataset(recipe.data)
+        _check_dataset(recipe, dataset)
+        # On several machines one may have to decode for longer than the others.
+        peers.compare("dataset", describe(dataset), seconds=None)
+        start = on_main_process(accelerator, lambda: find_start(recipe, dataset))
+        out = on_main_process(accelerator, lambda: claim(recipe, lock))
+        return open_session(accelerator, peers, recipe, dataset, out, start)
+    except Preempted as error:
+        # A launcher sends the same signal to those that are left when one process has failed.
+        if cause := peers.cause():
+            raise RunFailed(cause, peers.rank == 0) from error
+        if lock.held:
+            _note_preempted(Path(recipe.out or "").expanduser())
+        raise
+    except UsageError:
+        raise
+    except Exception as error:
+        raise RunFailed(*peers.explain(error, "at the start")) from error
 
 
 def _train(session: Session, preemption: Preemption) -> bool:
     """Train the epochs that are left, and say whether that is done; else a signal came."""
-    from cifar_dist.data.batches import build_evaluation_loader, build_loader
-    from cifar_dist.engine import average_buffers, evaluate, train_epoch
+    from cifar_dist.data.batches import build_loader
+    from cifar_dist.engine import refuse_bad_numbers, train_epoch
     from cifar_dist.reporting import progress_bar, report_epoch, report_window
     from cifar_dist.schedule import learning_rate
-    from cifar_dist.session import save
+    from cifar_dist.session import compare_weights, save
 
     accelerator, recipe, state = session.accelerator, session.recipe, session.state
-    stop = False
-    train, steps, classes = recipe.train, session.steps_per_epoch, len(session.dataset.classes)
+    train, steps, pixels = recipe.train, session.steps_per_epoch, session.pixels
     loader, order = build_loader(
-        accelerator, session.dataset.train, train.batch_size // train.accumulate, train.seed
+        accelerator,
+        session.dataset.train,
+        train.batch_size // train.accumulate,
+        train.seed,
+        train.accumulate,
     )
-    evaluation = {
-        name: build_evaluation_loader(accelerator, images)
-        for name, images in session.dataset.evaluation.items()
-    }
 
     def schedule(step: int) -> float:
         return learning_rate(recipe.schedule, recipe.optim.lr, step, steps, train.epochs)
 
+    def check_numbers() -> None:
+        refuse_bad_numbers(accelerator, state, loader, order, pixels, train)
+
     for epoch in range(session.epochs_done, train.epochs):
-        order.start_at(epoch, state.step % steps * train.accumulate)
+        end = (epoch + 1) * steps
+        order.start_at(epoch, (state.step - epoch * steps) * train.accumulate)
         bar = progress_bar(session, epoch)
         session.clock = time.monotonic()
-        for _ in train_epoch(accelerator, state, loader, session.pixels, train, schedule, epoch):
+        for _ in train_epoch(accelerator, state, loader, pixels, train, schedule, epoch):
             bar.update()
-            if _due(recipe.track.every_steps, state.step):
-                report_window(session, epoch)
+            reports = _due(recipe.track.every_steps, state.step)
             stop = preemption.agreed()
-            within = state.step % steps != 0  # an epoch's last step is saved after evaluation
-            if within and (stop or _due(recipe.checkpoint.every_steps, state.step)):
+            saves = stop or _due(recipe.checkpoint.every_steps, state.step)
+            if reports or saves:
+                check_numbers()
+            if reports:
+                report_window(session, epoch)
+            if saves and state.step < end:  # an epoch's last step is saved after evaluation
                 save(session)
-            if within and stop:
-                bar.close()
-                return False
+                if stop:
+                    bar.close()
+                    return False
         bar.close()
-        average_buffers(accelerator, state.network, state.average)
-        results = {
-            name: evaluate(accelerator, state.evaluated, part, session.pixels, classes)
-            for name, part in evaluation.items()
-        }
+        check_numbers()
+        compare_weights(session)
+        results = _measure(session, preemption)
+        if results is None:
+            save(session)
+            return False
         report_epoch(session, epoch, results)
+        stop = preemption.agreed()
         if (
             stop
             or epoch + 1 == train.epochs
@@ -161,15 +223,40 @@ def _train(session: Session, preemption: Preemption) -> bool:
     return True
 
 
+def _measure(session: Session, preemption: Preemption) -> dict[str, Evaluation] | None:
+    """Measure the network on each part of the dataset held for that; None: a signal came."""
+    from cifar_dist.data.batches import build_evaluation_loader
+    from cifar_dist.engine import average_buffers, evaluate
+
+    accelerator, state = session.accelerator, session.state
+    average_buffers(accelerator, state.network, state.average)
+    results = {}
+    for name, images in session.dataset.evaluation.items():
+        result = evaluate(
+            accelerator,
+            state.evaluated,
+            build_evaluation_loader(accelerator, images),
+            session.pixels,
+            len(session.dataset.classes),
+            stop=preemption.agreed,
+        )
+        if result is None:
+            return None
+        results[name] = result
+    return results
+
+
 def _finish(session: Session, finished: bool) -> Result:
     """Say how it ended, once the checkpoint is there; nobody leaves before the others."""
     from cifar_dist.runfolder import write_status
 
+    session.saver.wait(final=True)
     session.tracker.finish()
     result = "finished" if finished else "preempted"
     best = session.best["metrics"] if session.best["step"] is not None else None
     if session.accelerator.is_main_process:
-        write_status(session.out, result, session.state.step, session.epochs_done)
+        with session.warned.spare("status.json"):
+            write_status(session.out, result, session.state.step, session.epochs_done)
         if finished and best:
             numbers = ", ".join(
                 f"{name} {line['accuracy']:.4f}" for name, line in best.items() if name != "train"
@@ -177,8 +264,41 @@ def _finish(session: Session, finished: bool) -> Result:
             print(f"best by validation: step {session.best['step']}, accuracy {numbers}")
         hint = "" if finished else "; the same command with --out continues it"
         print(f"{result} at step {session.state.step}: {session.out}{hint}", flush=True)
+    session.peers.leave()
     session.accelerator.wait_for_everyone()
     return Result(result, session.out, session.metrics, best)
+
+
+def _fail(session: Session, error: BaseException) -> RunFailed:
+    """Put the end of a run into one line, and into status.json."""
+    from cifar_dist.runfolder import write_status
+
+    line, speaks = session.peers.explain(error, f"at step {session.state.step}")
+    if speaks:
+        with session.warned.spare("status.json"):
+            write_status(session.out, "failed", session.state.step, session.epochs_done, line)
+    return RunFailed(line, speaks)
+
+
+def _report(failure: RunFailed) -> int:
+    """Print what a failure needs, its line last, and return the exit code."""
+    from cifar_dist.peers import lost_peer
+
+    cause = failure.__cause__
+    said = cause is None or isinstance(cause, (RunError, KeyboardInterrupt, Preempted))
+    if cause is not None and not said and not lost_peer(cause):
+        traceback.print_exception(type(cause), cause, cause.__traceback__)
+    if failure.speaks:
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _note_preempted(out: Path) -> None:
+    """Say in the status of a run that it was stopped again before it had gone on."""
+    from cifar_dist.runfolder import read_status, write_status
+
+    before = read_status(out)
+    write_status(out, "preempted", before.get("step", 0), before.get("epoch", 0))
 
 
 def _check_batch_size(recipe: Recipe, world: int) -> None:
@@ -197,6 +317,16 @@ def _check_dataset(recipe: Recipe, dataset: Dataset) -> None:
         size <= images,
         f"train.batch_size {size} exceeds the {images} training images; give {images} or less",
     )
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """Return what must be the same in all processes about their dataset, as plain values."""
+    return {
+        "digest": dataset.digest,
+        "classes": list(dataset.classes),
+        "training images": len(dataset.train),
+        **{f"{name} images": len(part) for name, part in dataset.evaluation.items()},
+    }
 
 
 def _due(every: int, number: int) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cifar_dist.checkpoint import (
+    NEEDED,
     Checkpoint,
     DamagedCheckpoint,
     find_checkpoint,
@@ -24,7 +25,9 @@ from cifar_dist.config import UsageError
 
 def sample(value: float = 1.0) -> Checkpoint:
     tensors = {"w": torch.full((3, 4), value).to(memory_format=torch.contiguous_format)}
-    return Checkpoint({"model": tensors, "optim": {"0.m": torch.ones(2)}}, {"step": 3, "x": 0.1})
+    own = {"statistics": torch.zeros(1, 0), "tallies": torch.zeros(1, 3)}
+    state = {key: kind() for key, kind in NEEDED.items()} | {"best": {"step": None, "x": 0.1}}
+    return Checkpoint({"model": tensors, "optim": {"0.m": torch.ones(2)}, "processes": own}, state)
 
 
 def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -34,7 +37,8 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
     assert back.state == sample().state
     assert torch.equal(back.tensors["model"]["w"], sample(2.5).tensors["model"]["w"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000012"]
-    names = {"MANIFEST.json", "model.safetensors", "optim.safetensors", "state.json"}
+    names = {"MANIFEST.json", "state.json"}
+    names |= {f"{part}.safetensors" for part in ("model", "optim", "processes")}
     assert {p.name for p in path.iterdir()} == names
 
 

@@ -1,121 +1,840 @@
-"""CIFAR: torchvision's downloader against a local server with a small archive."""
+"""CIFAR: small archives on a local server that misbehaves, compared with what torchvision reads."""
 
+import dataclasses
 import hashlib
 import http.server
 import io
+import json
+import os
 import pickle
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
 import tarfile
 import threading
-from collections.abc import Iterator
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torchvision
 
 from cifar_dist.config import DataConfig, UsageError
-from cifar_dist.data import load_dataset
+from cifar_dist.data import cifar, load_dataset
+from cifar_dist.data import download as downloads
+from cifar_dist.data.download import download
+
+CLASSES = ["airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+FILE = np.random.default_rng(0).bytes(200_000)
+Files = dict[str, bytes]
 
 
-def archive() -> tuple[bytes, dict[str, str]]:
-    """Build a CIFAR-10 archive of 3 images a file; returns it and each file's MD5."""
-    random = np.random.default_rng(0)
-    names = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
-    files = {
-        name: pickle.dumps(
-            {
-                "data": random.integers(0, 256, (3, 3072)).astype(np.uint8),
-                "labels": [number % 10, 1, 2],
-            }
-        )
-        for number, name in enumerate(names)
-    }
-    classes = [
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    ]
-    files["batches.meta"] = pickle.dumps({"label_names": classes})
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
-    return buffer.getvalue(), md5
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers each request as the next step of the server's plan says, then as `whole`."""
+
+    server: "Server"
+
+    def do_GET(self) -> None:
+        begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        self.server.requests.append(begin)
+        self.close_connection = True
+        step = self.server.plan.pop(0) if self.server.plan else whole
+        step(self, begin)
+
+    def start(self, status: int, **headers: object) -> None:
+        """Send the head of an answer."""
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves one file on the loopback.
+
+    Attributes:
+        plan: how to answer the next requests.
+        requests: the first byte that each request asked for.
+        closing: set when the test is over.
+    """
+
+    def __init__(self, content: bytes, *plan: Callable[[Handler, int], None]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content = content
+        self.plan = list(plan)
+        self.requests: list[int] = []
+        self.closing = threading.Event()
+
+    def url(self, name: str = "file") -> str:
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+    def handle_error(self, *_: object) -> None:
+        """Say nothing: clients of this server hang up by design."""
+
+
+def whole(handler: Handler, begin: int) -> None:
+    cut_at(len(handler.server.content))(handler, begin)
+
+
+def cut_at(end: int) -> Callable[[Handler, int], None]:
+    """Announce everything from `begin` on, and hang up at `end`."""
+
+    def step(handler: Handler, begin: int) -> None:
+        content = handler.server.content
+        ranges = {"Content_Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}
+        status = 206 if begin else 200
+        handler.start(status, Content_Length=len(content) - begin, **(ranges if begin else {}))
+        handler.wfile.write(content[begin:end])
+        handler.wfile.flush()
+
+    return step
+
+
+def stall_at(end: int) -> Callable[[Handler, int], None]:
+    def step(handler: Handler, begin: int) -> None:
+        cut_at(end)(handler, begin)
+        handler.server.closing.wait(30)
+
+    return step
+
+
+def without_ranges(handler: Handler, begin: int) -> None:
+    whole(handler, 0)
+
+
+def answer(status: int, **headers: object) -> Callable[[Handler, int], None]:
+    return lambda handler, begin: handler.start(status, Content_Length=0, **headers)
+
+
+def endless(handler: Handler, begin: int) -> None:
+    handler.start(200)
+    while not handler.server.closing.is_set():
+        handler.wfile.write(bytes(1 << 16))
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Serve the archive to torchvision; the list holds the requests made."""
-    content, md5 = archive()
-    requests: list[str] = []
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
+    """Return what starts a server; downloads wait little between their attempts."""
+    monkeypatch.setattr(downloads, "PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    servers = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            requests.append(self.path)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    def start(content: bytes, *plan: Callable[[Handler, int], None]) -> Server:
+        servers.append(Server(content, *plan))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
+        return servers[-1]
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http_server.serve_forever, daemon=True).start()
-    cifar10 = torchvision.datasets.CIFAR10
-    url = f"http://127.0.0.1:{http_server.server_port}/cifar-10-python.tar.gz"
-    monkeypatch.setattr(cifar10, "url", url)
-    monkeypatch.setattr(cifar10, "tgz_md5", hashlib.md5(content).hexdigest())
-    names = [f"data_batch_{number}" for number in range(1, 6)]
-    monkeypatch.setattr(cifar10, "train_list", [[name, md5[name]] for name in names])
-    monkeypatch.setattr(cifar10, "test_list", [["test_batch", md5["test_batch"]]])
-    meta = {"filename": "batches.meta", "key": "label_names", "md5": md5["batches.meta"]}
-    monkeypatch.setattr(cifar10, "meta", meta)
-    yield requests
-    http_server.shutdown()
-    http_server.server_close()
+    yield start
+    for server in servers:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
 
 
-def test_it_is_downloaded_once_and_cached(server: list[str], tmp_path: Path) -> None:
+def fetch(server: Server, target: Path) -> None:
+    download(server.url(), target, len(FILE), hashlib.sha256(FILE).hexdigest())
+
+
+def small_files(count: int = 3) -> Files:
+    """Make the files of CIFAR-10 with `count` images in each, as Python 3 pickles them."""
+    random = np.random.default_rng(0)
+    batches = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
+    files = {
+        name: pickle.dumps(
+            {
+                "data": random.integers(0, 256, (count, 3072)).astype(np.uint8),
+                "labels": [(number + row) % 10 for row in range(count)],
+            }
+        )
+        for number, name in enumerate(batches)
+    }
+    return {**files, "batches.meta": pickle.dumps({"label_names": CLASSES})}
+
+
+def pack(files: Files, *extra: tarfile.TarInfo, folder: str = "cifar-10-batches-py") -> bytes:
+    """Return a compressed archive of `files` in `folder`, and of `extra` headers alone."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"{folder}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for info in extra:
+            tar.fileobj.write(info.tobuf())
+    return buffer.getvalue()
+
+
+def publish(
+    monkeypatch: pytest.MonkeyPatch,
+    files: Files,
+    content: bytes = b"",
+    dataset: str = "cifar10",
+    url: str = "http://127.0.0.1:9/cifar-10-python.tar.gz",
+) -> dict[str, Any]:
+    """Have the package expect these files in this archive; returns what was changed."""
+    changes = {
+        "url": url,
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "md5": {name: hashlib.md5(data).hexdigest() for name, data in files.items()},
+    }
+    changed = dataclasses.replace(cifar.ARCHIVES[dataset], **changes)
+    monkeypatch.setitem(cifar.ARCHIVES, dataset, changed)
+    return changes
+
+
+def unpack(files: Files, root: Path, folder: str = "cifar-10-batches-py") -> None:
+    (root / folder).mkdir(parents=True)
+    for name, content in files.items():
+        (root / folder / name).write_bytes(content)
+
+
+def as_torchvision_reads(files: Files, root: Path, dataset: str = "cifar10") -> list[Any]:
+    """Return the two splits as torchvision reads the same files, which it unpickles."""
+    import torchvision
+
+    archive = cifar.ARCHIVES[dataset]
+    base = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+    hashes = {
+        "train_list": [[name, archive.md5[name]] for name in archive.train],
+        "test_list": [[name, archive.md5[name]] for name in archive.test],
+        "meta": {
+            "filename": archive.meta,
+            "key": archive.names,
+            "md5": archive.md5[archive.meta],
+        },
+    }
+    unpack(files, root, archive.folder)
+    reader = type("Reader", (base[dataset],), hashes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy dislikes how Python 2 pickled a dtype
+        return [reader(root, train=train) for train in (True, False)]
+
+
+def load(root: Path, dataset: str = "cifar10", **changes: Any) -> Any:
+    return load_dataset(DataConfig(name=dataset, root=str(root), **changes))
+
+
+def refusal(root: Path) -> str:
+    """Return the message that loading is refused with: always one line."""
+    with pytest.raises(UsageError) as refused:
+        load(root)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_it_is_downloaded_once_and_cached(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = small_files()
+    server = serve(pack(files))
+    publish(monkeypatch, files, server.content, url=server.url("cifar-10-python.tar.gz"))
     root = tmp_path / "data"
-    dataset = load_dataset(DataConfig(name="cifar10", root=str(root)))
+    dataset = load(root)
     assert len(dataset.train) == 15
     assert len(dataset.evaluation["test"]) == 3
     assert dataset.classes[0] == "airplane"
-    reference = torchvision.datasets.CIFAR10(root, train=True)
-    assert np.array_equal(dataset.train.images, reference.data)
-    assert dataset.train.labels.tolist() == reference.targets
-    requests = len(server)
-    again = load_dataset(DataConfig(name="cifar10", root=str(tmp_path / "elsewhere")))
+    train, test = as_torchvision_reads(files, tmp_path / "reference")
+    assert np.array_equal(dataset.train.images, train.data)
+    assert dataset.train.labels.tolist() == train.targets
+    assert np.array_equal(dataset.evaluation["test"].images, test.data)
+    again = load(tmp_path / "elsewhere")
     assert again.digest == dataset.digest
-    assert len(server) == requests
-    large = load_dataset(DataConfig(name="cifar10", root=str(root), image_size=48))
+    large = load(root, image_size=48)
     assert large.train.images.shape == (15, 48, 48, 3)
+    assert server.requests == [0]
 
 
 def test_offline_is_one_line_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/none.tar.gz")
-    with pytest.raises(UsageError) as refused:
-        load_dataset(DataConfig(name="cifar10", root=str(tmp_path / "data")))
-    message = str(refused.value)
+    publish(monkeypatch, small_files(), b"nobody sends this")
+    message = refusal(tmp_path / "data")
+    assert "Connection refused" in message
     assert "put cifar-10-python.tar.gz there" in message
     assert "--data.name synthetic" in message
-    assert "\n" not in message
 
 
 def test_a_root_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         load_dataset(DataConfig(name="cifar10", root=str(tmp_path / "data")))
+
+
+def test_the_expected_files_are_those_that_torchvision_names() -> None:
+    import torchvision
+
+    classes = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+    for name, published in classes.items():
+        archive = cifar.ARCHIVES[name]
+        listed = dict([*published.train_list, *published.test_list])
+        assert archive.md5 == {**listed, published.meta["filename"]: published.meta["md5"]}
+        assert [*archive.train, *archive.test] == list(listed)
+        assert (archive.url, archive.name) == (published.url, published.filename)
+        assert (archive.folder, archive.names) == (published.base_folder, published.meta["key"])
+
+
+# What is in data.root already
+
+
+@pytest.mark.parametrize("place", ["archive", "folder"])
+def test_what_is_there_is_used(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = small_files()
+    content = pack(files)
+    publish(monkeypatch, files, content)
+    if place == "archive":
+        (tmp_path / "cifar-10-python.tar.gz").write_bytes(content)
+    else:
+        unpack(files, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert len(load(tmp_path).train) == 15
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_archive_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = small_files()
+    expected = publish(monkeypatch, files, pack(files))["sha256"]
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half an archi")
+    message = refusal(tmp_path)
+    assert expected in message
+    assert hashlib.sha256(b"half an archi").hexdigest() in message
+    assert "remove it" in message
+
+
+def test_a_folder_with_other_files_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = small_files()
+    expected = publish(monkeypatch, files)["md5"]["data_batch_3"]
+    unpack(files, tmp_path)
+    victim = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    victim.write_bytes(b"something else")
+    message = refusal(tmp_path)
+    assert expected in message
+    assert hashlib.md5(b"something else").hexdigest() in message
+    assert str(victim) in message
+    victim.unlink()
+    assert f"{victim} is missing" in refusal(tmp_path)
+
+
+# What is in the files
+
+
+def old_string(data: bytes) -> bytes:
+    """Pickle a string as Python 2 did."""
+    head = b"U" + bytes([len(data)]) if len(data) < 256 else b"T" + struct.pack("<i", len(data))
+    return head + data
+
+
+def old_list(entries: list[bytes]) -> bytes:
+    """Pickle a list as Python 2 did: a thousand entries at a time."""
+    parts = [entries[start : start + 1000] for start in range(0, len(entries), 1000)]
+    return b"]q\x05" + b"".join(b"(" + b"".join(part) + b"e" for part in parts)
+
+
+def old_batch(pixels: np.ndarray, labels: list[int], key: str) -> bytes:
+    """Write uint8 [N, 3072] as the published files have it, from Python 2 and its numpy."""
+    shape = b"M" + struct.pack("<H", len(pixels)) + b"M\x00\x0c\x86"
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\nq\x07cnumpy\nndarray\nq\x08K\x00\x85U\x01b\x87Rq\x09"
+        b"(K\x01" + shape + b"cnumpy\ndtype\nq\x0aU\x02u1K\x00K\x01\x87Rq\x0b"
+        b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+        + old_string(pixels.tobytes())
+        + b"tb"
+    )
+    names = old_list([old_string(b"image_%d.png" % row) for row in range(len(pixels))])
+    return (
+        b"\x80\x02}q\x01("
+        + (old_string(b"batch_label") + b"q\x02" + old_string(b"batch 1 of 5") + b"q\x03")
+        + (old_string(key.encode()) + b"q\x04")
+        + old_list([b"K" + bytes([label]) for label in labels])
+        + (old_string(b"coarse_labels") + old_list([b"K\x07" for _ in labels]))
+        + (old_string(b"data") + b"q\x06" + array)
+        + (old_string(b"filenames") + b"q\x0c" + names)
+        + b"u."
+    )
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_files_as_python_2_wrote_them(
+    dataset: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    archive = cifar.ARCHIVES[dataset]
+    classes = [f"class {number}" for number in range(10 if dataset == "cifar10" else 100)]
+    random = np.random.default_rng(1)
+    files = {
+        archive.meta: b"\x80\x02}q\x01("
+        + (old_string(b"num_vis") + b"M\x00\x0c" + old_string(archive.names.encode()))
+        + old_list([old_string(name.encode()) for name in classes])
+        + b"u."
+    }
+    for name in (*archive.train, *archive.test):
+        count = 2001 if name == archive.train[-1] else 3  # more than fit into one part of a list
+        pixels = random.integers(0, 256, (count, 3072), dtype=np.uint8)
+        labels = random.integers(0, len(classes), count).tolist()
+        files[name] = old_batch(pixels, labels, archive.labels)
+    publish(monkeypatch, files, dataset=dataset)
+    train, test = as_torchvision_reads(files, tmp_path, dataset)
+    loaded = load(tmp_path, dataset)
+    for found, expected in ((loaded.train, train), (loaded.evaluation["test"], test)):
+        assert np.array_equal(found.images, expected.data)
+        assert found.labels.tolist() == expected.targets
+    assert list(loaded.classes) == classes == train.classes
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_files_as_python_3_writes_them(
+    protocol: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = {**small_files(count=1001), "data_batch_2": small_files(count=1)["data_batch_2"]}
+    for name, content in files.items():
+        values = {"nested": [[1, 2], [3, 4], []], **pickle.loads(content)}
+        files[name] = pickle.dumps(values, protocol)
+    publish(monkeypatch, files)
+    train, _ = as_torchvision_reads(files, tmp_path)
+    loaded = load(tmp_path)
+    assert np.array_equal(loaded.train.images, train.data)
+    assert loaded.train.labels.tolist() == train.targets
+
+
+PIXELS = np.zeros((2, 3072), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (pickle.dumps({"data": PIXELS, "labels": [1, 2, 3]}), "2 images and 3 labels"),
+        (pickle.dumps({"data": PIXELS, "labels": [1, 10]}), "1 are from 0 to 9"),
+        (pickle.dumps({"data": PIXELS, "labels": [1, -1]}), "1 are from 0 to 9"),
+        (pickle.dumps({"data": PIXELS, "labels": ["1", "2"]}), "0 are from 0 to 9"),
+        (pickle.dumps({"data": PIXELS}), "2 images and 0 labels"),
+        (pickle.dumps({"data": PIXELS[:, :-1], "labels": [1, 2]}), "0 arrays of images"),
+        (pickle.dumps({"data": PIXELS, "more": PIXELS.copy()}), "2 arrays of images"),
+        (pickle.dumps([1, 2]), "0 arrays of images"),
+        (pickle.dumps({"data": PIXELS, "labels": [1, 2]})[:-9], "no complete pickle"),
+        (b"<html>", "no complete pickle"),
+        (b"", "no complete pickle"),
+    ],
+)
+def test_a_batch_that_makes_no_sense_is_named(
+    content: bytes, problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = {**small_files(), "data_batch_2": content}
+    publish(monkeypatch, files)
+    unpack(files, tmp_path)
+    message = refusal(tmp_path)
+    assert problem in message
+    assert "data_batch_2" in message
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("place", ["archive", "folder"])
+@pytest.mark.parametrize("victim", ["data_batch_1", "batches.meta"])
+def test_a_pickle_bomb_is_never_executed(
+    victim: str, place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    marker, files = tmp_path / "marker", small_files()
+    alone = {**files, victim: pickle.dumps(Bomb(marker))}
+    hidden = {**files, victim: pickle.dumps({"a": Bomb(marker), **pickle.loads(files[victim])})}
+    for bombed in (alone, hidden):
+        pickle.loads(bombed[victim])
+        assert marker.exists()  # it is live
+        marker.unlink()
+        root = tmp_path / ("alone" if bombed is alone else "hidden")
+        content = pack(bombed)
+        publish(monkeypatch, bombed, content)
+        unpack(bombed if place == "folder" else {}, root)
+        if place == "archive":
+            (root / "cifar-10-python.tar.gz").write_bytes(content)
+        if bombed is alone:
+            assert victim in refusal(root)
+        else:
+            assert len(load(root).train) == 15
+        assert not marker.exists()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0) -> Any:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, size
+    return info
+
+
+VICTIM = "cifar-10-batches-py/data_batch_1"
+
+
+@pytest.mark.fault(36)
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        (member("../evil"), f"'{VICTIM}' is not in it"),
+        (member("/tmp/cifar-dist-evil"), f"'{VICTIM}' is not in it"),
+        (member("cifar-10-batches-py/../data_batch_1"), f"'{VICTIM}' is not in it"),
+        (member(VICTIM, tarfile.SYMTYPE, "/etc/passwd"), f"'{VICTIM}' in it is no plain file"),
+        (member(VICTIM, tarfile.LNKTYPE, "../evil"), f"'{VICTIM}' in it is no plain file"),
+        (member(VICTIM, tarfile.CHRTYPE), f"'{VICTIM}' in it is no plain file"),
+        (member(VICTIM, tarfile.FIFOTYPE), f"'{VICTIM}' in it is no plain file"),
+        (member(VICTIM, size=10 << 30), f"'{VICTIM}' in it has 10737418240 bytes"),
+        (member("readme.html", size=10 << 30), "'readme.html' in it has 10737418240 bytes"),
+    ],
+)
+def test_an_archive_with_a_bad_member_is_refused(
+    bad: tarfile.TarInfo, problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = small_files()
+    del files["data_batch_1"]
+    content = pack(files, bad)
+    publish(monkeypatch, small_files(), content)
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "cifar-10-python.tar.gz").write_bytes(content)
+    assert problem in refusal(root)
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "cifar-10-python.tar.gz"]
+    assert not Path("/tmp/cifar-dist-evil").exists()
+
+
+@pytest.mark.fault(36)
+def test_ten_gigabytes_of_zeros_are_not_unpacked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cifar, "LARGEST_MEMBER", 1_000_000)
+    content = pack({"data_batch_1": bytes(20_000_000)})  # the same in little
+    assert len(content) < 200_000
+    publish(monkeypatch, small_files(), content)
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(content)
+    assert f"'{VICTIM}' in it has 20000000 bytes" in refusal(tmp_path)
+
+
+@pytest.mark.fault(36)
+def test_nothing_but_the_expected_members_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = small_files()
+    others = [member("cifar-10-batches-py", tarfile.DIRTYPE), member("../evil")]
+    others += [member("evil", tarfile.SYMTYPE, "/etc"), member("evil/passwd")]
+    content = pack(files, *others)
+    publish(monkeypatch, files, content)
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "cifar-10-python.tar.gz").write_bytes(content)
+    assert len(load(root).train) == 15
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "cifar-10-python.tar.gz"]
+
+
+def test_an_archive_that_is_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole_archive = pack(small_files())
+    for content in (b"no archive", whole_archive[:-1000]):
+        publish(monkeypatch, small_files(), content)
+        (tmp_path / "cifar-10-python.tar.gz").write_bytes(content)
+        assert "cannot be used" in refusal(tmp_path)
+
+
+# The download
+
+
+@pytest.mark.fault(37)
+def test_a_cut_connection_is_resumed(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(FILE, cut_at(50_000), cut_at(120_000))
+    fetch(server, tmp_path / "file")
+    assert server.requests == [0, 50_000, 120_000]
+    assert (tmp_path / "file").read_bytes() == FILE
+    assert not (tmp_path / "file.part").exists()
+
+
+@pytest.mark.fault(37)
+def test_a_connection_that_breaks_often_still_gets_there(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    cuts = range(10_000, 200_000, 10_000)
+    server = serve(FILE, *map(cut_at, cuts))
+    fetch(server, tmp_path / "file")
+    assert server.requests == [0, *cuts]
+
+
+@pytest.mark.fault(37)
+def test_a_part_of_an_earlier_run_is_continued(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = serve(FILE)
+    (tmp_path / "file.part").write_bytes(FILE[:150_000])
+    fetch(server, tmp_path / "file")
+    assert server.requests == [150_000]
+    (tmp_path / "complete.part").write_bytes(FILE)
+    fetch(server, tmp_path / "complete")
+    (tmp_path / "long.part").write_bytes(FILE + b"more")
+    fetch(server, tmp_path / "long")
+    assert server.requests == [150_000, 0]
+    assert all((tmp_path / name).read_bytes() == FILE for name in ("file", "complete", "long"))
+
+
+@pytest.mark.fault(37)
+def test_a_server_without_ranges_is_read_from_the_start(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = serve(FILE, cut_at(50_000), without_ranges)
+    fetch(server, tmp_path / "file")
+    assert server.requests == [0, 50_000]
+    assert (tmp_path / "file").read_bytes() == FILE
+
+
+@pytest.mark.fault(37)
+@pytest.mark.parametrize(
+    "step",
+    [answer(416), answer(206, Content_Range="bytes 7-9/200000")],
+    ids=["unsatisfiable", "another"],
+)
+def test_a_range_that_is_not_given_is_not_insisted_on(
+    step: Callable[[Handler, int], None], serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = serve(FILE, step)
+    (tmp_path / "file.part").write_bytes(FILE[:150_000])
+    fetch(server, tmp_path / "file")
+    assert server.requests == [150_000, 0]
+
+
+@pytest.mark.fault(37)
+def test_a_wrong_hash_is_refused(serve: Callable[..., Server], tmp_path: Path) -> None:
+    wrong = FILE[:-1] + b"?"
+    server = serve(wrong)
+    with pytest.raises(UsageError) as refused:
+        fetch(server, tmp_path / "file")
+    message = str(refused.value)
+    assert hashlib.sha256(FILE).hexdigest() in message
+    assert hashlib.sha256(wrong).hexdigest() in message
+    assert server.url() in message
+    assert server.requests == [0]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
+
+
+@pytest.mark.fault(37)
+def test_an_error_of_the_server_is_retried(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(FILE, answer(500), answer(503))
+    fetch(server, tmp_path / "file")
+    assert server.requests == [0, 0, 0]
+    server.plan = [answer(500)] * 9
+    with pytest.raises(
+        UsageError, match="answers 500 Internal Server Error, in 4 attempts in a row"
+    ):
+        fetch(server, tmp_path / "other")
+
+
+@pytest.mark.fault(37)
+def test_the_pauses_between_attempts_grow(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(downloads, "PAUSES", (0.5, 1.0, 2.0))
+    monkeypatch.setattr(downloads, "time", types.SimpleNamespace(sleep=waited.append))
+    with pytest.raises(UsageError):
+        fetch(serve(FILE, *[answer(500)] * 4), tmp_path / "file")
+    assert waited == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.fault(37)
+def test_a_file_that_is_not_there_is_not_retried(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = serve(FILE, answer(404))
+    with pytest.raises(UsageError, match="404 Not Found"):
+        fetch(server, tmp_path / "file")
+    assert server.requests == [0]
+
+
+@pytest.mark.fault(37)
+@pytest.mark.parametrize(
+    "address",
+    ["http://mirror.example/file", "http://127.0.0.1@mirror.example/file", "ftp://127.0.0.1/file"],
+)
+def test_a_redirect_away_from_https_is_not_followed(
+    address: str,
+    serve: Callable[..., Server],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    contacted = []
+    connect = socket.create_connection
+
+    def record(place: tuple[str, int], *arguments: Any, **options: Any) -> socket.socket:
+        contacted.append(place)
+        return connect(place, *arguments, **options)
+
+    monkeypatch.setattr(socket, "create_connection", record)
+    server = serve(FILE, answer(302, Location=address))
+    with pytest.raises(UsageError) as refused:
+        fetch(server, tmp_path / "file")
+    assert address in str(refused.value)
+    assert contacted == [("127.0.0.1", server.server_port)]
+    with pytest.raises(UsageError, match="not https"):
+        download(address, tmp_path / "file", len(FILE), "")
+    assert len(contacted) == 1
+
+
+@pytest.mark.fault(37)
+def test_a_redirect_is_followed_with_the_range(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def redirect(handler: Handler, begin: int) -> None:
+        handler.start(302, Location=mirror.url())
+        handler.server.closing.wait(30)  # a body that never ends: nobody may wait for it
+
+    mirror = serve(FILE)
+    server = serve(b"", redirect)
+    monkeypatch.setattr(downloads, "TIMEOUT", 5)
+    (tmp_path / "file.part").write_bytes(FILE[:150_000])
+    fetch(server, tmp_path / "file")
+    assert (server.requests, mirror.requests) == ([150_000], [150_000])
+
+
+@pytest.mark.fault(37)
+def test_a_stalled_server_is_left_and_asked_again(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.5)
+    server = serve(FILE, stall_at(50_000))
+    fetch(server, tmp_path / "file")
+    assert server.requests[:2] == [0, 50_000]
+    assert (tmp_path / "file").read_bytes() == FILE
+
+
+@pytest.mark.fault(37)
+def test_a_server_that_stalls_for_good_is_given_up(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.2)
+    server = serve(FILE, *[stall_at(0)] * 9)
+    with pytest.raises(UsageError, match="timed out"):
+        fetch(server, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.fault(37)
+def test_an_endless_server_is_refused(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(FILE, endless)
+    with pytest.raises(UsageError, match=f"the {len(FILE)} bytes from .* have SHA-256"):
+        fetch(server, tmp_path / "file")
+    server.plan = [answer(200)]
+    server.content = FILE + b"more"
+    for problem in ("offers 0 bytes", f"offers {len(FILE) + 4} bytes"):
+        with pytest.raises(UsageError, match=f"{problem}; expected {len(FILE)}"):
+            fetch(server, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.fault(37)
+def test_an_interrupted_download_leaves_nothing_under_the_name(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        raise Interrupted
+
+    def send_half_and_signal(handler: Handler, begin: int) -> None:
+        cut_at(100_000)(handler, begin)
+        deadline = time.monotonic() + 10
+        while not part.exists() or part.stat().st_size < 100_000:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+        handler.server.closing.wait(30)
+
+    part = tmp_path / "file.part"
+    server = serve(FILE, send_half_and_signal)
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(Interrupted):
+            fetch(server, tmp_path / "file")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not (tmp_path / "file").exists()
+    fetch(server, tmp_path / "file")
+    assert server.requests == [0, 100_000]
+    assert (tmp_path / "file").read_bytes() == FILE
+
+
+@pytest.mark.fault(37)
+def test_a_disk_without_room_is_refused_before_it_is_filled(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server = serve(FILE)
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    with pytest.raises(UsageError) as refused:
+        fetch(server, tmp_path / "file")
+    assert f"0.2 MB are needed and 0.1 MB are free in {tmp_path}" in str(refused.value)
+    assert server.requests == []
+
+
+@pytest.mark.fault(37)
+def test_a_place_that_cannot_be_written(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        fetch(serve(FILE), tmp_path / "file" / "file")
+
+
+LOADER = """
+import dataclasses, json, sys
+from cifar_dist.config import DataConfig
+from cifar_dist.data import cifar, load_dataset
+
+root, cache, changes = sys.argv[1:]
+archive = dataclasses.replace(cifar.ARCHIVES["cifar10"], **json.loads(changes))
+cifar.ARCHIVES["cifar10"] = archive
+print("ready", flush=True)
+sys.stdin.readline()
+print(load_dataset(DataConfig(name="cifar10", root=root, cache=cache)).digest)
+"""
+
+
+@pytest.mark.fault(38)
+def test_four_processes_download_once(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def slow(handler: Handler, begin: int) -> None:
+        time.sleep(0.5)  # time for the others to come and find no file
+        whole(handler, begin)
+
+    files = small_files()
+    server = serve(pack(files), slow)
+    url = server.url("cifar-10-python.tar.gz")
+    changes = json.dumps(publish(monkeypatch, files, server.content, url=url))
+    processes = [
+        subprocess.Popen(
+            # A cache for each, as of another run: nothing but the download's own lock is shared.
+            [sys.executable, "-c", LOADER, tmp_path / "data", tmp_path / f"cache{rank}", changes],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=dict(os.environ),
+        )
+        for rank in range(4)
+    ]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 4
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    digests = {process.communicate(timeout=60)[0] for process in processes}
+    assert [process.returncode for process in processes] == [0] * 4
+    assert len(digests) == 1
+    assert server.requests == [0]

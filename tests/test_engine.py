@@ -14,6 +14,7 @@ from cifar_dist.data.batches import build_evaluation_loader, build_loader
 from cifar_dist.data.images import Images
 from cifar_dist.data.synthetic import draw
 from cifar_dist.engine import VIEWS, TrainState, evaluate, train_epoch, view
+from cifar_dist.guard import Guard
 from cifar_dist.metrics import Tally
 from cifar_dist.runtime import start_processes
 
@@ -22,7 +23,7 @@ PLAIN = Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), AugmentConfig(), seed=0)
 
 @pytest.fixture
 def accelerator() -> Accelerator:
-    return start_processes(TrainConfig())
+    return start_processes(TrainConfig())[0]
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +43,11 @@ def train(accelerator: Accelerator, images: Images, **options: object) -> TrainS
     average = None
     if config.ema:
         average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0, fused=True)
+    guard = Guard(optimizer, accelerator.device)
     model, optimizer = accelerator.prepare(network, optimizer)
-    state = TrainState(network, model, optimizer, average, Tally(accelerator.device), 0)
+    tally = Tally(accelerator.device)
+    state = TrainState(network, model, optimizer, average, guard, tally, 0, torch.zeros(()))
     loader, _ = build_loader(accelerator, images, 32 // config.accumulate, seed=0)
     steps = sum(1 for _ in train_epoch(accelerator, state, loader, PLAIN, config, lambda _: 0.1, 0))
     assert steps == state.step == 3

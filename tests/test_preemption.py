@@ -120,7 +120,8 @@ def test_before_training_there_is_nothing_to_lose(
 
 def test_the_second_ctrl_c_stops_at_once_but_a_forwarded_one_does_not() -> None:
     preemption = Preemption()
-    with preemption.listen(), preemption.deferred(processes=1):
+    with preemption.listen():
+        preemption.defer(processes=1, timeout=9)
         assert not preemption.agreed()
         for _ in range(2):  # the terminal's, and the launcher's copy of it
             os.kill(os.getpid(), signal.SIGINT)

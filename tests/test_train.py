@@ -11,7 +11,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar_dist.config import UsageError, parse_recipe
-from cifar_dist.train import Result, main, run
+from cifar_dist.train import Result, RunFailed, main, run
 from tests.helpers import TINY, digest_of, read_lines, write_folder
 
 # Everything random is on: dropout, every augmentation, averaged weights, BatchNorm's statistics.
@@ -109,7 +109,7 @@ def test_a_stopped_run_continues_as_if_it_had_not(
     whole = train(tmp_path / "whole", *options)
     with monkeypatch.context() as patch:
         stop_at(step, patch)
-        with pytest.raises(Stopped):
+        with pytest.raises(RunFailed, match="Stopped"):
             train(tmp_path / "stopped", *options)
     status = json.loads((tmp_path / "stopped" / "status.json").read_text())
     assert status["state"] == "failed"
@@ -139,7 +139,7 @@ def test_curves_are_continuous_after_a_resume(
     for step in (6, 11):
         with monkeypatch.context() as patch:
             stop_at(step, patch)
-            with pytest.raises(Stopped):
+            with pytest.raises(RunFailed, match="Stopped"):
                 train(tmp_path, *options)
     train(tmp_path, *options)
     events = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0})
@@ -269,7 +269,7 @@ def test_an_unusable_out_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="the training loss is"):
+    with pytest.raises(RunFailed, match="not finite at step 2 on rank 0, training images"):
         train(tmp_path, "--optim.lr", "1e30")
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed"

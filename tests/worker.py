@@ -20,7 +20,7 @@ def evaluate_sizes(out: str) -> None:
     from cifar_dist.runtime import leave_processes, start_processes
 
     batches.EVALUATION_BATCH = 8  # so that the sets span several batches and ragged tails
-    accelerator = start_processes(TrainConfig())
+    accelerator, peers = start_processes(TrainConfig())
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
     pixels = Pixels((0.5,) * 3, (0.25,) * 3, AugmentConfig(), 0)
@@ -34,6 +34,7 @@ def evaluate_sizes(out: str) -> None:
         )
     if accelerator.is_main_process:
         Path(out).write_text(json.dumps(counted))
+    peers.leave()
     leave_processes()
 
 
@@ -73,8 +74,9 @@ def show_threads() -> None:
     from cifar_dist.config import TrainConfig
     from cifar_dist.runtime import leave_processes, start_processes
 
-    start_processes(TrainConfig())
-    print(f"threads={torch.get_num_threads()}", flush=True)
+    peers = start_processes(TrainConfig())[1]
+    os.write(1, f"threads={torch.get_num_threads()}\n".encode())  # whole, beside the others'
+    peers.leave()
     leave_processes()
 
 

@@ -58,11 +58,12 @@ class GlobalBatches(Sampler[torch.Tensor]):
         batch_size: images per batch, over all processes.
         seed: shuffles each epoch and drops the tail that does not fill a batch; None keeps the
             order and the tail.
+        together: batches of an optimizer step; a tail that does not fill a step is dropped too.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int | None) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int | None, together: int = 1) -> None:
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.drop_last = seed is not None
+        self.drop_last, self.together = seed is not None, together
         self.epoch = self.first = 0
 
     def start_at(self, epoch: int, batch: int) -> None:
@@ -70,7 +71,7 @@ class GlobalBatches(Sampler[torch.Tensor]):
         self.epoch, self.first = epoch, batch
 
     def __len__(self) -> int:
-        whole = self.size // self.batch_size
+        whole = self.size // (self.batch_size * self.together) * self.together
         return whole if self.drop_last else -(-self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -88,10 +89,10 @@ def permutation(size: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 def build_loader(
-    accelerator: Accelerator, images: Images, batch_size: int, seed: int | None
+    accelerator: Accelerator, images: Images, batch_size: int, seed: int | None, together: int = 1
 ) -> tuple[DataLoader, GlobalBatches]:
     """Return the loader of this process's shards, and the sampler that says where it starts."""
-    sampler = GlobalBatches(len(images), batch_size, seed)
+    sampler = GlobalBatches(len(images), batch_size, seed, together)
     loader: DataLoader = DataLoader(
         ImageDataset(images, accelerator.device),
         batch_sampler=sampler,  # type: ignore[arg-type]  # batches of positions as tensors

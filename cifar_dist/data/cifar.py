@@ -1,50 +1,288 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), downloaded and checked by torchvision."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), from the archives that their author publishes.
 
+A file is read only after its hash is found right, and nothing is unpacked to disk. The batches are
+pickles, which may run any code when they are loaded; here they are not loaded but looked through.
+"""
+
+import hashlib
+import pickletools
+import tarfile
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from cifar_dist.config import DataConfig, UsageError, cache_folder
+from cifar_dist.config import DataConfig, UsageError, cache_folder, require
 from cifar_dist.data.cache import CacheWriter, load_or_build
+from cifar_dist.data.download import download, sha256_of
 from cifar_dist.data.images import Source
 
-ARCHIVES = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
+LARGEST_MEMBER = 160_000_000  # bytes; "train" of CIFAR-100 has 155,249,918
+
+IMAGE_BYTES = 3 * 32 * 32
+
+# Opcodes of pickle that matter here: Python 2 wrote the published files, Python 3 may write copies.
+INTEGERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
+OLD_STRINGS = {"SHORT_BINSTRING", "BINSTRING"}  # of Python 2, which may be text or bytes
+TEXTS = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+STORES = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+FETCHES = {"GET", "BINGET", "LONG_BINGET"}
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A published archive and what is in it.
+
+    Attributes:
+        url: where it is published.
+        size: in bytes.
+        sha256: of the archive.
+        folder: that all its files are in.
+        train, test: names of the files with the images of each split.
+        meta: name of the file with the class names.
+        md5: of each of these files, by name.
+        labels: key of the labels in the batches.
+        names: key of the class names in the meta file.
+    """
+
+    url: str
+    size: int
+    sha256: str
+    folder: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    meta: str
+    md5: dict[str, str]
+    labels: str
+    names: str
+
+    @property
+    def name(self) -> str:
+        """The archive's file name."""
+        return self.url.rpartition("/")[2]
+
+
+ARCHIVES = {
+    "cifar10": Archive(
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        size=170_498_071,
+        sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+        folder="cifar-10-batches-py",
+        train=tuple(f"data_batch_{number}" for number in range(1, 6)),
+        test=("test_batch",),
+        meta="batches.meta",
+        md5={
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            "test_batch": "40351d587109b95175f43aff81a1287e",
+            "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+        },
+        labels="labels",
+        names="label_names",
+    ),
+    "cifar100": Archive(
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        size=169_001_437,
+        sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+        folder="cifar-100-python",
+        train=("train",),
+        test=("test",),
+        meta="meta",
+        md5={
+            "train": "16019d7e3df5f24257cddd939b257f8d",
+            "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+            "meta": "7973b15100ade9c7d40fb424638fde48",
+        },
+        labels="fine_labels",
+        names="fine_label_names",
+    ),
+}
 
 
 def load_cifar(config: DataConfig) -> Source:
     """Return the dataset, downloading it into data.root if neither cache nor root holds it.
 
     Raises:
-        UsageError: it is absent and cannot be downloaded, or its files are damaged.
+        UsageError: it is absent and cannot be downloaded, or its files are not the published ones.
     """
     size = config.image_size or 32
 
     def build(writer: CacheWriter) -> None:
-        import torchvision  # seconds to import, so only when something is to be read
-
-        dataset = {
-            "cifar10": torchvision.datasets.CIFAR10,
-            "cifar100": torchvision.datasets.CIFAR100,
-        }[config.name]
-        for split in ("train", "test"):
-            try:
-                part = dataset(config.root, train=split == "train", download=True)
-            except (OSError, RuntimeError) as error:
-                raise UsageError(
-                    f"{config.name} is not in '{config.root}' and could not be downloaded "
-                    f"({' '.join(str(error).split())}); put {ARCHIVES[config.name]} there, or "
-                    "train on --data.name synthetic or imagefolder"
-                ) from error
-            array = writer.create(split, part.targets, size)
-            for row, image in enumerate(part.data):
+        archive = ARCHIVES[config.name]
+        files = _read_files(root, config.name)
+        writer.classes = _read_classes(archive.meta, files[archive.meta], archive.names)
+        for split, names in (("train", archive.train), ("test", archive.test)):
+            batches = [
+                _read_batch(name, files[name], archive.labels, len(writer.classes))
+                for name in names
+            ]
+            labels = [label for _, found in batches for label in found]
+            array = writer.create(split, labels, size)
+            for row, image in enumerate(image for images, _ in batches for image in images):
                 array[row] = image if size == 32 else _resized(image, size)
-            writer.classes = tuple(part.classes)
 
     root = Path(config.root).expanduser()
     if root.exists() and not root.is_dir():
         raise UsageError(f"data.root '{config.root}' is a file; name a folder")
     return load_or_build(cache_folder(config), f"{config.name}-{size}", build)
+
+
+def _read_files(root: Path, dataset: str) -> dict[str, bytes]:
+    """Return the content of the files inside the archive, by name.
+
+    1. The archive in `root` is used, whoever put it there; else
+    2. the folder that it unpacks to; else
+    3. the archive is downloaded into `root`.
+    """
+    archive = ARCHIVES[dataset]
+    path, folder = root / archive.name, root / archive.folder
+    try:
+        if not path.exists() and folder.is_dir():
+            return _read_folder(folder, archive)
+        if not path.exists():
+            _download(dataset, archive, path)
+        return _read_archive(path, archive)
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or path} cannot be read ({error.strerror or error}); make it "
+            "readable, or name another folder with --data.root"
+        ) from error
+
+
+def _download(dataset: str, archive: Archive, path: Path) -> None:
+    try:
+        download(archive.url, path, archive.size, archive.sha256)
+    except UsageError as error:
+        raise UsageError(
+            f"{dataset} is not in '{path.parent}' and could not be downloaded ({error}); put "
+            f"{path.name} there, or train on --data.name synthetic or imagefolder"
+        ) from error
+
+
+def _read_archive(path: Path, archive: Archive) -> dict[str, bytes]:
+    remedy = "remove it to have it downloaded again"
+    with path.open("rb") as file:
+        found = sha256_of(file)
+        require(
+            found == archive.sha256,
+            f"{path} has SHA-256 {found}, expected {archive.sha256}; {remedy}",
+        )
+        file.seek(0)
+        try:
+            with tarfile.open(fileobj=file, mode="r:gz") as tar:
+                return _read_members(tar, archive)
+        except (tarfile.TarError, zlib.error, EOFError, ValueError) as error:
+            raise UsageError(f"{path} cannot be used: {error}; {remedy}") from error
+
+
+def _read_members(tar: tarfile.TarFile, archive: Archive) -> dict[str, bytes]:
+    """Return the content of the expected members, whatever else there may be.
+
+    Raises:
+        ValueError: one is missing or no plain file, or any member is too large.
+    """
+    contents = {}
+    for member in tar:
+        if not 0 <= member.size <= LARGEST_MEMBER:
+            raise ValueError(f"{member.name!r} in it has {member.size} bytes")
+        folder, _, name = member.name.rpartition("/")
+        if folder == archive.folder and name in archive.md5:
+            stream = tar.extractfile(member) if member.isreg() else None
+            if stream is None:
+                raise ValueError(f"{member.name!r} in it is no plain file")
+            contents[name] = stream.read()
+    for name in archive.md5:
+        if name not in contents:
+            raise ValueError(f"'{archive.folder}/{name}' is not in it")
+    return contents
+
+
+def _read_folder(folder: Path, archive: Archive) -> dict[str, bytes]:
+    remedy = f"remove {folder} to have the archive downloaded, or put {archive.name} beside it"
+    contents = {}
+    for name, expected in archive.md5.items():
+        path = folder / name
+        require(
+            path.is_file() and path.stat().st_size <= LARGEST_MEMBER,
+            f"{path} is missing, or not a file of at most {LARGEST_MEMBER} bytes; {remedy}",
+        )
+        contents[name] = path.read_bytes()
+        # Weak against forgery, but what was published; reading the file does no harm in any case.
+        found = hashlib.md5(contents[name], usedforsecurity=False).hexdigest()
+        require(found == expected, f"{path} has MD5 {found}, expected {expected}; {remedy}")
+    return contents
+
+
+def _read_classes(name: str, content: bytes, key: str) -> tuple[str, ...]:
+    lists, _ = _look_through(name, content)
+    found = lists.get(key, [])
+    classes = tuple(entry for entry in found if isinstance(entry, str))
+    require(
+        0 < len(classes) == len(found), f"'{name}' of CIFAR holds no list '{key}' of class names"
+    )
+    return classes
+
+
+def _read_batch(name: str, content: bytes, key: str, classes: int) -> tuple[np.ndarray, list[int]]:
+    """Return the images uint8 [N, 32, 32, 3] and the N labels of one batch."""
+    lists, pixels = _look_through(name, content)
+    require(len(pixels) == 1, f"'{name}' of CIFAR holds {len(pixels)} arrays of images, expected 1")
+    images = np.frombuffer(pixels[0], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    found = lists.get(key, [])
+    labels = [entry for entry in found if isinstance(entry, int) and 0 <= entry < classes]
+    require(
+        len(images) == len(labels) == len(found),
+        f"'{name}' of CIFAR holds {len(images)} images and {len(found)} {key}, of which "
+        f"{len(labels)} are from 0 to {classes - 1}; expected as many of each",
+    )
+    return images, labels
+
+
+def _look_through(name: str, content: bytes) -> tuple[dict[object, list[object]], list[bytes]]:
+    """Find values in a pickled dict by the opcodes that would make them, executing none.
+
+    Returns:
+        The lists of integers and texts by their keys, with None for what is neither; and the byte
+        strings that have the length of one image or several.
+    """
+    lists: dict[object, list[object]] = {}
+    pixels: list[bytes] = []
+    memo: dict[object, object] = {}  # values that later opcodes may refer to
+    stack: list[object] = [None]  # a mark and what was pushed since; None for an object
+    filling: list[object] = []
+    try:
+        for opcode, value, _ in pickletools.genops(content):
+            kind = opcode.name
+            if kind in OLD_STRINGS | BYTES and value and len(value) % IMAGE_BYTES == 0:
+                pixels.append(value.encode("latin-1") if isinstance(value, str) else value)
+                stack.append(None)
+            elif kind in INTEGERS | OLD_STRINGS | TEXTS:
+                stack.append(value)
+            elif kind in STORES:
+                memo[len(memo) if value is None else value] = stack[-1]
+            elif kind in FETCHES:
+                stack.append(memo[value])
+            elif kind == "MARK":
+                stack = [None]
+            elif kind == "EMPTY_LIST":
+                filling = lists[stack[-1]] = []
+                stack.append(None)
+            elif kind == "APPEND":
+                filling.append(stack.pop())
+            elif kind == "APPENDS":  # long lists come in several parts
+                filling.extend(stack[1:])
+                stack = [None]
+            elif opcode.stack_after:
+                stack.append(None)
+    except (ValueError, LookupError) as error:
+        raise UsageError(f"'{name}' of CIFAR is no complete pickle ({error})") from error
+    return lists, pixels
 
 
 def _resized(image: np.ndarray, size: int) -> np.ndarray:

@@ -1,0 +1,139 @@
+"""No silent bad number: what is not finite changes no weights, and a process that drifts is found.
+
+Neither check makes the host wait for the device at a step: the guard acts on the device, and what
+it saw is read where the host waits anyway.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from cifar_dist.config import RunError
+
+SHOWN = 8  # samples named in a message
+
+
+class Guard:
+    """Keeps every optimizer step out of the weights from the first number that is not finite on.
+
+    The fused optimizers skip a step whose `found_inf` is 1, as torch's GradScaler has them do; here
+    it stays 1 once a gradient norm was not finite. Averaging gradients over processes spreads such
+    a number, so all processes skip the same steps.
+
+    Args:
+        optimizer: fused, and not yet prepared by Accelerate.
+        device: of its parameters.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self._poison = torch.zeros((), device=device)  # 0, or not a number for ever
+        self._skip = torch.zeros((), device=device)
+        self._skipped = torch.zeros((), device=device)
+        self._by_host = device.type == "mps"  # its fused kernels know no found_inf
+        if not self._by_host:
+            optimizer.found_inf = self._skip  # type: ignore[attr-defined]
+
+    def admits(self, norm: torch.Tensor) -> bool:
+        """Look at the norm of a step's gradients and say whether to call the optimizer."""
+        self._poison.add_(norm, alpha=0)
+        torch.ne(self._poison, self._poison, out=self._skip)
+        self._skipped.add_(self._skip)
+        return not (self._by_host and self._skip.item())
+
+    def skipped(self) -> int:
+        """Return how many of the latest steps changed nothing; waits for the device."""
+        return int(self._skipped.item())
+
+
+def scale_showing(loss: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return `scale`; if the loss is not finite, not a number, which then shows in the gradients.
+
+    An infinite loss can have finite gradients.
+    """
+    return loss.detach() * 0 + scale
+
+
+def bad_samples(
+    losses: torch.Tensor, positions: torch.Tensor, gradient_norm: Callable[[torch.Tensor], float]
+) -> list[str]:
+    """Name the samples of this process that gave a number that is not finite.
+
+    Args:
+        losses: float [N], with their graph.
+        positions: of the samples in the training set, int64 [N].
+        gradient_norm: of a loss.
+    """
+    bad = ~losses.isfinite()
+    if bad.any():
+        named = zip(positions[bad].tolist(), losses[bad].tolist(), strict=True)
+        return [f"{position} (loss {loss})" for position, loss in named]
+
+    def is_bad(part: torch.Tensor) -> bool:
+        return not torch.tensor(gradient_norm(losses[part].sum())).isfinite()
+
+    part = torch.arange(len(losses), device=losses.device)
+    if not is_bad(part):
+        return []
+    while len(part) > 1:  # halve it, keeping a half that shows it; together only: keep both
+        halves = part.tensor_split(2)
+        found = next((half for half in halves if is_bad(half)), None)
+        if found is None:
+            break
+        part = found
+    return [f"{position} (gradient)" for position in positions[part].tolist()]
+
+
+def describe_bad_step(accelerator: Accelerator, mine: Sequence[str], step: int) -> RunError:
+    """Put together what every process found in the first bad step; every process must call it."""
+    found = gather_object([(accelerator.process_index, list(mine))])
+    where = [
+        f"on rank {rank}, training images {', '.join(named[:SHOWN])}"
+        + (f" and {len(named) - SHOWN} more" if len(named) > SHOWN else "")
+        for rank, named in found
+        if named
+    ]
+    return RunError(
+        f"a loss or gradient is not finite at step {step}"
+        + (f" {'; '.join(where)}" if where else " (the sum over all samples overflows)")
+        + f"; the weights are still those of step {step - 1}; continue from the newest checkpoint "
+        "with a lower optim.lr, a warm-up or train.clip_norm"
+    )
+
+
+def require_equal_weights(
+    accelerator: Accelerator, network: nn.Module, step: int, since: int
+) -> None:
+    """Compare the bits of all weights over processes; every process must call it.
+
+    Args:
+        step: the step now.
+        since: the step of the comparison before.
+
+    Raises:
+        RunError: naming the ranks that drifted from rank 0, and the first tensor that shows it.
+    """
+    if accelerator.num_processes == 1:
+        return
+    names = [name for name, _ in network.named_parameters()]
+    sums = torch.stack([_sum_of_bits(weights) for weights in network.parameters()])
+    rows: torch.Tensor = accelerator.gather(sums[None])
+    different = rows != rows[0]
+    if not different.any():
+        return
+    ranks = different.any(dim=1).nonzero().flatten().tolist()
+    name = names[int(different.any(dim=0).nonzero()[0])]
+    raise RunError(
+        f"the weights of {'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))} are "
+        f"no longer those of rank 0 at step {step} (first in {name}); they were equal at step "
+        f"{since}; nothing was saved since; look for a faulty device, or code that depends on the "
+        "rank, and continue from the newest checkpoint"
+    )
+
+
+def _sum_of_bits(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor's bit patterns; int64 []. One changed element changes it."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return values.detach().view(integers).sum(dtype=torch.int64)

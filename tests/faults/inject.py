@@ -1,0 +1,279 @@
+"""Faults, put into a training process before it trains.
+
+`python -m tests.faults.inject "NAME ARGUMENT..." [options of cifar_dist.train]` does it under any
+launcher. Where a fault is to meet something from outside, it creates the file $FAULT_MARK first.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RANK = "RANK"
+
+
+def inject(fault: str) -> None:
+    """Put in the fault `NAME ARGUMENT...`, or several joined by " and "."""
+    for one in fault.split(" and "):
+        name, *arguments = one.split()
+        globals()[name](*arguments)
+
+
+def raises(step: str, rank: str) -> None:
+    """Raise an error of nobody's making."""
+
+    def act(state: Any) -> None:
+        raise ValueError("injected")
+
+    _after_step(int(step), rank, act)
+
+
+def is_killed(step: str, rank: str) -> None:
+    """SIGKILL this process."""
+    _after_step(int(step), rank, lambda state: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def hangs(step: str, rank: str) -> None:
+    """Do nothing any more."""
+    _after_step(int(step), rank, lambda state: time.sleep(1000))
+
+
+def drifts(step: str, rank: str) -> None:
+    """Change the last bit of one weight."""
+
+    def act(state: Any) -> None:
+        bias = list(state.network.parameters())[-1].data.view(torch.int32)
+        bias[0] ^= 1
+
+    _after_step(int(step), rank, act)
+
+
+def misses_a_step(step: str, rank: str) -> None:
+    """Leave out one optimizer step, whose number is `step` + 1."""
+
+    def act(state: Any) -> None:
+        call = state.optimizer.step
+
+        def once(*arguments: Any) -> None:
+            state.optimizer.step = call
+
+        state.optimizer.step = once
+
+    _after_step(int(step), rank, act)
+
+
+def bad_image(position: str, kind: str) -> None:
+    """Make one training image give a number that is not finite: nan, inf or gradient."""
+    from cifar_dist import session
+    from cifar_dist.data.augment import Pixels
+
+    original, build, rows = Pixels.for_training, session.build_model, []
+
+    def for_training(self: Any, batch: Any, epoch: int) -> torch.Tensor:
+        images = original(self, batch, epoch)
+        rows[:] = [batch.positions == int(position)]
+        if kind != "gradient":
+            images[rows[0]] = float(kind)
+        return images
+
+    class BadGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+            ctx.rows = rows[0]
+            return logits.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            touched = (gradient != 0).any(dim=1) & ctx.rows
+            return gradient.masked_fill(touched[:, None], float("inf"))
+
+    def build_model(*arguments: Any) -> torch.nn.Module:
+        network = build(*arguments)
+        if kind == "gradient":
+            network.register_forward_hook(
+                lambda module, inputs, logits: (
+                    BadGradient.apply(logits) if torch.is_grad_enabled() else logits
+                )
+            )
+        return network
+
+    Pixels.for_training = for_training  # type: ignore[method-assign]
+    session.build_model = build_model  # type: ignore[assignment]
+
+
+def dies_at_write(number: str) -> None:
+    """SIGKILL the whole job before the write operation of this number in the checkpoint store."""
+    from cifar_dist import checkpoint
+
+    left = [int(number)]
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                Path(os.environ.get("FAULT_MARK", os.devnull)).touch()
+                os.killpg(0, signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return call
+
+    class Counted:
+        """A module with some of its functions counted."""
+
+        def __init__(self, module: Any, *names: str) -> None:
+            self.module = module
+            for name in names:
+                setattr(self, name, counted(getattr(module, name)))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.module, name)
+
+    checkpoint.os = Counted(os, "replace", "fsync")  # type: ignore[attr-defined]
+    checkpoint.shutil = Counted(checkpoint.shutil, "rmtree")  # type: ignore[attr-defined]
+    checkpoint.save_file = counted(checkpoint.save_file)
+    checkpoint._sha256 = counted(checkpoint._sha256)
+
+
+def slow_saving(seconds: str) -> None:
+    """Take long over every file of a checkpoint."""
+    from cifar_dist import checkpoint
+
+    original = checkpoint.save_file
+
+    def save_file(*arguments: Any) -> None:
+        original(*arguments)
+        _mark()
+        time.sleep(float(seconds))
+
+    checkpoint.save_file = save_file
+
+
+def slow_evaluation(seconds: str) -> None:
+    """Take long over every batch of an evaluation, and have many."""
+    from cifar_dist.data import batches
+    from cifar_dist.data.augment import Pixels
+
+    batches.EVALUATION_BATCH = 4
+    original = Pixels.for_evaluation
+
+    def for_evaluation(self: Any, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 1:  # not the one for the graph
+            _mark()
+            time.sleep(float(seconds))
+        return original(self, images)
+
+    Pixels.for_evaluation = for_evaluation  # type: ignore[method-assign]
+
+
+def slow_decoding(seconds: str) -> None:
+    """Take long over every image file."""
+    from cifar_dist.data import imagefolder
+
+    original = imagefolder.decode_image
+
+    def decode_image(*arguments: Any) -> Any:
+        _mark()
+        time.sleep(float(seconds))
+        return original(*arguments)
+
+    imagefolder.decode_image = decode_image
+
+
+def slow_start(seconds: str) -> None:
+    """Take long before there are any data."""
+    from cifar_dist import data
+
+    original = data.load_dataset
+
+    def load_dataset(*arguments: Any) -> Any:
+        _mark()
+        time.sleep(float(seconds))
+        return original(*arguments)
+
+    data.load_dataset = load_dataset
+
+
+def slow_steps(seconds: str) -> None:
+    """Take long over every step."""
+
+    def act(state: Any) -> None:
+        if state.step >= 3:
+            _mark()
+        time.sleep(float(seconds))
+
+    _after_step(None, None, act)
+
+
+def broken_tracker() -> None:
+    """Have TensorBoard's tracker raise from its third record on."""
+    from accelerate.tracking import TensorBoardTracker
+
+    original, calls = TensorBoardTracker.log, []
+
+    def log(self: Any, *arguments: Any, **options: Any) -> None:
+        calls.append(1)
+        if len(calls) > 2:
+            raise ConnectionError("the tracker is gone")
+        original(self, *arguments, **options)
+
+    TensorBoardTracker.log = log
+
+
+def clock_set_back() -> None:
+    """Let the wall clock run backwards."""
+    begin = time.time()
+    time.time = lambda: begin - 1000 - time.monotonic()  # type: ignore[assignment]
+
+
+def other_code() -> None:
+    """Pretend, on rank 1, to be another version of the program."""
+    from cifar_dist import runtime
+
+    original = runtime.describe_process
+    if os.environ.get(RANK) == "1":
+        runtime.describe_process = lambda: {**original(), "code": "another"}
+
+
+def short_meeting(seconds: str) -> None:
+    """Wait less for processes that do not come."""
+    from cifar_dist import peers
+
+    peers.MEETING_SECONDS = int(seconds)
+    peers.Peers.compare.__defaults__ = (int(seconds),)
+
+
+def never_comes(rank: str) -> None:
+    """Hang before the others are met."""
+    if os.environ.get(RANK) == rank:
+        time.sleep(1000)
+
+
+def _after_step(step: int | None, rank: str | None, act: Callable[[Any], None]) -> None:
+    from cifar_dist import engine
+
+    original = engine.train_epoch
+
+    def train_epoch(accelerator: Any, state: Any, *others: Any) -> Any:
+        for result in original(accelerator, state, *others):
+            if step in (None, state.step) and rank in (None, os.environ.get(RANK, "0")):
+                act(state)
+            yield result
+
+    engine.train_epoch = train_epoch
+
+
+def _mark() -> None:
+    if mark := os.environ.get("FAULT_MARK"):
+        Path(mark).touch()
+
+
+if __name__ == "__main__":
+    from cifar_dist.train import main
+
+    inject(sys.argv[1])
+    sys.exit(main(sys.argv[2:]))

@@ -1,0 +1,165 @@
+"""A process that raises, is killed, hangs, drifts or was started otherwise ends the job, named."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from cifar_dist.checkpoint import load_newest
+from tests.faults.inject import inject
+from tests.forked import start
+from tests.helpers import TINY, command, run_command
+
+LONG = [*TINY, "--train.epochs", "3", "--checkpoint.every_steps", "5"]
+
+
+def status_of(out: Path) -> dict[str, object]:
+    return dict(json.loads((out / "status.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        pytest.param(
+            "raises 7 1",
+            "error: rank 1 failed at step 7: ValueError: injected (inject.py:",
+            marks=pytest.mark.fault(26),
+            id="raises",
+        ),
+        pytest.param(
+            "is_killed 7 1",
+            "error: rank 1 ended without a word (killed from outside, most often for want of "
+            "memory) at step 7",
+            marks=pytest.mark.fault(27),
+            id="is killed",
+        ),
+        pytest.param(
+            "is_killed 7 0",
+            "error: rank 0 ended without a word (killed from outside",
+            marks=pytest.mark.fault(27),
+            id="rank 0 is killed",
+        ),
+        pytest.param(
+            "hangs 7 1",
+            "error: rank 1 did not arrive within 3 s at step 7 (rank 1 is in inject.py:",
+            marks=pytest.mark.fault(28),
+            id="hangs",
+        ),
+        pytest.param(
+            "drifts 7 1",
+            "error: the weights of rank 1 are no longer those of rank 0 at step 10 (first in ",
+            marks=pytest.mark.fault(29),
+            id="drifts",
+        ),
+        pytest.param(
+            "misses_a_step 7 1",
+            "error: the weights of rank 1 are no longer those of rank 0 at step 10 (first in ",
+            marks=pytest.mark.fault(29),
+            id="misses a step",
+        ),
+    ],
+)
+def test_one_process_fails_and_the_job_ends_with_its_name(
+    fault: str, message: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    options = [*LONG, "--out", str(out), "--train.timeout", "3"]
+    began = time.monotonic()
+    with start(options, 2, folder=tmp_path, fault=fault) as job:
+        if fault.startswith("hangs"):  # nobody but a launcher can end the one that hangs
+            job.wait_until(lambda: "error: " in job.text(0), 30)
+            job.processes[0].join(5)
+        else:
+            codes = job.wait(30)
+            assert all(codes)
+            assert 0 not in codes
+        assert time.monotonic() - began < 25
+        speaker = 1 if fault == "is_killed 7 0" else 0
+        last = job.text(speaker).splitlines()[-1]
+        assert last.startswith(message), last
+        assert job.text().count("error: ") == 1
+        assert ("Traceback" in job.text()) == fault.startswith("raises")
+    if "misses" not in fault and "drifts" not in fault:
+        assert "step 7" in last
+    status = status_of(out)
+    assert status["state"] == "failed"
+    assert f"error: {status['message']}" == last
+    newest = load_newest(out / "checkpoints")
+    assert newest is not None
+    assert newest[1].state["step"] == 5
+
+
+@pytest.mark.fault(26)
+def test_under_a_launcher_the_line_is_there_too(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    module = command(2, "torchrun", "tests.faults.inject")
+    done = run_command([*module, "raises 7 1", *LONG, "--out", str(out)])
+    assert done.returncode == 1
+    line = str(status_of(out)["message"])
+    assert line.startswith("rank 1 failed at step 7: ValueError: injected")
+    assert f"error: {line}" in done.stderr
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize(
+    ("other", "fault", "message"),
+    [
+        (
+            ["--optim.lr", "0.5"],
+            "",
+            "rank 1 was started with another recipe than rank 0: optim.lr is 0.02 there and 0.5 on "
+            "rank 1; start all with the same",
+        ),
+        (
+            ["--data.limit_train", "640"],
+            "",
+            "data.limit_train is 320 there and 640 on rank 1",
+        ),
+        ([], "other_code", "rank 1 was started with another code than rank 0: code is "),
+    ],
+    ids=["recipe", "data", "code"],
+)
+def test_processes_started_otherwise_are_refused(
+    other: list[str], fault: str, message: str, tmp_path: Path
+) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    with start([[*TINY, *out], [*TINY, *out, *other]], 2, folder=tmp_path, fault=fault) as job:
+        assert job.wait(30) == [2, 2]
+        assert message in job.text(0)
+        assert job.text().count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.fault(30)
+def test_processes_that_see_other_images_are_refused(tmp_path: Path) -> None:
+    from tests.helpers import write_folder
+
+    recipes = []
+    for rank in (0, 1):
+        root = write_folder(tmp_path / f"machine {rank}", {"train": 36, "test": 9 + 3 * rank})
+        recipes.append(
+            [
+                *(*TINY, "--data.name", "imagefolder", "--data.root", str(root)),
+                *("--data.cache", str(tmp_path / f"cache {rank}"), "--out", str(tmp_path / "run")),
+            ]
+        )
+    with start(recipes, 2, folder=tmp_path) as job:
+        assert job.wait(30) == [2, 2]
+        assert "rank 1 was started with another dataset than rank 0: digest is" in job.text(0)
+        assert "test images is 9 there and 12 on rank 1" in job.text(0)
+
+
+@pytest.mark.fault(28)
+def test_a_process_that_never_starts_is_named(tmp_path: Path) -> None:
+    with start([*TINY], 2, folder=tmp_path, fault="short_meeting 2 and never_comes 1") as job:
+        job.wait_until(lambda: "error: " in job.text(0), 30)
+        assert job.processes[0].join(5) is None
+        assert job.processes[0].exitcode == 2
+        message = "of 2 processes, ranks 1 did not arrive within 2 s"
+        assert message in job.text(0)
+
+
+def test_faults_are_known_by_name() -> None:
+    with pytest.raises(KeyError):
+        inject("no_such_fault 1")
