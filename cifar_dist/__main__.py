@@ -6,6 +6,7 @@ import sys
 VERBS = {
     "train": "train a recipe, or continue a run",
     "evaluate": "measure a checkpoint on a dataset, exactly",
+    "verify": "compare the checkpoints of a run with their hashes",
     "predict": "name what is on images",
 }
 

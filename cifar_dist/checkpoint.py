@@ -176,6 +176,11 @@ def verify(path: Path) -> list[str]:
     return list(listed)
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the committed checkpoints, by step, ascending."""
+    return [path for _, path in sorted(_committed(folder).items())]
+
+
 def steps_saved(folder: Path) -> list[int]:
     """Return the steps with a committed checkpoint, ascending."""
     return sorted(_committed(folder))

@@ -5,10 +5,12 @@ The story of a run, from top to bottom: processes, data, network, where to conti
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,7 @@ from cifar_dist.runtime import (
 if TYPE_CHECKING:
     from cifar_dist.data import Dataset
     from cifar_dist.metrics import Evaluation
+    from cifar_dist.peers import Peers
     from cifar_dist.runfolder import RunLock
     from cifar_dist.session import Session
 
@@ -135,8 +138,9 @@ def _start(recipe: Recipe, lock: RunLock) -> Session:
 
     _check_batch_size(recipe, asked_world_size())
     told = {key: value for key, value in flatten(recipe).items() if key not in OWN_KEYS}
-    accelerator, peers = start_processes(recipe.train, recipe.track.log_with, told)
+    peers: Peers | None = None
     try:
+        accelerator, peers = start_processes(recipe.train, recipe.track.log_with, told)
         on_main_process(accelerator, lambda: check_out(recipe, lock))
         dataset = load_dataset(recipe.data)
         _check_dataset(recipe, dataset)
@@ -147,14 +151,16 @@ def _start(recipe: Recipe, lock: RunLock) -> Session:
         return open_session(accelerator, peers, recipe, dataset, out, start)
     except Preempted as error:
         # A launcher sends the same signal to those that are left when one process has failed.
-        if cause := peers.cause():
+        if peers and (cause := peers.cause()):
             raise RunFailed(cause, peers.rank == 0) from error
-        if lock.held:
-            _note_preempted(Path(recipe.out or "").expanduser())
+        if recipe.out and os.environ.get("RANK", "0") == "0":
+            _note_preempted(Path(recipe.out).expanduser(), lock)
         raise
     except UsageError:
         raise
     except Exception as error:
+        if peers is None:
+            raise
         raise RunFailed(*peers.explain(error, "at the start")) from error
 
 
@@ -293,12 +299,15 @@ def _report(failure: RunFailed) -> int:
     return 1
 
 
-def _note_preempted(out: Path) -> None:
-    """Say in the status of a run that it was stopped again before it had gone on."""
+def _note_preempted(out: Path, lock: RunLock) -> None:
+    """Say in a run folder that its run was stopped before it had begun, or gone on."""
     from cifar_dist.runfolder import read_status, write_status
 
-    before = read_status(out)
-    write_status(out, "preempted", before.get("step", 0), before.get("epoch", 0))
+    with suppress(UsageError, OSError):  # it cannot be used: also that would have been found
+        out.mkdir(parents=True, exist_ok=True)
+        lock.take(out)
+        before = read_status(out)
+        write_status(out, "preempted", before.get("step", 0), before.get("epoch", 0))
 
 
 def _check_batch_size(recipe: Recipe, world: int) -> None:

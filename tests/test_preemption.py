@@ -114,7 +114,12 @@ def test_before_training_there_is_nothing_to_lose(
     before = signal.getsignal(signal.SIGTERM)
     assert main([*TINY, "--out", str(tmp_path / "run")]) == EXIT_CODE
     assert "stopped by a signal before training began" in capfd.readouterr().err
-    assert not (tmp_path / "run").exists()
+    assert status_of(tmp_path / "run") | {"pid": 0} == status_of(tmp_path / "run") | {"pid": 0}
+    assert (status_of(tmp_path / "run")["state"], status_of(tmp_path / "run")["step"]) == (
+        "preempted",
+        0,
+    )
+    assert main([*TINY, "--out", str(tmp_path / "run")]) == EXIT_CODE  # and so on, as often
     assert signal.getsignal(signal.SIGTERM) == before
 
 

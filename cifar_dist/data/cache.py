@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from cifar_dist.config import UsageError
+from cifar_dist.config import UsageError, require
 from cifar_dist.data.images import Images, Source
 
 CHUNK = 4096  # images handled at a time when measuring
@@ -26,11 +27,25 @@ class CacheWriter:
         self.skipped: list[str] = []
 
     def create(self, split: str, labels: Sequence[int], image_size: int) -> np.ndarray:
-        """Store the labels and return the writable array uint8 [N, size, size, 3] of the images."""
+        """Store the labels and return the writable array uint8 [N, size, size, 3] of the images.
+
+        Raises:
+            UsageError: there is no room for it.
+        """
         np.save(self.folder / f"{split}-labels.npy", np.asarray(labels, dtype=np.int64))
         path = self.folder / f"{split}-images.npy"
         shape = (len(labels), image_size, image_size, 3)
-        return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        needed, free = math.prod(shape), shutil.disk_usage(self.folder).free
+        require(
+            needed < free,
+            f"the decoded {split} images need {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are "
+            f"free in {self.folder.parent}; make room, or name another folder with --data.cache",
+        )
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # else a disk that fills up ends a mapping by SIGBUS
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        return array
 
     def drop(self, split: str, rows: Sequence[int]) -> None:
         """Remove `rows` from a split written before."""
@@ -56,7 +71,7 @@ def load_or_build(folder: Path, key: str, build: Callable[[CacheWriter], None]) 
             with filelock.FileLock(folder / f"{key}.lock"):
                 if not (target / "meta.json").is_file():
                     _build(target, build)
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        except OSError as error:
             raise UsageError(
                 f"the cache folder {folder} cannot be written ({error.strerror}); "
                 "name another with --data.cache"

@@ -167,7 +167,8 @@ def _decode_all(
             return str(error)
         return None
 
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    pool = ThreadPoolExecutor(usable_cores())
+    try:
         reasons = tqdm(
             pool.map(decode, range(len(entries)), chunksize=64),
             f"decoding {split}",
@@ -176,6 +177,8 @@ def _decode_all(
             disable=not sys.stderr.isatty(),
         )
         return {row: reason for row, reason in enumerate(reasons) if reason is not None}
+    finally:  # a signal does not wait for the images that are left
+        pool.shutdown(cancel_futures=True)
 
 
 def _refuse_emptied_class(

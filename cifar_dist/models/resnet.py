@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from cifar_dist.models.layers import convolution
+from cifar_dist.models.layers import AveragePool, convolution
 
 
 def resnet18(classes: int, dropout: float = 0.0) -> nn.Module:
@@ -72,5 +72,5 @@ def _resnet(
         for position in range(depth):
             layers += [block(inputs, width, stride=2 if stage and not position else 1)]
             inputs = width * block.expansion
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(inputs, classes)]
+    head = [AveragePool(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(inputs, classes)]
     return nn.Sequential(*layers, *head)

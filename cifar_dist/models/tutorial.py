@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from cifar_dist.models.layers import half_size
+from cifar_dist.models.layers import AveragePool, half_size
 
 
 def tutorial(classes: int, dropout: float = 0.0) -> nn.Module:
@@ -34,7 +34,7 @@ def _network(hidden: list[int], classes: int, activate: bool, dropout: float) ->
     for inputs, outputs in pairwise([3, 32, 32, 64]):
         layers += [nn.Conv2d(inputs, outputs, 5, padding=2), *activation()]
         layers += [half_size()]
-    layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten()]  # changes nothing at 32 pixels
+    layers += [AveragePool(4), nn.Flatten()]  # changes nothing at 32 pixels
     widths = [1024, *hidden]
     for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), *activation()]

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from cifar_dist.models.layers import convolution, half_size
+from cifar_dist.models.layers import AveragePool, convolution, half_size
 
 STAGES = [(96, 96), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)]
 
@@ -16,7 +16,7 @@ def vgg16(classes: int, dropout: float = 0.5) -> nn.Module:
             layers += [convolution(inputs, outputs, 3), nn.ReLU(inplace=True)]
             inputs = outputs
         layers += [half_size()]
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]  # changes nothing at 32 pixels
+    layers += [AveragePool(1), nn.Flatten()]  # changes nothing at 32 pixels
     for width in (512, 4096):
         layers += [nn.Linear(width, 4096), nn.ReLU(inplace=True), nn.Dropout(dropout)]
     return nn.Sequential(*layers, nn.Linear(4096, classes))

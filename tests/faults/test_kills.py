@@ -1,0 +1,25 @@
+"""SIGKILL anywhere: the newest checkpoint is whole, and the result is that of an undisturbed run."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.campaign import torment
+
+
+@pytest.mark.fault(1, 2, 3)
+@pytest.mark.parametrize(("processes", "kills"), [(1, 8), (2, 6)])
+def test_killed_runs_end_with_the_same_weights(processes: int, kills: int, tmp_path: Path) -> None:
+    tally = torment(processes, kills, tmp_path, seed=processes)
+    assert tally.wrong == []
+    assert tally.kills == kills
+    assert tally.in_save >= kills // 3
+
+
+@pytest.mark.slow
+@pytest.mark.fault(1, 2, 3)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_each_write_of_a_save_survives_a_kill(processes: int, tmp_path: Path) -> None:
+    tally = torment(processes, 60, tmp_path, seed=9)
+    assert tally.wrong == []
+    assert tally.in_save >= 24
