@@ -148,6 +148,12 @@ class Peers:
                 multi_tenant=True,  # the process group is going to use the same port
             )
         except torch.distributed.DistError as error:
+            if self.rank == 0 and "in use" in str(error).lower():
+                raise PeersMissing(
+                    f"port {port} is taken by another program; choose another with the launcher's "
+                    "--main_process_port or --master_port, or with MASTER_PORT",
+                    reporter=True,
+                ) from error
             raise PeersMissing(
                 f"rank {self.rank} could not reach rank 0's machine at {host}:{port} within "
                 f"{MEETING_SECONDS} s ({' '.join(str(error).split())[:200]})",

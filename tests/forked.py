@@ -104,11 +104,12 @@ def start(
     job = Job([], [])
     for rank in range(processes):
         own = arguments[rank] if isinstance(arguments[0], list) else arguments
-        variables = dict(environment)
+        variables = {}
         if processes > 1:
             variables |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
             variables |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables |= environment
         output = folder / f"rank-{rank}-{time.monotonic_ns()}.txt"
         process = _context.Process(
             target=_enter,

@@ -86,6 +86,11 @@ def write_folder(root: Path, counts: dict[str, int], classes: int = 3, size: int
     return root
 
 
+def status_of(out: Path) -> dict[str, Any]:
+    """Return status.json."""
+    return dict(json.loads((out / "status.json").read_text()))
+
+
 def free_port() -> int:
     """Return a port nobody listens on."""
     with socket.socket() as server:

@@ -1,4 +1,4 @@
-"""SIGKILL anywhere: the newest checkpoint is whole, and the result is that of an undisturbed run."""
+"""SIGKILL anywhere: the newest checkpoint is whole, and the result that of an undisturbed run."""
 
 from pathlib import Path
 

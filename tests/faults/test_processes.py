@@ -1,6 +1,6 @@
 """A process that raises, is killed, hangs, drifts or was started otherwise ends the job, named."""
 
-import json
+import socket
 import time
 from pathlib import Path
 
@@ -9,13 +9,9 @@ import pytest
 from cifar_dist.checkpoint import load_newest
 from tests.faults.inject import inject
 from tests.forked import start
-from tests.helpers import TINY, command, run_command
+from tests.helpers import TINY, command, run_command, status_of
 
 LONG = [*TINY, "--train.epochs", "3", "--checkpoint.every_steps", "5"]
-
-
-def status_of(out: Path) -> dict[str, object]:
-    return dict(json.loads((out / "status.json").read_text()))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +154,17 @@ def test_a_process_that_never_starts_is_named(tmp_path: Path) -> None:
         assert job.processes[0].exitcode == 2
         message = "of 2 processes, ranks 1 did not arrive within 2 s"
         assert message in job.text(0)
+
+
+@pytest.mark.fault(25)
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        with start([*TINY], 2, folder=tmp_path, MASTER_PORT=port) as job:
+            job.processes[0].join(30)
+            assert job.processes[0].exitcode == 2
+            assert f"port {port} is taken by another program" in job.text(0)
+            assert "--main_process_port" in job.text(0)
 
 
 def test_faults_are_known_by_name() -> None:

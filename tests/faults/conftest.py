@@ -1,0 +1,29 @@
+"""Small file systems for the tests: full, read-only."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def mounted() -> Iterator[Callable[..., Path]]:
+    """Mount something over a folder until the test ends: mounted(folder, "-t", "tmpfs", ...)."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("mounting a small or read-only file system needs root on Linux")
+    folders: list[Path] = []
+
+    def mount(folder: Path, *options: str) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"this container may not mount: {done.stderr.strip()}")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in reversed(folders):
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
