@@ -118,8 +118,7 @@ def require_equal_weights(
     if accelerator.num_processes == 1:
         return
     names = [name for name, _ in network.named_parameters()]
-    sums = torch.stack([_sum_of_bits(weights) for weights in network.parameters()])
-    rows: torch.Tensor = accelerator.gather(sums[None])
+    rows: torch.Tensor = accelerator.gather(weight_sums(network)[None])
     different = rows != rows[0]
     if not different.any():
         return
@@ -133,7 +132,15 @@ def require_equal_weights(
     )
 
 
-def _sum_of_bits(values: torch.Tensor) -> torch.Tensor:
-    """Return the sum of a tensor's bit patterns; int64 []. One changed element changes it."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return values.detach().view(integers).sum(dtype=torch.int64)
+def weight_sums(network: nn.Module) -> torch.Tensor:
+    """Return the sum of each weight tensor's bit patterns, int64 [tensors].
+
+    One changed element changes its sum.
+    """
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return torch.stack(
+        [
+            weights.detach().view(integers[weights.element_size()]).sum(dtype=torch.int64)
+            for weights in network.parameters()
+        ]
+    )

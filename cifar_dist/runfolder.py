@@ -199,12 +199,6 @@ def write_status(out: Path, state: str, step: int, epoch: int, message: str = ""
             file.truncate()
 
 
-def read_status(out: Path) -> dict[str, Any]:
-    """Return status.json; empty if there is none."""
-    path = out / "status.json"
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
-
-
 def describe_run(out: Path, facts: dict[str, Any], step: int) -> None:
     """Write run.json: the facts given, versions, commit and command; earlier starts are kept."""
     path = out / "run.json"

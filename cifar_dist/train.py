@@ -5,6 +5,7 @@ The story of a run, from top to bottom: processes, data, network, where to conti
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -280,6 +281,9 @@ def _fail(session: Session, error: BaseException) -> RunFailed:
     from cifar_dist.runfolder import write_status
 
     line, speaks = session.peers.explain(error, f"at step {session.state.step}")
+    if not isinstance(error, KeyboardInterrupt):
+        with suppress(RunError):  # this line is about what came first
+            session.saver.wait()
     if speaks:
         with session.warned.spare("status.json"):
             write_status(session.out, "failed", session.state.step, session.epochs_done, line)
@@ -301,13 +305,16 @@ def _report(failure: RunFailed) -> int:
 
 def _note_preempted(out: Path, lock: RunLock) -> None:
     """Say in a run folder that its run was stopped before it had begun, or gone on."""
-    from cifar_dist.runfolder import read_status, write_status
+    from cifar_dist.checkpoint import checkpoints_in
+    from cifar_dist.runfolder import write_status
 
-    with suppress(UsageError, OSError):  # it cannot be used: also that would have been found
+    with suppress(UsageError, OSError, ValueError):  # what is wrong there, the next start will say
         out.mkdir(parents=True, exist_ok=True)
         lock.take(out)
-        before = read_status(out)
-        write_status(out, "preempted", before.get("step", 0), before.get("epoch", 0))
+        saved = {"step": 0, "epoch": 0}
+        for path in checkpoints_in(out / "checkpoints")[-1:]:
+            saved = json.loads((path / "state.json").read_text())
+        write_status(out, "preempted", saved["step"], saved["epoch"])
 
 
 def _check_batch_size(recipe: Recipe, world: int) -> None:

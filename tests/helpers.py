@@ -2,12 +2,9 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +41,6 @@ def run_command(arguments: list[str], **environment: str) -> subprocess.Complete
     return subprocess.run(
         arguments, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
     )
-
-
-def kill_when(arguments: list[str], ready: Callable[[], bool]) -> None:
-    """Start a command in a process group of its own and SIGKILL all of it when `ready` says so."""
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not ready():
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline, "the moment to kill never came"
-            time.sleep(0.005)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def read_lines(out: Path) -> list[dict[str, Any]]:

@@ -48,3 +48,8 @@ def test_a_subset_is_gathered_from_the_whole() -> None:
     assert batch.images.tolist() == images.images[rows].tolist()
     assert batch.labels.tolist() == images.labels[rows].tolist()
     assert batch.positions.tolist() == [3, 0, 19]
+
+
+def test_a_tail_that_fills_no_optimizer_step_is_dropped() -> None:
+    sizes = {together: len(list(GlobalBatches(100, 16, 0, together))) for together in (1, 2, 4)}
+    assert sizes == {1: 6, 2: 6, 4: 4}

@@ -409,6 +409,7 @@ def test_files_as_python_3_writes_them(
 PIXELS = np.zeros((2, 3072), np.uint8)
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
@@ -740,6 +741,7 @@ def test_an_endless_server_is_refused(serve: Callable[..., Server], tmp_path: Pa
     assert not (tmp_path / "file").exists()
 
 
+@pytest.mark.fault(8)
 @pytest.mark.fault(37)
 def test_an_interrupted_download_leaves_nothing_under_the_name(
     serve: Callable[..., Server], tmp_path: Path

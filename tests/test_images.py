@@ -92,6 +92,7 @@ def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
     assert pixels[0, 0].tolist() == [255, 255, 255]
 
 
+@pytest.mark.fault(19)
 def test_grey_palette_cmyk_and_bilevel(tmp_path: Path) -> None:
     assert save(tmp_path, Image.new("L", (8, 8), 77), "x.jpg")[0, 0].tolist() == [77] * 3
     green = Image.new("RGB", (8, 8), (0, 200, 0))
@@ -101,6 +102,7 @@ def test_grey_palette_cmyk_and_bilevel(tmp_path: Path) -> None:
     assert save(tmp_path, Image.new("1", (8, 8), 1))[0, 0].tolist() == [255] * 3
 
 
+@pytest.mark.fault(19)
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     grey = Image.fromarray(np.full((8, 8), 0x80FF, dtype=np.uint16))
     assert save(tmp_path, grey)[0, 0].tolist() == [128] * 3
@@ -122,6 +124,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert pixels[:, :4].max() == 0
 
 
+@pytest.mark.fault(19)
 def test_the_first_frame_and_the_centre_are_used(tmp_path: Path) -> None:
     first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     pixels = save(tmp_path, first, "x.gif", save_all=True, append_images=[second])
@@ -137,6 +140,7 @@ def test_huge_images_are_refused_by_their_header(tmp_path: Path) -> None:
         decode_image(tmp_path / "x.png", 8)
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("content", [b"", b"no image at all", None])
 def test_a_corrupt_image_is_named_or_skipped(content: bytes | None, tmp_path: Path) -> None:
     root = write_folder(tmp_path, {"train": 12, "test": 6})
@@ -163,6 +167,7 @@ def test_a_class_without_any_good_image_is_refused(tmp_path: Path) -> None:
         load_dataset(folder_config(root, bad_images="skip"))
 
 
+@pytest.mark.fault(20, 21)
 def test_folders_that_cannot_be_right(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a folder"):
         load_dataset(folder_config(tmp_path / "absent"))

@@ -232,6 +232,7 @@ def test_bad_datasets_stop_before_anything_is_written(
     assert len(facts["skipped_images"]) == 1
 
 
+@pytest.mark.fault(33)
 def test_a_folder_of_another_recipe_is_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,6 +250,7 @@ def test_a_folder_of_another_recipe_is_refused(
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
 
+@pytest.mark.fault(33)
 def test_a_checkpoint_of_another_model_or_dataset_is_refused(tmp_path: Path) -> None:
     train(tmp_path / "run", "--train.epochs", "1")
     resume = ["--resume", str(tmp_path / "run"), "--train.epochs", "1"]

@@ -25,6 +25,7 @@ RECIPE = [
     *(*TINY, "--data.image_size", "16", "--model.name", "tutorial-relu"),
     *("--augment.flip", "random", "--augment.translate", "1", "--augment.cutout", "4"),
     *("--optim.momentum", "0.9", "--train.ema", "0.9", "--train.epochs", "3"),
+    *("--train.batch_size", "30"),  # for 1, 2 and 3 processes
     *("--checkpoint.every_steps", "3", "--checkpoint.keep", "2"),
 ]
 WRITES = 24  # operations of one save, roughly; the kills go through them in turn

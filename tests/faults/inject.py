@@ -239,6 +239,17 @@ def other_code() -> None:
         runtime.describe_process = lambda: {**original(), "code": "another"}
 
 
+def dies_of_pickles() -> None:
+    """End the process when anything with a class or a function in it is unpickled."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "pickle.find_class":
+            print(f"unpickled {arguments}", flush=True)
+            os._exit(99)
+
+    sys.addaudithook(hook)
+
+
 def short_meeting(seconds: str) -> None:
     """Wait less for processes that do not come."""
     from cifar_dist import peers

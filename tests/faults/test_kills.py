@@ -18,7 +18,7 @@ def test_killed_runs_end_with_the_same_weights(processes: int, kills: int, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.fault(1, 2, 3)
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2, 3])
 def test_each_write_of_a_save_survives_a_kill(processes: int, tmp_path: Path) -> None:
     tally = torment(processes, 60, tmp_path, seed=9)
     assert tally.wrong == []

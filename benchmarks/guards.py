@@ -1,0 +1,194 @@
+"""What trust costs: `python -m benchmarks.guards [--models NAME...] [--rounds N]`.
+
+Trains the same network, from the same images, with the guard against numbers that are not finite
+and without it, a few steps of each in turn; then has a real run save often, and measures how long
+training stands still. Ratios are medians over rounds, each of neighbours in time.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.nn import functional
+
+from cifar_dist import session
+from cifar_dist.config import AugmentConfig, ModelConfig, OptimConfig, TrainConfig, parse_recipe
+from cifar_dist.data.augment import Pixels
+from cifar_dist.data.batches import build_loader
+from cifar_dist.data.synthetic import draw
+from cifar_dist.engine import TrainState, seed_step, train_epoch
+from cifar_dist.guard import Guard, weight_sums
+from cifar_dist.metrics import Tally
+from cifar_dist.models import build_model
+from cifar_dist.optim import build_optimizer
+from cifar_dist.runtime import start_processes
+from cifar_dist.train import run
+
+BATCH = 64
+PIXELS = Pixels((0.5,) * 3, (0.25,) * 3, AugmentConfig(flip="random", translate=2), 0)
+SGD = OptimConfig(lr=1e-4, momentum=0.9)
+
+
+def build_state(accelerator: Accelerator, model: str) -> TrainState:
+    """Return a new network with its optimizer and a guard."""
+    torch.manual_seed(0)
+    network = build_model(ModelConfig(name=model), 10)  # type: ignore[arg-type]
+    network = network.to(accelerator.device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(network, SGD)
+    guard = Guard(optimizer, accelerator.device)
+    prepared, optimizer = accelerator.prepare(network, optimizer)
+    tally = Tally(accelerator.device)
+    return TrainState(network, prepared, optimizer, None, guard, tally, 0, torch.zeros(()))
+
+
+def bare_epoch(
+    accelerator: Accelerator, state: TrainState, loader: Any, config: TrainConfig
+) -> Iterator[None]:
+    """Do what train_epoch does, but for the guard."""
+    scale = accelerator.num_processes / config.batch_size
+    state.model.train()
+    for batch in loader:
+        state.optimizer.zero_grad()
+        seed_step(accelerator, config, state.step, 0)
+        logits = state.model(PIXELS.for_training(batch, 0))
+        loss_sum = functional.cross_entropy(logits, batch.labels, reduction="sum")
+        accelerator.backward(loss_sum * scale)
+        state.tally.add(loss_sum, logits, batch.labels)
+        for group in state.optimizer.param_groups:
+            group["lr"] = SGD.lr
+        state.optimizer.step()
+        state.step += 1
+        yield
+
+
+def measure_guard(accelerator: Accelerator, model: str, rounds: int, steps: int) -> dict[str, Any]:
+    """Return the ratio of guarded to bare step time, wall and CPU, and the cost of a digest."""
+    config = TrainConfig(batch_size=BATCH)
+    images = draw(BATCH * steps, 32, seed=(0,))
+    loader, _ = build_loader(accelerator, images, BATCH, seed=0)
+    states = {name: build_state(accelerator, model) for name in ("guarded", "bare")}
+    epochs: dict[str, Callable[[], Iterator[None]]] = {
+        "guarded": lambda: train_epoch(
+            accelerator, states["guarded"], loader, PIXELS, config, lambda _: SGD.lr, 0
+        ),
+        "bare": lambda: bare_epoch(accelerator, states["bare"], loader, config),
+    }
+    wall: list[float] = []
+    processor: list[float] = []
+    step_seconds: list[float] = []
+    for number in range(rounds + 1):
+        taken = {}
+        for name in ("guarded", "bare") if number % 2 else ("bare", "guarded"):
+            began, used = time.perf_counter(), time.process_time()
+            for _ in epochs[name]():
+                pass
+            taken[name] = (time.perf_counter() - began, time.process_time() - used)
+        if number:  # the first warms up
+            wall.append(taken["guarded"][0] / taken["bare"][0])
+            processor.append(taken["guarded"][1] / taken["bare"][1])
+            step_seconds.append(taken["bare"][0] / steps)
+    digests = []
+    for _ in range(20):
+        began = time.perf_counter()
+        weight_sums(states["bare"].network)
+        digests.append(time.perf_counter() - began)
+    step = statistics.median(step_seconds)
+    return {
+        "model": model,
+        "wall": statistics.median(wall),
+        "cpu": statistics.median(processor),
+        "spread": (min(wall), max(wall)),
+        "step_ms": step * 1e3,
+        "digest_steps": statistics.median(digests) / step,
+    }
+
+
+def measure_saving(model: str, steps: int) -> dict[str, Any]:
+    """Return how many steps' time training stands still for a save, and how long a commit takes."""
+    original, stalls, ends = session.save, [], []
+
+    def save(current: session.Session) -> None:
+        began = time.perf_counter()
+        original(current)
+        stalls.append(time.perf_counter() - began)
+
+    original_start = session.Saver.start
+
+    def start(self: session.Saver, step: int, commit: Callable[[], object]) -> None:
+        def timed() -> None:
+            began = time.perf_counter()
+            commit()
+            ends.append(time.perf_counter() - began)
+
+        original_start(self, step, timed)
+
+    session.save, session.Saver.start = save, start  # type: ignore[method-assign]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            recipe, _ = parse_recipe(
+                [
+                    *("--config", "smoke", "--model.name", model, "--optim.name", "sgd"),
+                    *("--optim.lr", "0.001", "--optim.momentum", "0.9", "--train.ema", "0.99"),
+                    *("--data.limit_train", str(BATCH * steps), "--data.limit_test", "64"),
+                    *("--train.batch_size", str(BATCH), "--train.epochs", "2"),
+                    *("--checkpoint.every_steps", str(steps // 2), "--out", f"{folder}/run"),
+                    *("--track.log_with", "[]", "--track.every_steps", str(steps // 2)),
+                ]
+            )
+            out = run(recipe).out
+            lines = (out / "metrics.jsonl").read_text().splitlines()
+            speeds = [json.loads(line).get("images_per_second") for line in lines]
+            size = sum(f.stat().st_size for f in max((out / "checkpoints").iterdir()).iterdir())
+    finally:
+        session.save, session.Saver.start = original, original_start  # type: ignore[method-assign]
+    step = BATCH / statistics.median(speed for speed in speeds if speed)
+    return {
+        "stall_steps": statistics.median(stalls) / step,
+        "commit_seconds": statistics.median(ends),
+        "megabytes": size / 1e6,
+    }
+
+
+def main() -> None:
+    """Measure, print a table, and write it with the machine and the versions."""
+    parser = argparse.ArgumentParser("benchmarks.guards")
+    parser.add_argument("--models", nargs="+", default=["tutorial", "resnet18"])
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    accelerator, _ = start_processes(TrainConfig())
+    lines = [
+        f"`python -m benchmarks.guards --rounds {options.rounds}`, {date.today()}, torch "
+        f"{torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{platform.processor() or platform.machine()}, batch {BATCH}",
+        "",
+        "| network | guarded / bare, wall | CPU | lowest and highest round | digest of all weights "
+        "| stand-still for a save | checkpoint | written in |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for model in options.models:
+        steps = 20 if model.startswith("tutorial") else 4
+        found = measure_guard(accelerator, model, options.rounds, steps)
+        found |= measure_saving(model, steps)
+        low, high = found["spread"]
+        lines.append(
+            f"| {model} | {found['wall']:.3f} | {found['cpu']:.3f} | {low:.3f} to {high:.3f} | "
+            f"{found['digest_steps']:.3f} steps | {found['stall_steps']:.2f} steps | "
+            f"{found['megabytes']:.1f} MB | {found['commit_seconds']:.2f} s |"
+        )
+    text = "\n".join(lines)
+    print(text)
+    (Path(__file__).parent / "results" / "guards.md").write_text(f"# What trust costs\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()

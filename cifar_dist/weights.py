@@ -1,0 +1,96 @@
+"""Weights to start from: a safetensors file, or what a run has saved; all that fits, or nothing."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from cifar_dist.checkpoint import Tensors, find_checkpoint
+from cifar_dist.config import UsageError, require
+
+SHOWN = 3  # names of each kind in a message
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # may stand for one another
+
+
+def load_weights(network: nn.Module, place: str) -> bool:
+    """Copy the weights at `place` into `network`.
+
+    The head, which is the last Linear, stays new where it is missing there or of another shape, as
+    for another number of classes. Every other tensor must be there, and nothing else.
+
+    Args:
+        place: a safetensors file, a run folder (its newest checkpoint is meant) or one checkpoint's
+            folder; averaged weights where it has them.
+
+    Returns:
+        Whether the head stayed new.
+
+    Raises:
+        UsageError: there are no weights, or they do not fit; the network is as it was.
+    """
+    given, own = _read(place), network.state_dict()
+    last = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+    head = {f"{last}.weight", f"{last}.bias"}
+    missing = [name for name in own if name not in given]
+    unknown = [name for name in given if name not in own]
+    different = [name for name in own if name in given and not _fits(given[name], own[name])]
+    head_is_new = not head.isdisjoint([*missing, *different])
+    kept = head if head_is_new else set()
+    shapes = [
+        f"{name} ({_describe(given[name])} there, {_describe(own[name])} here)"
+        for name in different
+        if name not in kept
+    ]
+    parts = [
+        f"{what} {name_some(names)}"
+        for what, names in (
+            ("it lacks", [name for name in missing if name not in kept]),
+            ("it has unknown", unknown),
+            ("it differs in", shapes),
+        )
+        if names
+    ]
+    require(
+        not parts,
+        f"the weights in '{place}' are not of this network: {'; '.join(parts)}; choose the "
+        "model.name that they were trained with",
+    )
+    network.load_state_dict(given | {name: own[name] for name in kept})
+    return head_is_new
+
+
+def name_some(names: list[str]) -> str:
+    """Name the first few on one line, whatever a file from elsewhere calls its tensors."""
+    shown = ", ".join(ascii(name)[1:-1][:80] for name in names[:SHOWN])
+    return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _read(place: str) -> Tensors:
+    path = Path(place).expanduser()
+    if path.is_dir():
+        tensors = find_checkpoint(place)[1].tensors
+        return tensors.get("ema", tensors["model"])
+    require(
+        path.is_file(),
+        f"model.weights '{place}' does not exist; name a safetensors file, a run folder or a "
+        "checkpoint",
+    )
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"model.weights '{place}' is not a whole safetensors file ({reason}); if torch.save "
+            f"wrote it, run: cifar-dist convert {place} OUT.safetensors"
+        ) from error
+
+
+def _fits(given: torch.Tensor, own: torch.Tensor) -> bool:
+    same_kind = given.dtype == own.dtype or {given.dtype, own.dtype} <= set(FLOATS)
+    return given.shape == own.shape and same_kind
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
