@@ -8,6 +8,7 @@ VERBS = {
     "evaluate": "measure a checkpoint on a dataset, exactly",
     "verify": "compare the checkpoints of a run with their hashes",
     "predict": "name what is on images",
+    "convert": "turn weights of torch.save into safetensors",
 }
 
 

@@ -85,6 +85,7 @@ class Saver:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._failures: list[str] = []
+        self._error: Exception | None = None
 
     def start(self, step: int, commit: Callable[[], object]) -> None:
         """Run `commit`, which saves the checkpoint of `step`; first wait for the save before.
@@ -101,6 +102,8 @@ class Saver:
             except SaveFailed as error:
                 self._failures.append(f"the checkpoint of step {step} was not saved: {error}")
                 print(f"warning: {self._failures[-1]}; those before are kept", flush=True)
+            except Exception as error:  # unexpected: for the thread that trains
+                self._error = error
 
         # A daemon: a second Ctrl-C does not wait for it, and half a checkpoint is none.
         self._thread = threading.Thread(target=run, daemon=True)
@@ -117,6 +120,8 @@ class Saver:
         """
         if self._thread is not None:
             self._thread.join()
+        if self._error is not None:
+            raise self._error
         failed = len(self._failures)
         if failed >= (1 if final else FAILED_SAVES):
             raise RunError(

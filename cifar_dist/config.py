@@ -106,6 +106,8 @@ class ModelConfig:
     Attributes:
         name: architecture; see the docstrings in cifar_dist/models.
         dropout: probability of dropout in the head; null means the architecture's own.
+        weights: safetensors file (see cifar-dist convert), run folder or checkpoint to start from;
+            a head of another number of classes stays new. null starts from random weights.
     """
 
     name: Literal[
@@ -120,6 +122,7 @@ class ModelConfig:
         "resnet50",
     ] = "resnet18"
     dropout: float | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         require(

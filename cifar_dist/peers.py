@@ -13,15 +13,18 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from cifar_dist.config import RunError, UsageError
+from cifar_dist.preemption import Preempted
 
 MEETING_SECONDS = 60  # for all processes to arrive, once the first of them is there
 GRACE_SECONDS = 3.0  # for the others to notice what this process has noticed
+STOPPED = "stopped by a signal before training began"
 VANISHED = "ended without a word (killed from outside, most often for want of memory)"
 LOST = re.compile(r"gloo|NCCL|closed by peer|reset by peer|Broken pipe|Timed out waiting", re.I)
 
@@ -73,9 +76,15 @@ class Peers:
             return
         self._store.set(f"{what}/{self.rank}", json.dumps(facts))
         self._wait_for(what, seconds)
-        first = json.loads(self._store.get(f"{what}/0"))
-        for rank in range(1, self.world):
-            other = json.loads(self._store.get(f"{what}/{rank}"))
+        first, *others = (
+            json.loads(self._store.get(f"{what}/{rank}")) for rank in range(self.world)
+        )
+        self._store.set(f"{what}/read/{self.rank}", "")
+        if self.rank == 0:  # it may hold the store, and leave with it
+            with suppress(RuntimeError):
+                keys = [f"{what}/read/{rank}" for rank in range(self.world)]
+                self._store.wait(keys, timedelta(seconds=GRACE_SECONDS))
+        for rank, other in enumerate(others, 1):
             different = [
                 f"{key} is {first.get(key)} there and {other.get(key)} on rank {rank}"
                 for key in sorted({*first, *other})
@@ -98,8 +107,11 @@ class Peers:
         """
         if self.world == 1 or not lost_peer(error):
             line = self._describe(error, where)
+            if isinstance(error, Preempted):  # perhaps only because another has failed
+                line = self.cause() or line
             if self.world > 1:
-                self._store.compare_set("cause", "", line)
+                with suppress(RuntimeError):  # the store may be gone already
+                    self._store.compare_set("cause", "", line)
             return line, self.rank == 0
         try:
             line, arrived = self._ask_others(error, where)
@@ -109,9 +121,13 @@ class Peers:
 
     def cause(self) -> str | None:
         """Return what another process said it failed of, if one did."""
-        if self.world == 1 or not self._store.check(["cause"]):
+        if self.world == 1:
             return None
-        return str(self._store.get("cause").decode())
+        try:
+            known = self._store.check(["cause"])
+            return str(self._store.get("cause").decode()) if known else None
+        except RuntimeError:  # the store went with the launcher, or with rank 0
+            return None
 
     def leave(self) -> None:
         """Stop listening, while every process is still there."""
@@ -120,6 +136,8 @@ class Peers:
     def _describe(self, error: BaseException, where: str) -> str:
         if isinstance(error, RunError):
             return str(error)
+        if isinstance(error, Preempted):
+            return STOPPED
         if isinstance(error, KeyboardInterrupt):
             return f"stopped at once by a second Ctrl-C {where}"
         who = f"rank {self.rank} failed" if self.world > 1 else "failed"
@@ -170,6 +188,8 @@ class Peers:
             try:
                 self._store.wait(keys, timedelta(seconds=seconds or MEETING_SECONDS))
                 return
+            except torch.distributed.DistNetworkError as error:
+                raise PeersMissing(f"rank 0 left before it told its {what}", False) from error
             except torch.distributed.DistStoreError as error:
                 here = [rank for rank, key in enumerate(keys) if self._store.check([key])]
                 missing = ", ".join(str(r) for r in range(self.world) if r not in here)

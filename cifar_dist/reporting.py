@@ -56,8 +56,7 @@ def announce(session: Session, origin: str) -> None:
         f"  batch {recipe.train.batch_size}{parts}, {per_process} per process; "
         f"{session.steps_per_epoch} steps per epoch ({dropped} images left over), "
         f"{recipe.train.epochs} epochs; {recipe.optim.name} {recipe.optim.lr} "
-        f"{recipe.schedule.name}"
-        + (f"\n  continues at step {session.state.step}" if session.state.step else ""),
+        f"{recipe.schedule.name}" + (f"\n  {session.beginning}" if session.beginning else ""),
         flush=True,
     )
     for reason in dataset.skipped:

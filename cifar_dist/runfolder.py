@@ -138,8 +138,8 @@ def _unusable(out: Path, error: OSError) -> str:
 
 
 def _check_recipe(recipe: Recipe, out: Path) -> None:
-    if not (out / "recipe.yaml").is_file():
-        return
+    if not ((out / "recipe.yaml").is_file() and (out / "status.json").is_file()):
+        return  # no run, or one that was refused before it began
     if recipe.resume != "auto":
         raise UsageError(
             f"'{out}' already holds a run; name another folder with --out, or continue that run "
@@ -252,9 +252,12 @@ class MetricsLog:
             {**place, "message": f"{what} failed: {reason}"}
             for what, reason in list(self.warned.reasons.items())[self._noticed :]
         ]
-        with self.warned.spare("metrics.jsonl"), self.path.open("a") as file:
-            file.write("".join(json.dumps(entry) + "\n" for entry in (*lines, line)))
-            file.flush()
+        text = "".join(json.dumps(entry) + "\n" for entry in (*lines, line))
+        with self.warned.spare("metrics.jsonl"), self.path.open("ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(text.encode()) < len(text.encode()):  # the disk is full: no half lines
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, "no room for a whole line")
             self._noticed += len(lines)
 
 

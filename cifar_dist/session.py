@@ -32,6 +32,7 @@ from cifar_dist.optim import build_optimizer
 from cifar_dist.peers import Peers
 from cifar_dist.runfolder import MetricsLog, Warned, write_status
 from cifar_dist.tracking import Tracker
+from cifar_dist.weights import load_weights
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Session:
 
     Attributes:
         out: run folder.
+        beginning: where the weights come from, for the banner; empty if they are new.
         epochs_done: epochs trained and measured.
         equal_at: step at which all processes had the same weights, as far as was looked.
         reported: sums of this epoch when the training loss was recorded last.
@@ -58,6 +60,7 @@ class Session:
     pixels: Pixels
     out: Path
     state: TrainState
+    beginning: str
     epochs_done: int
     equal_at: int
     reported: Totals
@@ -123,6 +126,10 @@ def open_session(
     saved = start.state if start else {}
     torch.manual_seed(recipe.train.seed)
     network = build_model(recipe.model, len(dataset.classes)).to(accelerator.device)
+    beginning = f"continues at step {start.state['step']}" if start else ""
+    if recipe.model.weights and not start:
+        head_is_new = load_weights(network, recipe.model.weights)
+        beginning = f"starts from {recipe.model.weights}" + (", new head" if head_is_new else "")
     if recipe.train.channels_last:
         network = network.to(memory_format=torch.channels_last)
     if recipe.train.sync_batchnorm:
@@ -153,6 +160,7 @@ def open_session(
         pixels=Pixels(dataset.mean, dataset.std, recipe.augment, recipe.train.seed),
         out=out,
         state=TrainState(network, model, optimizer, average, guard, tally, step, torch.zeros(())),
+        beginning=beginning,
         epochs_done=epochs_done,
         equal_at=step,
         reported=Totals(**saved.get("reported", {})),
@@ -261,7 +269,8 @@ def save(session: Session) -> None:
 
     def commit() -> None:
         save_checkpoint(folder, step, Checkpoint(copies, facts))
-        prune(folder, keep, best)
+        with session.warned.spare("removing old checkpoints"):
+            prune(folder, keep, best)
         with session.warned.spare("status.json"):
             write_status(session.out, "running", step, epoch)
 

@@ -118,9 +118,7 @@ def _run(recipe: Recipe, origin: str, preemption: Preemption) -> Result:
     from cifar_dist.runfolder import RunLock
 
     with RunLock() as lock:
-        session = _start(recipe, lock)
-        processes = session.accelerator.num_processes
-        preemption.defer(processes, recipe.train.timeout)
+        session = _start(recipe, lock, preemption)
         try:
             announce(session, origin)
             if not session.state.step:
@@ -131,9 +129,13 @@ def _run(recipe: Recipe, origin: str, preemption: Preemption) -> Result:
             raise _fail(session, error) from error
 
 
-def _start(recipe: Recipe, lock: RunLock) -> Session:
-    """Check the request against this machine and these data, and prepare everything."""
+def _start(recipe: Recipe, lock: RunLock, preemption: Preemption) -> Session:
+    """Check the request against this machine and these data, and prepare everything.
+
+    When it returns, signals no longer interrupt.
+    """
     from cifar_dist.data import load_dataset
+    from cifar_dist.peers import STOPPED
     from cifar_dist.runfolder import check_out, claim
     from cifar_dist.session import find_start, open_session
 
@@ -149,20 +151,22 @@ def _start(recipe: Recipe, lock: RunLock) -> Session:
         peers.compare("dataset", describe(dataset), seconds=None)
         start = on_main_process(accelerator, lambda: find_start(recipe, dataset))
         out = on_main_process(accelerator, lambda: claim(recipe, lock))
-        return open_session(accelerator, peers, recipe, dataset, out, start)
-    except Preempted as error:
-        # A launcher sends the same signal to those that are left when one process has failed.
-        if peers and (cause := peers.cause()):
-            raise RunFailed(cause, peers.rank == 0) from error
-        if recipe.out and os.environ.get("RANK", "0") == "0":
-            _note_preempted(Path(recipe.out).expanduser(), lock)
-        raise
-    except UsageError:
-        raise
-    except Exception as error:
-        if peers is None:
+        session = open_session(accelerator, peers, recipe, dataset, out, start)
+        preemption.defer(accelerator.num_processes, recipe.train.timeout)
+        return session
+    except (Preempted, Exception) as error:
+        if isinstance(error, UsageError):
             raise
-        raise RunFailed(*peers.explain(error, "at the start")) from error
+        if peers is None:  # not even the processes have met
+            if isinstance(error, Preempted) and recipe.out and os.environ.get("RANK", "0") == "0":
+                _note_preempted(Path(recipe.out).expanduser(), lock)
+            raise
+        line, speaks = peers.explain(error, "at the start")
+        if line != STOPPED:  # a launcher sends SIGTERM to the others when one process has failed
+            raise RunFailed(line, speaks) from error
+        if recipe.out and peers.rank == 0:
+            _note_preempted(Path(recipe.out).expanduser(), lock)
+        raise Preempted from error
 
 
 def _train(session: Session, preemption: Preemption) -> bool:

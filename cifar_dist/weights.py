@@ -33,31 +33,25 @@ def load_weights(network: nn.Module, place: str) -> bool:
     given, own = _read(place), network.state_dict()
     last = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
     head = {f"{last}.weight", f"{last}.bias"}
-    missing = [name for name in own if name not in given]
-    unknown = [name for name in given if name not in own]
-    different = [name for name in own if name in given and not _fits(given[name], own[name])]
-    head_is_new = not head.isdisjoint([*missing, *different])
-    kept = head if head_is_new else set()
-    shapes = [
-        f"{name} ({_describe(given[name])} there, {_describe(own[name])} here)"
-        for name in different
-        if name not in kept
-    ]
-    parts = [
-        f"{what} {name_some(names)}"
-        for what, names in (
-            ("it lacks", [name for name in missing if name not in kept]),
-            ("it has unknown", unknown),
-            ("it differs in", shapes),
-        )
-        if names
-    ]
+    head_is_new = any(name not in given or given[name].shape != own[name].shape for name in head)
+    if head_is_new:
+        given = given | {name: own[name] for name in head}
+    faults = {
+        "it lacks": [name for name in own if name not in given],
+        "it has unknown": [name for name in given if name not in own],
+        "it differs in": [
+            f"{name} ({_describe(given[name])} there, {_describe(tensor)} here)"
+            for name, tensor in own.items()
+            if name in given and not _fits(given[name], tensor)
+        ],
+    }
+    parts = [f"{what} {name_some(names)}" for what, names in faults.items() if names]
     require(
         not parts,
         f"the weights in '{place}' are not of this network: {'; '.join(parts)}; choose the "
         "model.name that they were trained with",
     )
-    network.load_state_dict(given | {name: own[name] for name in kept})
+    network.load_state_dict(given)
     return head_is_new
 
 

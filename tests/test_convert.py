@@ -1,0 +1,276 @@
+"""Weights from elsewhere: converted once without running anything, then where training starts."""
+
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cifar_dist import convert, train
+from cifar_dist.checkpoint import find_checkpoint
+from cifar_dist.config import UsageError, parse_recipe
+from cifar_dist.models.tutorial import tutorial
+from cifar_dist.train import Result, run
+from cifar_dist.weights import load_weights
+from tests.helpers import TINY, write_folder
+
+Tensors = dict[str, torch.Tensor]
+HEAD = {"9.weight", "9.bias"}  # of the tutorial network
+ONE = torch.ones(1)
+CRAFTED = {"0.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+
+
+class Bomb:
+    """Leaves a folder behind when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.fixture
+def weights() -> Tensors:
+    """Weights of the tutorial network that no seed of a run gives."""
+    torch.manual_seed(1234)
+    return dict(tutorial(10).state_dict())
+
+
+def start(out: Path, place: Path, *options: str, epochs: int = 1) -> Result:
+    """Train an epoch from the weights at `place`, in steps too small to change them."""
+    common = ["--train.epochs", str(epochs), "--optim.lr", "1e-12", "--out", str(out)]
+    return run(parse_recipe([*TINY, *common, "--model.weights", str(place), *options])[0])
+
+
+def saved(result: Result) -> Tensors:
+    return find_checkpoint(str(result.out))[1].tensors["model"]
+
+
+def equal(left: Tensors, right: Tensors) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.allclose(left[name], right[name], rtol=0, atol=1e-8) for name in left
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("key", [None, "state_dict"])
+def test_what_is_converted_is_what_was_saved(
+    prefix: str, key: str | None, weights: Tensors, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    content: Any = {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+    torch.save(content if key is None else {"epoch": 3, key: content}, tmp_path / "in.pt")
+    files = [str(tmp_path / "in.pt"), str(tmp_path / "out.safetensors")]
+    assert convert.main([*files, *(["--key", key] if key else [])]) == 0
+    count = sum(tensor.numel() for tensor in weights.values())
+    assert capfd.readouterr().out == f"{files[1]}: 10 tensors, {count} parameters and buffers\n"
+    found = load_file(files[1])
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert sorted(os.listdir(tmp_path)) == ["in.pt", "out.safetensors"]
+
+
+def test_tensors_that_share_memory_or_are_not_contiguous_are_copied(tmp_path: Path) -> None:
+    shared = torch.arange(6.0).reshape(2, 3)
+    torch.save({"a": shared, "b": shared, "c": shared.T, "d": shared[1]}, tmp_path / "in.pt")
+    convert.convert(tmp_path / "in.pt", tmp_path / "out.safetensors")
+    found = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(found["b"], shared)
+    assert torch.equal(found["c"], shared.T)
+    assert torch.equal(found["d"], shared[1])
+
+
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("kind", ["new", "old", "plain", "beside the weights"])
+def test_a_pickle_that_would_run_code_does_not(
+    kind: str,
+    weights: Tensors,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    source, target, mark = (tmp_path / name for name in ("in.pt", "out.safetensors", "mark"))
+    if kind == "plain":
+        source.write_bytes(pickle.dumps(Bomb(mark)))
+    else:
+        content = {"state_dict": weights, "note": Bomb(mark)} if " " in kind else Bomb(mark)
+        torch.save(content, source, _use_new_zipfile_serialization=kind != "old")
+    assert convert.main([str(source), str(target), "--key", "state_dict"]) == 2
+    error = capfd.readouterr().err
+    assert "holds something else than tensors" in error
+    assert "not loaded, since that could run code" in error
+    assert error.count("\n") == 1
+    assert train.main([*TINY, "--model.weights", str(source), "--out", str(tmp_path / "run")]) == 2
+    assert f"cifar-dist convert {source}" in capfd.readouterr().err
+    assert not mark.exists()
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ({"epoch": 3, "model": {"w": torch.ones(2)}}, [], "the entries epoch (int), model (dict)"),
+        ({"epoch": 3, "model": {"w": torch.ones(2)}}, [], "give --key with one of: model"),
+        ({"model": {"w": torch.ones(2)}}, ["--key", "ema"], "no dict of tensors under --key ema"),
+        ({"epoch": 3, "model": {"w": 1}}, ["--key", "model"], "save the network's state_dict()"),
+        ({"w": torch.ones(2)}, ["--key", "model"], "a dict of tensors itself; leave out --key"),
+        ({"a\n\x1b[31m": 3}, [], "a\\n\\x1b[31m (int)"),
+        (torch.ones(2), [], "holds a Tensor"),
+        ({}, [], "holds a dict"),
+        ({"w": torch.eye(2).to_sparse()}, [], "does not hold every value of w"),
+        ({"w": torch.ones(1).expand(2**40)}, [], "does not hold every value of w"),
+        ({"w": torch.ones(2, dtype=torch.complex128)}, [], "tensors of type torch.complex128"),
+    ],
+)
+def test_files_without_weights_are_refused(
+    content: Any,
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    torch.save(content, tmp_path / "in.pt")
+    files = [str(tmp_path / "in.pt"), str(tmp_path / "out.safetensors")]
+    assert convert.main([*files, *options]) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert os.listdir(tmp_path) == ["in.pt"]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        ("absent.pt", "out.safetensors", "is not a file"),
+        ("text.pt", "out.safetensors", "holds something else than tensors"),
+        ("empty.pt", "out.safetensors", "cannot be read as a file of torch.save"),
+        ("cut.pt", "out.safetensors", "cannot be read as a file of torch.save"),
+        ("in.pt", "in.pt", "ends in .safetensors"),
+        ("in.pt", "old.safetensors", "exists"),
+        ("in.pt", "absent/out.safetensors", "cannot be written"),
+    ],
+)
+def test_bad_files_are_refused(
+    source: str,
+    target: str,
+    message: str,
+    weights: Tensors,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    torch.save(weights, tmp_path / "in.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "in.pt").read_bytes()[:1000])
+    (tmp_path / "text.pt").write_text("no weights")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "old.safetensors").touch()
+    before = sorted(os.listdir(tmp_path))
+    assert convert.main([str(tmp_path / source), str(tmp_path / target)]) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_training_starts_from_converted_weights_and_continues_without_them(
+    weights: Tensors, tmp_path: Path
+) -> None:
+    torch.save(weights, tmp_path / "in.pt")
+    place = tmp_path / "out.safetensors"
+    convert.convert(tmp_path / "in.pt", place)
+    assert equal(saved(start(tmp_path / "run", place)), weights)
+    place.unlink()
+    assert equal(saved(start(tmp_path / "run", place, epochs=2)), weights)
+
+
+def test_a_run_is_started_from_by_its_averaged_weights(tmp_path: Path) -> None:
+    first = run(parse_recipe([*TINY, "--train.ema", "0.9", "--out", str(tmp_path / "first")])[0])
+    path, checkpoint = find_checkpoint(str(first.out))
+    assert not equal(checkpoint.tensors["ema"], checkpoint.tensors["model"])
+    for number, place in enumerate((first.out, path)):
+        second = start(tmp_path / f"second-{number}", place, "--train.ema", "0.5")
+        tensors = find_checkpoint(str(second.out))[1].tensors
+        assert equal(tensors["model"], checkpoint.tensors["ema"])
+        assert equal(tensors["ema"], checkpoint.tensors["ema"])
+
+
+def test_another_number_of_classes_gets_a_new_head(weights: Tensors, tmp_path: Path) -> None:
+    save_file(weights, tmp_path / "w.safetensors")
+    root = write_folder(tmp_path / "set", {"train": 30, "test": 9})
+    options = ["--data.name", "imagefolder", "--data.root", str(root), "--train.batch_size", "10"]
+    found = saved(start(tmp_path / "run", tmp_path / "w.safetensors", *options))
+    assert found["9.weight"].shape == (3, 64)
+    assert equal(*({k: v for k, v in t.items() if k not in HEAD} for t in (found, weights)))
+
+
+@pytest.mark.parametrize("there", [HEAD, {"9.weight"}, set()])
+def test_a_head_is_taken_whole_or_stays_new(
+    there: set[str], weights: Tensors, tmp_path: Path
+) -> None:
+    given = {name: tensor for name, tensor in weights.items() if name not in HEAD - there}
+    save_file({name: tensor.double() for name, tensor in given.items()}, tmp_path / "w.safetensors")
+    network = tutorial(10)
+    head = {name: network.state_dict()[name].clone() for name in HEAD}
+    assert load_weights(network, str(tmp_path / "w.safetensors")) is (there != HEAD)
+    assert equal(dict(network.state_dict()), weights if there == HEAD else {**weights, **head})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"0.weight": None, "0.bias": None}, "it lacks 0.weight, 0.bias; choose the model.name"),
+        (dict.fromkeys("abcde", ONE), "it has unknown a, b, c and 2 more; choose"),
+        ({"x\n\x1b[2J": ONE}, "it has unknown x\\n\\x1b[2J; choose"),
+        ({"0.bias": ONE}, "it differs in 0.bias (float32 [1] there, float32 [32] here)"),
+        ({"0.bias": torch.ones(32, dtype=torch.int8)}, "0.bias (int8 [32] there, float32"),
+        ({"9.bias": torch.ones(10, dtype=torch.int8)}, "9.bias (int8 [10] there, float32"),
+        ({"0.bias": None, "9.bias": ONE, "y": ONE}, "it lacks 0.bias; it has unknown y; choose"),
+    ],
+)
+def test_weights_that_do_not_fit_leave_the_network_as_it_was(
+    change: dict[str, torch.Tensor | None], message: str, weights: Tensors, tmp_path: Path
+) -> None:
+    given = {name: value for name, value in {**weights, **change}.items() if value is not None}
+    save_file({name: value.clone() for name, value in given.items()}, tmp_path / "w.safetensors")
+    network: nn.Module = tutorial(10)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(UsageError) as refused:
+        load_weights(network, str(tmp_path / "w.safetensors"))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert equal(dict(network.state_dict()), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.safetensors", "does not exist"),
+        ("in.pt", "in.pt OUT.safetensors"),
+        ("crafted.safetensors", "is not a whole safetensors file"),
+        ("cut.safetensors", "is not a whole safetensors file"),
+        ("folder", "neither a run folder nor a checkpoint"),
+        ("deep.safetensors", "it lacks 0.weight"),
+    ],
+)
+@pytest.mark.fault(34, 35)
+def test_training_refuses_other_weights_before_its_first_step(
+    name: str, message: str, weights: Tensors, tmp_path: Path
+) -> None:
+    torch.save(weights, tmp_path / "in.pt")
+    save_file(weights, tmp_path / "whole.safetensors")
+    content = (tmp_path / "whole.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
+    header = json.dumps(CRAFTED).encode()
+    (tmp_path / "crafted.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    save_file({"layer.weight": torch.ones(2)}, tmp_path / "deep.safetensors")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match=message) as refused:
+        start(tmp_path / "run", tmp_path / name)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
