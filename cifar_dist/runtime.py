@@ -52,6 +52,7 @@ def start_processes(
             processes differ in what they were told or in their code.
     """
     asked = asked_world_size()
+    import torch.distributed
     from accelerate import (
         Accelerator,
         DataLoaderConfiguration,

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from cifar_dist.config import ModelConfig
 from cifar_dist.models import MODELS, build_model
+from cifar_dist.models.layers import AveragePool
 
 # Weights and biases counted from the papers' and tutorials' tables.
 PARAMETERS = {
@@ -62,3 +64,11 @@ def test_dropout_can_be_chosen_or_left_to_the_architecture() -> None:
     assert probabilities(ModelConfig(name="residual", dropout=0.1)) == {0.1}
     assert probabilities(ModelConfig(name="tutorial")) == set()
     assert probabilities(ModelConfig(name="tutorial", dropout=0.3)) == {0.3}
+
+
+@pytest.mark.parametrize("size", [2, 4, 5, 8, 9])
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_average_pooling_is_torchs(size: int, side: int) -> None:
+    images = torch.randn(2, 3, size, size + 4)
+    pooled = AveragePool(side)(images)
+    torch.testing.assert_close(pooled, nn.AdaptiveAvgPool2d(side)(images))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,6 +21,8 @@ RANDOM = [
     *("--augment.translate", "2", "--augment.cutout", "6", "--augment.grayscale", "0.2"),
     *("--train.ema", "0.9", "--optim.momentum", "0.9", "--train.label_smoothing", "0.1"),
 ]
+
+SMALL = ["--data.image_size", "8", "--data.limit_train", "64", "--data.limit_test", "10"]
 
 
 def train(out: Path, *options: str) -> Result:
@@ -276,6 +279,19 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed"
     assert "optim.lr" in status["message"]
+
+
+def test_deterministic_is_of_one_run_and_the_same_on_a_cpu(tmp_path: Path) -> None:
+    usual = train(tmp_path / "a", "--train.epochs", "1", "--model.name", "resnet18", *SMALL)
+    assert not torch.are_deterministic_algorithms_enabled()
+    other = train(
+        *(tmp_path / "b", "--train.epochs", "1", "--model.name", "resnet18", *SMALL),
+        *("--train.deterministic", "true"),
+    )
+    assert torch.are_deterministic_algorithms_enabled()
+    assert digest_of(usual.out) == digest_of(other.out)
+    train(tmp_path / "c", "--train.epochs", "1")
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_one_console_line_an_epoch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
