@@ -15,7 +15,13 @@ from torch.utils.data import DataLoader
 from cifar_dist.config import TrainConfig
 from cifar_dist.data.augment import Pixels, mix_integers
 from cifar_dist.data.batches import GlobalBatches
-from cifar_dist.guard import Guard, bad_samples, describe_bad_step, scale_showing
+from cifar_dist.guard import (
+    Guard,
+    bad_samples,
+    describe_bad_step,
+    gradient_norm,
+    scale_showing,
+)
 from cifar_dist.metrics import Evaluation, Outcome, Tally, summarise
 
 # Views of an image for test-time augmentation: (mirrored, shift down, shift right), averaged.
@@ -72,7 +78,7 @@ def train_epoch(
         schedule: learning rate of a step.
     """
     # DDP averages gradients over processes, so this makes them those of the mean over the batch.
-    scale = accelerator.num_processes / config.batch_size
+    scale = torch.tensor(accelerator.num_processes / config.batch_size, device=accelerator.device)
     parameters = list(state.network.parameters())
     state.model.train()
     for number, batch in enumerate(loader):
@@ -93,7 +99,7 @@ def train_epoch(
         for group in state.optimizer.param_groups:
             group["lr"] = schedule(state.step)
         accelerator.unscale_gradients(state.optimizer)
-        state.gradient_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        state.gradient_norm = gradient_norm(parameters)
         if config.clip_norm:
             clip_grads_with_norm_(parameters, config.clip_norm, state.gradient_norm)
         if state.guard is None or state.guard.admits(state.gradient_norm):
@@ -133,7 +139,7 @@ def refuse_bad_numbers(
     order.start_at(epoch, step % steps_per_epoch * config.accumulate)
     parameters = list(state.network.parameters())
 
-    def gradient_norm(loss: torch.Tensor) -> float:
+    def norm_of(loss: torch.Tensor) -> float:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         return get_total_norm([g for g in gradients if g is not None]).item()
 
@@ -145,7 +151,7 @@ def refuse_bad_numbers(
         losses = functional.cross_entropy(
             logits, batch.labels, reduction="none", label_smoothing=config.label_smoothing
         )
-        mine += bad_samples(losses, batch.positions, gradient_norm)
+        mine += bad_samples(losses, batch.positions, norm_of)
     raise describe_bad_step(accelerator, mine, step + 1)
 
 

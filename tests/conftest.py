@@ -1,12 +1,15 @@
 """Every test gets a cache folder of its own and no settings of this machine."""
 
 import os
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from cifar_dist.config import parse_recipe
+from cifar_dist.data import download
 from cifar_dist.train import Result, run
 from tests.helpers import TINY
+from tests.server import Server, running
 
 # Two tests run at a time, and their networks are too small to gain from a second thread. Set before
 # anything runs: another number of threads rounds otherwise.
@@ -22,6 +25,15 @@ def clean_environment(
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
+    """Return what starts a server; downloads wait little between their attempts."""
+    monkeypatch.setattr(download, "PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with running() as start:
+        yield start
 
 
 @pytest.fixture(scope="session")

@@ -72,6 +72,16 @@ def status_of(out: Path) -> dict[str, Any]:
     return dict(json.loads((out / "status.json").read_text()))
 
 
+class Bomb:
+    """Leaves the file `mark` behind when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
 def free_port() -> int:
     """Return a port nobody listens on."""
     with socket.socket() as server:

@@ -18,22 +18,12 @@ from cifar_dist.config import UsageError, parse_recipe
 from cifar_dist.models.tutorial import tutorial
 from cifar_dist.train import Result, run
 from cifar_dist.weights import load_weights
-from tests.helpers import TINY, write_folder
+from tests.helpers import TINY, Bomb, write_folder
 
 Tensors = dict[str, torch.Tensor]
 HEAD = {"9.weight", "9.bias"}  # of the tutorial network
 ONE = torch.ones(1)
 CRAFTED = {"0.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
-
-
-class Bomb:
-    """Leaves a folder behind when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.mark),)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import pickle
 import resource
 import struct
@@ -20,17 +19,7 @@ from cifar_dist.evaluate import evaluate_checkpoint
 from cifar_dist.predict import predict
 from cifar_dist.train import Result, run
 from tests.forked import start
-from tests.helpers import TINY, write_folder
-
-
-class Bomb:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.mark),)
+from tests.helpers import TINY, Bomb, write_folder
 
 
 @pytest.fixture
