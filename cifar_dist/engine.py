@@ -110,6 +110,23 @@ def train_epoch(
         yield
 
 
+def settle_buckets(state: TrainState, image_size: int) -> None:
+    """Have DDP lay out its gradient buckets for good; every process must call it.
+
+    It does so after its first backward pass, in the order in which gradients came. From then on
+    gradients of three or more processes are added in another order, so a run that was continued
+    would round otherwise than one that went on. A pass that changes nothing comes first instead.
+    """
+    buffers = [buffer.clone() for buffer in state.network.buffers()]
+    device = next(state.network.parameters()).device
+    state.model.train()
+    state.model(torch.zeros(2, 3, image_size, image_size, device=device)).sum().backward()
+    state.network.zero_grad()
+    with torch.no_grad():
+        for buffer, before in zip(state.network.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+
 def seed_step(accelerator: Accelerator, config: TrainConfig, step: int, part: int) -> None:
     """Make dropout a function of the place in the run: nothing to save, nothing to restore."""
     torch.manual_seed(mix_integers(config.seed, step, part, accelerator.process_index))

@@ -24,7 +24,7 @@ from cifar_dist.checkpoint import (
 from cifar_dist.config import Recipe, UsageError, differences, from_dict, require, to_dict
 from cifar_dist.data import Dataset
 from cifar_dist.data.augment import Pixels
-from cifar_dist.engine import TrainState, gather_buffers, write_buffers
+from cifar_dist.engine import TrainState, gather_buffers, settle_buckets, write_buffers
 from cifar_dist.guard import Guard, require_equal_weights
 from cifar_dist.metrics import Tally, Totals
 from cifar_dist.models import build_model
@@ -147,10 +147,13 @@ def open_session(
         # BatchNorm statistics are averaged where they are used, not sent round at each step. Set
         # here because the constructor's argument changed its name between torch versions.
         model.broadcast_buffers = False
-    tally = Tally(accelerator.device)
+    tally, step = Tally(accelerator.device), saved.get("step", 0)
+    state = TrainState(network, model, optimizer, average, guard, tally, step, torch.zeros(()))
+    if accelerator.num_processes > 2:
+        settle_buckets(state, dataset.train.image_size)
     if start:  # after DDP has made all processes equal to rank 0
         _restore_own(start, network, average, tally, accelerator)
-    step, epochs_done, warned = saved.get("step", 0), saved.get("epoch", 0), Warned()
+    epochs_done, warned = saved.get("epoch", 0), Warned()
     is_main = accelerator.is_main_process
     return Session(
         accelerator=accelerator,
@@ -159,7 +162,7 @@ def open_session(
         dataset=dataset,
         pixels=Pixels(dataset.mean, dataset.std, recipe.augment, recipe.train.seed),
         out=out,
-        state=TrainState(network, model, optimizer, average, guard, tally, step, torch.zeros(())),
+        state=state,
         beginning=beginning,
         epochs_done=epochs_done,
         equal_at=step,
