@@ -32,6 +32,9 @@ class Preemption:
         received: name of the first signal, or "".
     """
 
+    _holds = 0  # blocks of `uninterrupted` that are entered
+    _overdue = False  # a signal came within one
+
     def __init__(self) -> None:
         self.received = ""
         self._since = 0.0
@@ -95,7 +98,26 @@ class Preemption:
         if not self.received:
             self.received, self._since = signal.Signals(number).name, time.monotonic()
             if not self._defer:
-                raise Preempted
+                if Preemption._holds:
+                    Preemption._overdue = True
+                else:
+                    raise Preempted
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Within the block, in the main thread, signals wait until its end.
+
+    For code that uses the locks of `threading`, which an exception from nowhere leaves broken.
+    """
+    Preemption._holds += 1
+    try:
+        yield
+    finally:
+        Preemption._holds -= 1
+    if Preemption._overdue and not Preemption._holds:
+        Preemption._overdue = False
+        raise Preempted
 
 
 def _follow_launcher() -> None:

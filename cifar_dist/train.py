@@ -157,10 +157,14 @@ def _start(recipe: Recipe, lock: RunLock, preemption: Preemption) -> Session:
     except (Preempted, Exception) as error:
         if isinstance(error, UsageError):
             raise
+        if preemption.received and not isinstance(error, Preempted):
+            error = Preempted()  # it struck where it made another error of itself
         if peers is None:  # not even the processes have met
-            if isinstance(error, Preempted) and recipe.out and os.environ.get("RANK", "0") == "0":
+            if not isinstance(error, Preempted):
+                raise
+            if recipe.out and os.environ.get("RANK", "0") == "0":
                 _note_preempted(Path(recipe.out).expanduser(), lock)
-            raise
+            raise error from None
         line, speaks = peers.explain(error, "at the start")
         if line != STOPPED:  # a launcher sends SIGTERM to the others when one process has failed
             raise RunFailed(line, speaks) from error

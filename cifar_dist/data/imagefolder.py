@@ -7,6 +7,7 @@ the largest centred square cut out and scaled (bicubic). Of an animation the fir
 
 import hashlib
 import sys
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image, ImageOps
 from cifar_dist.config import DataConfig, cache_folder, require
 from cifar_dist.data.cache import CacheWriter, load_or_build
 from cifar_dist.data.images import Source
+from cifar_dist.preemption import uninterrupted
 from cifar_dist.runtime import usable_cores
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -160,25 +162,36 @@ def _decode_all(
     """
     from tqdm import tqdm
 
-    def decode(row: int) -> str | None:
+    reasons: dict[int, str] = {}
+    finished: list[int] = []
+
+    def decode(row: int) -> None:
         try:
             array[row] = decode_image(entries[row][0], size)
         except ValueError as error:
-            return str(error)
-        return None
+            reasons[row] = str(error)
+        finally:
+            finished.append(row)
 
-    pool = ThreadPoolExecutor(usable_cores())
-    try:
-        reasons = tqdm(
-            pool.map(decode, range(len(entries)), chunksize=64),
-            f"decoding {split}",
+    with uninterrupted():
+        pool = ThreadPoolExecutor(usable_cores())
+        futures = [pool.submit(decode, row) for row in range(len(entries))]
+        bar = tqdm(
+            desc=f"decoding {split}",
             total=len(entries),
             unit=" images",
             disable=not sys.stderr.isatty(),
         )
-        return {row: reason for row, reason in enumerate(reasons) if reason is not None}
+    try:
+        while len(finished) < len(entries):  # without a lock: a signal may end it anywhere
+            time.sleep(0.02)
+            bar.update(len(finished) - bar.n)
     finally:  # a signal does not wait for the images that are left
         pool.shutdown(cancel_futures=True)
+        bar.close()
+    for future in futures:
+        future.result()  # an error that is not of the image
+    return dict(sorted(reasons.items()))
 
 
 def _refuse_emptied_class(

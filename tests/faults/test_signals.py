@@ -127,7 +127,7 @@ def test_decoding_does_not_wait_for_the_images_that_are_left(tmp_path: Path) -> 
         job.wait_until(mark.exists)
         began = time.monotonic()
         job.signal(signal.SIGTERM)
-        assert job.wait(20) == [EXIT_CODE]
+        assert job.wait(20) == [EXIT_CODE], job.text()
         assert time.monotonic() - began < 5  # all of them would take half a minute
     assert status_of(out)["state"] == "preempted"
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
