@@ -38,6 +38,49 @@ def evaluate_sizes(out: str) -> None:
     leave_processes()
 
 
+def fall_back(checkpoints: str, times: str) -> None:
+    """Damage each file of the newest checkpoint in many ways; say what all processes then load."""
+    import hashlib
+    import random
+
+    from accelerate.utils import gather_object
+
+    from cifar_dist.checkpoint import checkpoints_in, load_newest
+    from cifar_dist.config import TrainConfig
+    from cifar_dist.runtime import leave_processes, on_main_process, start_processes
+
+    accelerator, peers = start_processes(TrainConfig())
+    chance, chosen = random.Random(5), []
+    newest = checkpoints_in(Path(checkpoints))[-1]
+    for file in sorted(newest.iterdir()):
+        whole = file.read_bytes()
+        accelerator.wait_for_everyone()
+        for number in range(2 * int(times)):
+            hurt = bytearray(whole)
+            if number % 2:
+                del hurt[chance.randrange(len(hurt)) :]
+            else:
+                hurt[chance.randrange(len(hurt))] ^= 1 << chance.randrange(8)
+            if accelerator.is_main_process:
+                file.write_bytes(hurt)
+            found = on_main_process(accelerator, lambda: load_newest(Path(checkpoints)))
+            assert found is not None
+            digest = hashlib.sha256(str(found[1].state).encode())
+            for part in found[1].tensors.values():
+                for tensor in part.values():
+                    digest.update(tensor.numpy().tobytes())
+            chosen.append(f"{found[0].name} {digest.hexdigest()}")
+        if accelerator.is_main_process:
+            file.write_bytes(whole)
+    everyone = gather_object([chosen])
+    if accelerator.is_main_process:
+        agreed = all(other == chosen for other in everyone)
+        print(json.dumps([len(chosen), sorted(set(chosen)), agreed, len(everyone)]), flush=True)
+    peers.leave()
+    accelerator.wait_for_everyone()
+    leave_processes()
+
+
 def record_positions(folder: str, stop_at: str, *arguments: str) -> None:
     """Train, and append each position trained on with its step; die after a step unless it is 0."""
     from cifar_dist import engine
@@ -81,6 +124,5 @@ def show_threads() -> None:
 
 
 if __name__ == "__main__":
-    {f.__name__: f for f in (evaluate_sizes, record_positions, show_threads)}[sys.argv[1]](
-        *sys.argv[2:]
-    )
+    programs = (evaluate_sizes, fall_back, record_positions, show_threads)
+    {program.__name__: program for program in programs}[sys.argv[1]](*sys.argv[2:])

@@ -1,5 +1,6 @@
 """Damaged checkpoints: always found, the newest good one used by all, and never a fresh start."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from cifar_dist.checkpoint import (
 from cifar_dist.config import UsageError
 from cifar_dist.verify import main as verify_main
 from tests.forked import start
-from tests.helpers import TINY, digest_of
+from tests.helpers import TINY, command, digest_of, run_command
 
 OPTIONS = [*TINY, "--train.epochs", "2", "--checkpoint.every_epochs", "1"]
 
@@ -87,6 +88,18 @@ def test_all_processes_fall_back_to_the_same_and_end_as_before(copy: Path, tmp_p
     assert "continues at step 10" in job.text(0)
     assert digest_of(copy) == before
     assert verify_main([str(copy)]) == 0
+
+
+@pytest.mark.fault(10, 11)
+@pytest.mark.parametrize("times", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_whatever_the_damage_both_processes_load_the_one_before(times: int, copy: Path) -> None:
+    worker = command(2, "torchrun", "tests.worker")
+    done = run_command([*worker, "fall_back", str(copy / "checkpoints"), str(times)])
+    assert done.returncode == 0, done.stderr
+    count, chosen, agreed, processes = json.loads(done.stdout.splitlines()[-1])
+    assert (count, agreed, processes) == (5 * 2 * times, True, 2)
+    assert len(chosen) == 1
+    assert chosen[0].startswith("step-00000010 ")
 
 
 @pytest.mark.fault(12)
