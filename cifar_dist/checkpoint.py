@@ -186,11 +186,6 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return [path for _, path in sorted(_committed(folder).items())]
 
 
-def steps_saved(folder: Path) -> list[int]:
-    """Return the steps with a committed checkpoint, ascending."""
-    return sorted(_committed(folder))
-
-
 def load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
     """Return the newest checkpoint that verifies, or None if there never was one.
 
