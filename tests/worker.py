@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,9 @@ def record_positions(folder: str, stop_at: str, *arguments: str) -> None:
                     file.write(json.dumps([state.step, positions]) + "\n")
             seen.clear()
             if state.step == int(stop_at):
+                saved = Path(arguments[arguments.index("--out") + 1], "checkpoints/step-00000004")
+                while not saved.exists():  # written in the background
+                    time.sleep(0.01)
                 accelerator.wait_for_everyone()
                 os._exit(9)
             yield result
