@@ -106,6 +106,8 @@ class ModelConfig:
     Attributes:
         name: architecture; see the docstrings in cifar_dist/models.
         dropout: probability of dropout in the head; null means the architecture's own.
+        widths: of speednet: channels of each stage; null means [64, 256, 256].
+        depth: of speednet: convolutions in each stage; null means 2.
         weights: safetensors file (see cifar-dist convert), run folder or checkpoint to start from;
             a head of another number of classes stays new. null starts from random weights.
     """
@@ -120,14 +122,26 @@ class ModelConfig:
         "resnet18",
         "resnet34",
         "resnet50",
+        "speednet",
     ] = "resnet18"
     dropout: float | None = None
+    widths: list[int] | None = None
+    depth: int | None = None
     weights: str | None = None
 
     def __post_init__(self) -> None:
         require(
             self.dropout is None or 0 <= self.dropout < 1,
             f"model.dropout is {self.dropout}; give 0 to 0.99, or null for the architecture's own",
+        )
+        _at_least(self, "model", 1, "depth")
+        require(
+            self.widths is None or (len(self.widths) > 0 and min(self.widths) > 0),
+            f"model.widths is {self.widths}; give one or more numbers of channels",
+        )
+        require(
+            self.name == "speednet" or (self.widths is None and self.depth is None),
+            f"model.widths and model.depth are of speednet; model.name is {self.name}",
         )
 
 
@@ -136,21 +150,32 @@ class OptimConfig:
     """The optimizer.
 
     Attributes:
-        name: sgd or adamw.
+        name: sgd, adamw, or muon, which trains convolution filters by orthogonal updates and all
+            else by sgd.
         lr: learning rate for the global batch; the schedule scales it.
-        momentum: of sgd.
-        nesterov: look-ahead momentum, of sgd.
-        weight_decay: as the optimizer defines it, on every parameter.
+        bias_lr: of muon: for biases and normalisation; null means lr. The schedule scales it too.
+        head_lr: of muon: for linear layers; null means lr. The schedule scales it too.
+        momentum: of sgd, and of muon for the filters.
+        nesterov: look-ahead momentum, of sgd; muon always has it.
+        weight_decay: as the optimizer defines it, on every parameter; with muon on all but filters.
     """
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw", "muon"] = "sgd"
     lr: float = 0.1
+    bias_lr: float | None = None
+    head_lr: float | None = None
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"optim.lr is {self.lr}; give a number above 0")
+        for name in ("lr", "bias_lr", "head_lr"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"optim.{name} is {value}; give a number above 0")
+        require(
+            self.name == "muon" or (self.bias_lr is None and self.head_lr is None),
+            f"optim.bias_lr and optim.head_lr are of muon; optim.name is {self.name}",
+        )
         require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; give 0 to 0.99")
         require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; give >= 0")
         require(
@@ -196,7 +221,11 @@ class TrainConfig:
         clip_norm: largest gradient norm; 0 is off.
         label_smoothing: share of each target spread over all classes.
         ema: decay of a moving average of the weights, used for evaluation; 0 is off.
+        evaluate_every: measure the network after every so many epochs, and after the last.
+        tta: test-time augmentation: views of an image that are averaged when the network is
+            measured: itself alone, its mirror image too, or both also shifted by a pixel.
         channels_last: memory layout of images and filters; faster on most devices.
+        compile: have torch.compile fuse operations: faster steps for a slower start.
         sync_batchnorm: BatchNorm over the batches of all processes; GPUs only.
         deterministic: only algorithms that give the same bits each time, on a GPU too; slower.
         timeout: seconds that processes wait for each other before the run ends, naming those that
@@ -211,13 +240,17 @@ class TrainConfig:
     clip_norm: float = 0.0
     label_smoothing: float = 0.0
     ema: float = 0.0
+    evaluate_every: int = 1
+    tta: Literal["none", "flip", "flip_shift"] = "none"
     channels_last: bool = True
+    compile: bool = False
     sync_batchnorm: bool = False
     deterministic: bool = False
     timeout: int = 120
 
     def __post_init__(self) -> None:
         _at_least(self, "train", 1, "epochs", "batch_size", "accumulate", "timeout")
+        _at_least(self, "train", 1, "evaluate_every")
         _at_least(self, "train", 0, "seed", "clip_norm")
         for name in ("label_smoothing", "ema"):
             value = getattr(self, name)

@@ -24,11 +24,12 @@ from cifar_dist.guard import (
 )
 from cifar_dist.metrics import Evaluation, Outcome, Tally, summarise
 
-# Views of an image for test-time augmentation: (mirrored, shift down, shift right), averaged.
-VIEWS = {
-    "none": [(False, 0, 0)],
-    "flip": [(False, 0, 0), (True, 0, 0)],
-    "flip_shift": [(flip, *by) for flip in (False, True) for by in ((0, 0), (-1, -1), (1, 1))],
+# Views of an image for test-time augmentation: weight, mirrored, shift down, shift right.
+SHIFTS = ((1 / 4, 0, 0), (1 / 8, -1, -1), (1 / 8, 1, 1))
+VIEWS: dict[str, list[tuple[float, bool, int, int]]] = {
+    "none": [(1.0, False, 0, 0)],
+    "flip": [(1 / 2, False, 0, 0), (1 / 2, True, 0, 0)],
+    "flip_shift": [(share, flip, y, x) for flip in (False, True) for share, y, x in SHIFTS],
 }
 
 
@@ -39,7 +40,8 @@ class TrainState:
     Attributes:
         network: the bare network.
         model: the network as Accelerate prepared it.
-        optimizer: prepared.
+        optimizer: prepared where fp16's loss scaling needs that, else torch's own: Accelerate's
+            wrapper looks up packages and signatures at each call.
         average: moving average of the weights, or None.
         guard: against numbers that are not finite; None where fp16's loss scaling is one itself.
         tally: loss and accuracy of this epoch so far, on this process.
@@ -80,6 +82,8 @@ def train_epoch(
     # DDP averages gradients over processes, so this makes them those of the mean over the batch.
     scale = torch.tensor(accelerator.num_processes / config.batch_size, device=accelerator.device)
     parameters = list(state.network.parameters())
+    # Accelerate's divides by its own number of accumulation steps first, which is 1.
+    backward = accelerator.backward if accelerator.scaler else torch.Tensor.backward
     state.model.train()
     for number, batch in enumerate(loader):
         part = number % config.accumulate
@@ -92,12 +96,12 @@ def train_epoch(
             loss_sum = functional.cross_entropy(
                 logits, batch.labels, reduction="sum", label_smoothing=config.label_smoothing
             )
-            accelerator.backward(loss_sum * scale_showing(loss_sum, scale))
+            backward(loss_sum, gradient=scale_showing(loss_sum, scale))
         state.tally.add(loss_sum, logits, batch.labels)
         if not last:
             continue
         for group in state.optimizer.param_groups:
-            group["lr"] = schedule(state.step)
+            group["lr"] = schedule(state.step) * group.get("share", 1.0)
         accelerator.unscale_gradients(state.optimizer)
         state.gradient_norm = gradient_norm(parameters)
         if config.clip_norm:
@@ -129,7 +133,21 @@ def settle_buckets(state: TrainState, image_size: int) -> None:
 
 def seed_step(accelerator: Accelerator, config: TrainConfig, step: int, part: int) -> None:
     """Make dropout a function of the place in the run: nothing to save, nothing to restore."""
-    torch.manual_seed(mix_integers(config.seed, step, part, accelerator.process_index))
+    generator_of(accelerator.device).manual_seed(
+        mix_integers(config.seed, step, part, accelerator.process_index)
+    )
+
+
+def generator_of(device: torch.device) -> torch.Generator:
+    """Return the generator that layers on `device` draw from.
+
+    torch.manual_seed would look for the generators of all kinds of devices at each call.
+    """
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    return torch.default_generator
 
 
 def refuse_bad_numbers(
@@ -179,14 +197,14 @@ def evaluate(
     loader: DataLoader,
     pixels: Pixels,
     classes: int,
-    views: str = "none",
+    tta: str = "none",
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Measure `network` on every image of `loader` exactly once; every process must call it.
 
     Args:
         network: bare, without DDP, as processes may have different numbers of batches.
-        views: a key of VIEWS; the logits of all views are averaged.
+        tta: a key of VIEWS; the weighted logits of all views are added.
         stop: asked after every global batch, by every process; if it says so, the result is None.
 
     Raises:
@@ -204,8 +222,11 @@ def evaluate(
         if batch is not None:
             images = pixels.for_evaluation(batch.images)
             with accelerator.autocast():
-                logits = torch.stack([network(view(images, *how)) for how in VIEWS[views]])
-            logits = logits.float().mean(dim=0)
+                parts = [
+                    share * network(view(images, flip, down, right)).float()
+                    for share, flip, down, right in VIEWS[tta]
+                ]
+            logits = torch.stack(parts).sum(dim=0)
             confidence, predicted = logits.softmax(dim=1).max(dim=1)
             losses = functional.cross_entropy(logits, batch.labels, reduction="none")
             outcomes.append(Outcome(batch.positions, batch.labels, predicted, confidence, losses))

@@ -51,7 +51,7 @@ def evaluate_checkpoint(
     place: str,
     data: DataConfig | None = None,
     split: str | None = None,
-    tta: str = "none",
+    tta: str | None = None,
     best: bool = False,
 ) -> dict[str, Any]:
     """Measure the checkpoint at `place` and return plain values.
@@ -60,7 +60,7 @@ def evaluate_checkpoint(
         place: a run folder or one checkpoint's folder.
         data: what to measure on; None is the dataset it was trained on.
         split: test, val or train; None is the first of test, val and train that exists.
-        tta: views averaged at test time: none, flip or flip_shift.
+        tta: views averaged at test time: none, flip or flip_shift; None is as in training.
         best: of a run folder, the best checkpoint by validation instead of the newest.
 
     Returns:
@@ -92,7 +92,7 @@ def evaluate_checkpoint(
         build_evaluation_loader(accelerator, images.relabelled(tuple(classes))),
         pixels,
         len(classes),
-        tta,
+        tta or recipe.train.tta,
     )
     assert result is not None  # nobody stops it
     peers.leave()
@@ -101,7 +101,7 @@ def evaluate_checkpoint(
         "checkpoint": str(path),
         "step": checkpoint.state["step"],
         "split": split,
-        "tta": tta,
+        "tta": tta or recipe.train.tta,
         "accuracy": result.totals.accuracy,
         "correct": result.totals.correct,
         "count": result.totals.count,

@@ -62,7 +62,7 @@ def predict(
 
     from cifar_dist.checkpoint import find_checkpoint
     from cifar_dist.data.augment import normalise
-    from cifar_dist.data.imagefolder import decode_image
+    from cifar_dist.data.decode import decode_image
     from cifar_dist.evaluate import restore_network
 
     require(top >= 1, f"--top is {top}; give 1 or more")

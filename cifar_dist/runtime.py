@@ -4,9 +4,11 @@ Launchers start processes and speak through environment variables; what they can
 skip without a word. Each such case is refused here, before anything else happens.
 """
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -71,6 +73,8 @@ def start_processes(
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     _use_all_cores()
+    if use_cpu:
+        _keep_memory()
     _choose_algorithms(train.deterministic)
     peers = Peers(int(os.environ.get("RANK", "0")), asked, train.timeout)
     peers.compare("code", describe_process())
@@ -99,6 +103,19 @@ def start_processes(
         ) from error
     _check(accelerator, asked, log_with, train)
     return accelerator, peers
+
+
+def _keep_memory() -> None:
+    """Have glibc keep freed memory for the next step instead of handing it back to the kernel.
+
+    It maps each large tensor anew otherwise, and the kernel clears every page again: up to a third
+    of a step on a CPU. Other C libraries do without.
+    """
+    with suppress(OSError, AttributeError):
+        allocator = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        allocator.mallopt(m_mmap_max, 0)
+        allocator.mallopt(m_trim_threshold, -1)
 
 
 def _choose_algorithms(deterministic: bool) -> None:

@@ -1,6 +1,8 @@
 """A session of a run: everything it works with, built anew or as a checkpoint holds it."""
 
 import dataclasses
+import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from cifar_dist.engine import TrainState, gather_buffers, settle_buckets, write_
 from cifar_dist.guard import Guard, require_equal_weights
 from cifar_dist.metrics import Tally, Totals
 from cifar_dist.models import build_model
+from cifar_dist.models.speednet import WHITENED_IMAGES, SpeedNet
 from cifar_dist.optim import build_optimizer
 from cifar_dist.peers import Peers
 from cifar_dist.runfolder import MetricsLog, Warned, write_status
@@ -130,6 +133,11 @@ def open_session(
     if recipe.model.weights and not start:
         head_is_new = load_weights(network, recipe.model.weights)
         beginning = f"starts from {recipe.model.weights}" + (", new head" if head_is_new else "")
+    pixels = Pixels(dataset.mean, dataset.std, recipe.augment, recipe.train.seed)
+    if isinstance(network, SpeedNet) and not beginning:
+        images = dataset.train
+        first = torch.from_numpy(images.images[images.selected[:WHITENED_IMAGES]])
+        network.whiten(pixels.for_evaluation(first))
     if recipe.train.channels_last:
         network = network.to(memory_format=torch.channels_last)
     if recipe.train.sync_batchnorm:
@@ -142,7 +150,10 @@ def open_session(
     guard = Guard(optimizer, accelerator.device) if accelerator.scaler is None else None
     if start:
         _restore(start, network, average, optimizer, accelerator)
-    model, optimizer = accelerator.prepare(network, optimizer)
+    called = compile_network(network) if recipe.train.compile else network
+    model, prepared = accelerator.prepare(called, optimizer)
+    if accelerator.scaler is not None:
+        optimizer = prepared
     if accelerator.num_processes > 1:
         # BatchNorm statistics are averaged where they are used, not sent round at each step. Set
         # here because the constructor's argument changed its name between torch versions.
@@ -160,7 +171,7 @@ def open_session(
         peers=peers,
         recipe=recipe,
         dataset=dataset,
-        pixels=Pixels(dataset.mean, dataset.std, recipe.augment, recipe.train.seed),
+        pixels=pixels,
         out=out,
         state=state,
         beginning=beginning,
@@ -175,6 +186,23 @@ def open_session(
         warned=warned,
         clock=time.monotonic(),
     )
+
+
+def compile_network(network: nn.Module) -> nn.Module:
+    """Return `network` with its operations fused for training; it shares all weights.
+
+    Raises:
+        UsageError: there is no compiler for this device.
+    """
+    on_gpu = next(network.parameters()).device.type == "cuda"
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    require(
+        on_gpu or any(name and shutil.which(name) for name in compilers),
+        "train.compile needs a C++ compiler on a CPU, and neither g++ nor clang++ was found; "
+        "install one, or leave train.compile out",
+    )
+    compiled: nn.Module = torch.compile(network)  # type: ignore[assignment]
+    return compiled
 
 
 def _restore(

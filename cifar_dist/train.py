@@ -219,7 +219,10 @@ def _train(session: Session, preemption: Preemption) -> bool:
         bar.close()
         check_numbers()
         compare_weights(session)
-        results = _measure(session, preemption)
+        last = epoch + 1 == train.epochs
+        results: dict[str, Evaluation] | None = {}
+        if last or _due(train.evaluate_every, epoch + 1):
+            results = _measure(session, preemption)
         if results is None:
             save(session)
             return False
@@ -227,13 +230,13 @@ def _train(session: Session, preemption: Preemption) -> bool:
         stop = preemption.agreed()
         if (
             stop
-            or epoch + 1 == train.epochs
+            or last
             or session.best["step"] == state.step
             or _due(recipe.checkpoint.every_epochs, epoch + 1)
             or _due(recipe.checkpoint.every_steps, state.step)
         ):
             save(session)
-        if stop and epoch + 1 < train.epochs:
+        if stop and not last:
             return False
     return True
 
@@ -253,6 +256,7 @@ def _measure(session: Session, preemption: Preemption) -> dict[str, Evaluation] 
             build_evaluation_loader(accelerator, images),
             session.pixels,
             len(session.dataset.classes),
+            tta=session.recipe.train.tta,
             stop=preemption.agreed,
         )
         if result is None:

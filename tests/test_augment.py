@@ -25,7 +25,7 @@ def batch_of(count: int, size: int = 8, first: int = 0) -> Batch:
 def test_draws_are_uniform_and_unrelated() -> None:
     positions = torch.arange(100_000)
     draws = {
-        key: uniform(*key[:2], positions, key[2])
+        key: uniform(*key[:2], positions, key[2] + 1)[key[2]]
         for key in [(0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1), (2**40, 0, 0)]
     }
     for values in draws.values():
@@ -42,11 +42,11 @@ def test_draws_are_uniform_and_unrelated() -> None:
 
 
 def test_draws_do_not_depend_on_the_batch() -> None:
-    whole = uniform(3, 2, torch.arange(64), 1)
-    parts = [uniform(3, 2, torch.arange(start, start + 16), 1) for start in range(0, 64, 16)]
-    assert torch.equal(whole, torch.cat(parts))
+    whole = uniform(3, 2, torch.arange(64), 2)
+    parts = [uniform(3, 2, torch.arange(start, start + 16), 2) for start in range(0, 64, 16)]
+    assert torch.equal(whole, torch.cat(parts, dim=1))
     shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(whole[shuffled], uniform(3, 2, shuffled, 1))
+    assert torch.equal(whole[:, shuffled], uniform(3, 2, shuffled, 2))
 
 
 def test_mixed_integers_differ() -> None:
@@ -62,7 +62,7 @@ def test_flip_and_shift_equals_padding_then_cropping(padding: str) -> None:
     generator = np.random.default_rng(0)
     flip = torch.from_numpy(generator.random(200) < 0.5)
     down, right = torch.from_numpy(generator.integers(-reach, reach + 1, (2, 200)))
-    moved = flip_and_shift(batch.images, flip, down, right, padding)
+    moved = flip_and_shift(batch.images, flip.long(), down, right, reach, padding)
     mode = {"reflect": "reflect", "zero": "constant"}[padding]
     for row in range(200):
         image = batch.images[row].numpy()

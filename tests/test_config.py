@@ -75,6 +75,14 @@ def test_names_in_recipes_are_those_that_exist(choices: dict, section: type) -> 
         (["--train.batch_size", "63", "--train.accumulate", "2"], "that work: 62, 64"),
         (["--data.val_fraction", "1"], "data.val_fraction is 1"),
         (["--optim.lr", "0"], "optim.lr"),
+        (
+            ["--optim.head_lr", "2"],
+            "optim.bias_lr and optim.head_lr are of muon; optim.name is sgd",
+        ),
+        (["--optim.name", "muon", "--optim.bias_lr", "0"], "optim.bias_lr is 0"),
+        (["--model.widths", "[8, 8]"], "of speednet; model.name is resnet18"),
+        (["--model.name", "speednet", "--model.widths", "[]"], "model.widths is []"),
+        (["--model.name", "speednet", "--model.depth", "0"], "model.depth is 0"),
         (["--optim.nesterov", "true", "--optim.momentum", "0"], "needs optim.momentum"),
         (["--train.ema", "1"], "train.ema"),
         (["--model.dropout", "1"], "model.dropout"),
@@ -124,8 +132,8 @@ def test_the_set_of_options_is_deliberate() -> None:
     sections = {key.partition(".")[0] for key in flatten(Recipe())}
     counts = {s: sum(key.startswith(f"{s}.") for key in flatten(Recipe())) for s in sections}
     assert counts == {
-        **{"name": 0, "out": 0, "resume": 0, "data": 10, "augment": 5, "model": 3, "optim": 5},
-        **{"schedule": 5, "train": 12, "checkpoint": 3, "track": 2},
+        **{"name": 0, "out": 0, "resume": 0, "data": 10, "augment": 5, "model": 5, "optim": 7},
+        **{"schedule": 5, "train": 15, "checkpoint": 3, "track": 2},
     }
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from cifar_dist.config import DataConfig, UsageError
 from cifar_dist.data import load_dataset, load_evaluation
 from cifar_dist.data.cache import channel_statistics, count_levels, load_or_build
-from cifar_dist.data.imagefolder import decode_image
+from cifar_dist.data.decode import decode_image
 from cifar_dist.data.synthetic import SHAPES, draw
 from tests.helpers import write_folder
 
@@ -200,7 +200,7 @@ def test_a_cached_folder_is_not_decoded_again(
 ) -> None:
     root = write_folder(tmp_path / "set", {"train": 12, "test": 6})
     before = load_dataset(folder_config(root))
-    monkeypatch.setattr("cifar_dist.data.imagefolder.decode_image", None)
+    monkeypatch.setattr("cifar_dist.data.decode.decode_image", None)
     assert load_dataset(folder_config(root)).digest == before.digest
 
 
@@ -211,7 +211,8 @@ def test_one_builds_while_the_others_wait(tmp_path: Path) -> None:
         builds.append(1)
         time.sleep(0.2)
         writer.classes = ("a", "b")  # type: ignore[attr-defined]
-        writer.create("train", [0, 1], 4)[:] = 7  # type: ignore[attr-defined]
+        target = writer.create("train", [0, 1], 4)  # type: ignore[attr-defined]
+        np.load(target, mmap_mode="r+")[:] = 7
 
     def load() -> None:
         assert load_or_build(tmp_path, "key", build).splits["train"].images.mean() == 7

@@ -19,6 +19,7 @@ PARAMETERS = {
     "resnet18": 11_173_962,
     "resnet34": 21_282_122,
     "resnet50": 23_520_842,
+    "speednet": 1_972_768,
 }
 
 
@@ -29,7 +30,8 @@ def test_parameter_counts(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tutorial", "tutorial-relu", "deep", "residual", "vgg16", "resnet18", "resnet50"]
+    "name",
+    ["tutorial", "tutorial-relu", "deep", "residual", "vgg16", "resnet18", "resnet50", "speednet"],
 )
 @pytest.mark.parametrize("size", [5, 28, 48])
 def test_any_image_size_and_class_count(name: str, size: int) -> None:
@@ -37,7 +39,7 @@ def test_any_image_size_and_class_count(name: str, size: int) -> None:
     logits = model(torch.zeros(2, 3, size, size))
     assert logits.shape == (2, 7)
     logits.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_the_tutorial_network_is_the_tutorials() -> None:

@@ -6,6 +6,7 @@ a generator whose state would have to be saved or kept equal.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -52,28 +53,27 @@ def augment(
     """
     images = batch.images
     count, height, width, _ = images.shape
-
-    def draw(purpose: int, epoch: int = epoch) -> torch.Tensor:
-        return uniform(seed, epoch, batch.positions, purpose)
-
-    flip = torch.zeros(count, dtype=torch.bool, device=images.device)
-    if config.flip == "random":
-        flip = draw(FLIP) < 0.5
-    elif config.flip == "alternating":  # Jordan, 2024: every image is seen both ways in two epochs
-        flip = (draw(FLIP, epoch=0) < 0.5) ^ (epoch % 2 == 1)
+    if config == AugmentConfig(padding=config.padding):
+        return images, None
+    draws = uniform(seed, epoch, batch.positions, GRAYSCALE + 1)
     if config.flip != "none" or config.translate:
-        reach = 2 * config.translate + 1
-        shift_y, shift_x = (
-            (draw(purpose) * reach).long() - config.translate for purpose in (SHIFT_Y, SHIFT_X)
-        )
-        images = flip_and_shift(images, flip, shift_y, shift_x, config.padding)
+        shift_y = shift_x = flip = torch.zeros(count, dtype=torch.long, device=images.device)
+        if config.flip == "alternating":  # Jordan, 2024: every image both ways in two epochs
+            flip = (uniform(seed, 0, batch.positions, FLIP + 1)[FLIP] < 0.5).long()
+            flip = 1 - flip if epoch % 2 else flip
+        elif config.flip == "random":
+            flip = (draws[FLIP] < 0.5).long()
+        if config.translate:
+            places = (draws[SHIFT_X : SHIFT_Y + 1] * (2 * config.translate + 1)).long()
+            shift_x, shift_y = places - config.translate
+        images = flip_and_shift(images, flip, shift_y, shift_x, config.translate, config.padding)
     if config.grayscale:
-        chosen = (draw(GRAYSCALE) < config.grayscale)[:, None, None, None]
+        chosen = (draws[GRAYSCALE] < config.grayscale)[:, None, None, None]
         images = torch.where(chosen, to_grey(images), images)
     hole = None
     if config.cutout:
-        hole = _inside(draw(CUTOUT_Y), height, config.cutout)[:, :, None, None]
-        hole = hole & _inside(draw(CUTOUT_X), width, config.cutout)[:, None, :, None]
+        hole = _inside(draws[CUTOUT_Y], height, config.cutout)[:, :, None, None]
+        hole = hole & _inside(draws[CUTOUT_X], width, config.cutout)[:, None, :, None]
     return images, hole
 
 
@@ -88,13 +88,12 @@ def normalise(
     Args:
         images: pixels from 0 to 255.
         mean, std: per channel, on the scale of [0, 1].
-        hole: bool, broadcastable to [N, H, W, 1]: pixels to set to the mean.
+        hole: bool [N, H, W, 1]: pixels to set to the mean.
     """
-    centre = torch.tensor(mean, device=images.device) * 255
-    scale = 1 / (torch.tensor(std, device=images.device) * 255)
-    pixels = (images.float() - centre) * scale
+    centre, scale = _per_pixel(tuple(mean), tuple(std), *images.shape[1:3], images.device)
+    pixels = images.float().sub_(centre).mul_(scale)
     if hole is not None:
-        pixels = pixels.masked_fill(hole, 0)
+        pixels.masked_fill_(hole, 0)
     return pixels.permute(0, 3, 1, 2)
 
 
@@ -103,28 +102,32 @@ def flip_and_shift(
     flip: torch.Tensor,
     shift_y: torch.Tensor,
     shift_x: torch.Tensor,
+    reach: int,
     padding: str,
 ) -> torch.Tensor:
-    """Mirror and move each image in one gather.
+    """Mirror and move each image: one gather of rows, one within them.
 
     Args:
         images: uint8 [N, H, W, 3].
-        flip: bool [N], which ones to mirror left to right.
+        flip: int64 [N], 1 for those to mirror left to right, else 0.
         shift_y, shift_x: int64 [N], pixels by which the window moves over the image.
+        reach: the furthest that it moves.
         padding: reflect or zero, for what lies outside the image.
     """
-    count, height, width, _ = images.shape
-    rows, row_outside = _window(height, shift_y, padding)
-    columns, column_outside = _window(width, shift_x, padding)
-    columns = torch.where(flip[:, None], width - 1 - columns, columns)
-    pixels = rows[:, :, None] * width + columns[:, None, :]
-    moved = images.reshape(count, height * width, 3)[
-        torch.arange(count, device=images.device)[:, None], pixels.reshape(count, -1)
-    ].view_as(images)
-    if padding == "zero":
-        outside = row_outside[:, :, None, None] | column_outside[:, None, :, None]
-        moved = moved.masked_fill(outside, 0)
-    return moved
+    count, height, width, channels = images.shape
+    row_table, row_inside = _windows(height, 1, reach, padding, images.device)
+    column_table, column_inside = _windows(width, channels, reach, padding, images.device)
+    which_row, which_column = shift_y + reach, (shift_x + reach) + flip * (2 * reach + 1)
+    first = torch.arange(0, count * height, height, device=images.device)
+    rows = row_table.index_select(0, which_row) + first[:, None]
+    columns = column_table.index_select(0, which_column)[:, None]
+    lines = images.reshape(count * height, width * channels).index_select(0, rows.flatten())
+    lines = lines.view(count, height, -1)
+    moved = lines.gather(2, columns.expand(-1, height, -1))
+    if padding == "zero" and reach:
+        moved *= row_inside.index_select(0, which_row)[:, :, None]
+        moved *= column_inside.index_select(0, which_column)[:, None]
+    return moved.view_as(images)
 
 
 def to_grey(images: torch.Tensor) -> torch.Tensor:
@@ -134,15 +137,17 @@ def to_grey(images: torch.Tensor) -> torch.Tensor:
     return luma.to(torch.uint8).expand_as(images)
 
 
-def uniform(seed: int, epoch: int, positions: torch.Tensor, purpose: int) -> torch.Tensor:
-    """Hash to float32 [N] in [0, 1): one number per (seed, epoch, position, purpose).
+def uniform(seed: int, epoch: int, positions: torch.Tensor, purposes: int) -> torch.Tensor:
+    """Hash to float32 [purposes, N] in [0, 1): a number per (seed, epoch, position, purpose).
 
     Args:
         positions: int64 [N].
+        purposes: how many streams, from the first on.
     """
-    key = mix_integers(seed, epoch, purpose)
+    key = mix_integers(seed, epoch)
     bits = _mix((positions & 0xFFFFFFFF) ^ (key & 0xFFFFFFFF))
     bits = _mix(bits ^ (key >> 32))
+    bits = _mix(bits ^ _stream_keys(purposes, positions.device))
     return (bits >> 8).float() / (1 << 24)
 
 
@@ -166,14 +171,48 @@ def _mix(bits: torch.Tensor) -> torch.Tensor:
     return bits ^ (bits >> 16)
 
 
-def _window(side: int, shift: torch.Tensor, padding: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where pixels of a shifted axis come from, int64 [N, side], and which from outside."""
-    source = torch.arange(side, device=shift.device) + shift[:, None]
-    outside = (source < 0) | (source >= side)
+# Constants are made once a device: making them anew at each step would stop a GPU's queue.
+
+
+@lru_cache
+def _stream_keys(purposes: int, device: torch.device) -> torch.Tensor:
+    """Return what sets the streams of random numbers apart, int64 [purposes, 1]."""
+    keys = [mix_integers(purpose) & 0xFFFFFFFF for purpose in range(purposes)]
+    return torch.tensor(keys, device=device)[:, None]
+
+
+@lru_cache
+def _per_pixel(
+    mean: tuple[float, ...], std: tuple[float, ...], height: int, width: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return centre and scale for pixels from 0 to 255, each float32 [H, W, 3].
+
+    At full size, as broadcasting over three channels costs several times more.
+    """
+    centre = torch.tensor(mean, device=device) * 255
+    scale = 1 / (torch.tensor(std, device=device) * 255)
+    shape = (height, width, 3)
+    return centre.expand(shape).contiguous(), scale.expand(shape).contiguous()
+
+
+@lru_cache
+def _windows(
+    side: int, channels: int, reach: int, padding: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where the values along an axis come from, for each shift, plain and then mirrored.
+
+    Returns:
+        Sources, int64 [2 (2 reach + 1), side * channels], and 1 for those inside the image, uint8.
+    """
+    source = torch.arange(side) + torch.arange(-reach, reach + 1)[:, None]
+    inside = (source >= 0) & (source < side)
     if padding == "reflect":
         last = max(side - 1, 1)
         source = last - (source % (2 * last) - last).abs()
-    return source.clamp(0, side - 1), outside
+    source = source.clamp(0, side - 1)
+    source = torch.cat([source, side - 1 - source])[..., None] * channels + torch.arange(channels)
+    inside = inside.repeat(2, 1).repeat_interleave(channels, dim=1)
+    return source.flatten(1).to(device), inside.to(device, torch.uint8)
 
 
 def _inside(draw: torch.Tensor, side: int, length: int) -> torch.Tensor:

@@ -123,7 +123,7 @@ def load_cifar(config: DataConfig) -> Source:
                 for name in names
             ]
             labels = [label for _, found in batches for label in found]
-            array = writer.create(split, labels, size)
+            array = np.load(writer.create(split, labels, size), mmap_mode="r+")
             for row, image in enumerate(image for images, _ in batches for image in images):
                 array[row] = image if size == 32 else _resized(image, size)
 

@@ -1,34 +1,21 @@
-"""A folder of class folders: found, checked and decoded once, on all cores.
-
-Every image ends as RGB of image_size x image_size pixels, in this order: turned as its EXIF tag
-says; transparent parts laid on white; grey, palette, CMYK and 16-bit pixels converted to 8-bit RGB;
-the largest centred square cut out and scaled (bicubic). Of an animation the first frame is used.
-"""
+"""A folder of class folders: found, checked, and decoded once into the cache."""
 
 import hashlib
-import sys
-import time
-import warnings
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
-from PIL import Image, ImageOps
 
 from cifar_dist.config import DataConfig, cache_folder, require
 from cifar_dist.data.cache import CacheWriter, load_or_build
+from cifar_dist.data.decode import decode_files
 from cifar_dist.data.images import Source
-from cifar_dist.preemption import uninterrupted
-from cifar_dist.runtime import usable_cores
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VALIDATION = ("val", "valid", "validation")
 FORMAT = "1"  # change it whenever decode_image gives other pixels for the same file
 
-# Pillow only warns between its limit and twice that; an image that large is refused outright.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-
-Files = dict[str, list[tuple[Path, int]]]
+# path, label, bytes, time of change in nanoseconds
+Files = dict[str, list[tuple[str, int, int, int]]]
 
 
 def load_imagefolder(config: DataConfig) -> Source:
@@ -46,8 +33,8 @@ def load_imagefolder(config: DataConfig) -> Source:
     def build(writer: CacheWriter) -> None:
         writer.classes = classes
         for split, entries in files.items():
-            array = writer.create(split, [label for _, label in entries], size)
-            failures = _decode_all(entries, array, size, split)
+            target = writer.create(split, [label for _, label, *_ in entries], size)
+            failures = decode_files([path for path, *_ in entries], target, f"decoding {split}")
             if not failures:
                 continue
             reasons = [f"{entries[row][0]}: {why}" for row, why in failures.items()]
@@ -72,8 +59,8 @@ def find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
             class folders directly, which are then all "train".
 
     Returns:
-        {"train" | "test" | "val": [(path, label), ...]} and the class names, sorted. With one of
-        test and val only, it is called "test".
+        {"train" | "test" | "val": [(path, label, bytes, time of change), ...]} and the class names,
+        sorted. With one of test and val only, it is called "test".
     """
     parts = {name: root / name for name in ("train", "test") if (root / name).is_dir()}
     for name in VALIDATION:
@@ -102,47 +89,33 @@ def find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
     for split, folder in parts.items():
         files[split] = []
         for label, name in enumerate(names[split]):
-            paths = list_images(folder / name)
+            images = sorted(_scan(os.fspath(folder / name)))
             require(
-                bool(paths),
+                bool(images),
                 f"class folder {folder / name} holds no image; add some "
                 f"({', '.join(sorted(SUFFIXES))}) or remove the folder",
             )
-            files[split] += [(path, label) for path in paths]
+            files[split] += [(path, label, size, changed) for path, size, changed in images]
     return files, tuple(names[first])
 
 
 def list_images(folder: Path) -> list[Path]:
     """Return the image files in and below a folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return [Path(path) for path, _, _ in sorted(_scan(os.fspath(folder)))]
 
 
-def decode_image(path: Path, size: int) -> np.ndarray:
-    """Return one image file as uint8 [size, size, 3], converted as this module's docstring says.
-
-    Raises:
-        ValueError: the file is no image that can be decoded; the message says why.
-    """
-    try:
-        with Image.open(path) as file:
-            file.draft(None, (2 * size, 2 * size))  # JPEG: decode a large one at reduced scale
-            image = _to_rgb(ImageOps.exif_transpose(file))
-        fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-    return np.asarray(fitted)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip, not scale
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        image = Image.fromarray(levels.astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("pixels are floating-point numbers without a known range")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+def _scan(folder: str) -> Iterator[tuple[str, int, int]]:
+    """Find image files with their size and time of change; at each start, so as fast as it goes."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _scan(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+                try:
+                    stat = entry.stat()
+                    yield entry.path, stat.st_size, stat.st_mtime_ns
+                except OSError:  # a broken link: decoding will say so
+                    yield entry.path, 0, 0
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -153,51 +126,10 @@ def _class_names(folder: Path) -> list[str]:
     )
 
 
-def _decode_all(
-    entries: list[tuple[Path, int]], array: np.ndarray, size: int, split: str
-) -> dict[int, str]:
-    """Fill `array` row by row and return the rows that failed, each with the reason.
-
-    In threads: Pillow releases the interpreter lock while it decodes and scales.
-    """
-    from tqdm import tqdm
-
-    reasons: dict[int, str] = {}
-    finished: list[int] = []
-
-    def decode(row: int) -> None:
-        try:
-            array[row] = decode_image(entries[row][0], size)
-        except ValueError as error:
-            reasons[row] = str(error)
-        finally:
-            finished.append(row)
-
-    with uninterrupted():
-        pool = ThreadPoolExecutor(usable_cores())
-        futures = [pool.submit(decode, row) for row in range(len(entries))]
-        bar = tqdm(
-            desc=f"decoding {split}",
-            total=len(entries),
-            unit=" images",
-            disable=not sys.stderr.isatty(),
-        )
-    try:
-        while len(finished) < len(entries):  # without a lock: a signal may end it anywhere
-            time.sleep(0.02)
-            bar.update(len(finished) - bar.n)
-    finally:  # a signal does not wait for the images that are left
-        pool.shutdown(cancel_futures=True)
-        bar.close()
-    for future in futures:
-        future.result()  # an error that is not of the image
-    return dict(sorted(reasons.items()))
-
-
 def _refuse_emptied_class(
-    split: str, entries: list[tuple[Path, int]], failed: set[int], classes: tuple[str, ...]
+    split: str, entries: list[tuple[str, int, int, int]], failed: set[int], classes: tuple[str, ...]
 ) -> None:
-    left = {label for row, (_, label) in enumerate(entries) if row not in failed}
+    left = {label for row, (_, label, *_) in enumerate(entries) if row not in failed}
     for label, name in enumerate(classes):
         require(label in left, f"no image of class '{name}' in {split} can be decoded")
 
@@ -205,9 +137,11 @@ def _refuse_emptied_class(
 def _fingerprint(root: Path, files: Files, config: DataConfig, size: int) -> str:
     """Identify the decoded pixels by every file's place, size and time of change."""
     digest = hashlib.sha256(f"{FORMAT} {size} {config.bad_images}".encode())
+    outside = len(os.fspath(root))
     for split, entries in files.items():
-        for path, label in entries:
-            stat = path.stat()
-            line = f"{split} {label} {path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n"
-            digest.update(line.encode(errors="surrogateescape"))
+        lines = [
+            f"{split} {label} {path[outside:]} {length} {changed}"
+            for path, label, length, changed in entries
+        ]
+        digest.update("\n".join(lines).encode(errors="surrogateescape"))
     return digest.hexdigest()[:32]

@@ -8,10 +8,11 @@ from cifar_dist.config import ModelConfig
 from cifar_dist.models.deep import deep
 from cifar_dist.models.residual import residual
 from cifar_dist.models.resnet import resnet18, resnet34, resnet50
+from cifar_dist.models.speednet import SpeedNet
 from cifar_dist.models.tutorial import tutorial, tutorial_relu, tutorial_wide
 from cifar_dist.models.vgg import vgg16
 
-# Each takes the number of classes and, where it has one, the probability of dropout.
+# Each takes the number of classes and the probability of dropout; speednet, widths and depth too.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "tutorial": tutorial,
     "tutorial-wide": tutorial_wide,
@@ -22,6 +23,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "resnet34": resnet34,
     "resnet50": resnet50,
+    "speednet": SpeedNet,
 }
 
 
@@ -30,5 +32,6 @@ def build_model(config: ModelConfig, classes: int) -> nn.Module:
 
     It maps float [N, 3, H, W] to logits [N, classes].
     """
-    options = {} if config.dropout is None else {"dropout": config.dropout}
-    return MODELS[config.name](classes, **options)
+    options = {name: getattr(config, name) for name in ("dropout", "widths", "depth")}
+    chosen = {name: value for name, value in options.items() if value is not None}
+    return MODELS[config.name](classes, **chosen)

@@ -172,16 +172,16 @@ def slow_evaluation(seconds: str) -> None:
 
 def slow_decoding(seconds: str) -> None:
     """Take long over every image file."""
-    from cifar_dist.data import imagefolder
+    from cifar_dist.data import decode
 
-    original = imagefolder.decode_image
+    original = decode.decode_image
 
     def decode_image(*arguments: Any) -> Any:
         _mark()
         time.sleep(float(seconds))
         return original(*arguments)
 
-    imagefolder.decode_image = decode_image
+    decode.decode_image = decode_image
 
 
 def slow_start(seconds: str) -> None:

@@ -171,7 +171,7 @@ def test_a_decompression_bomb_costs_no_memory(side: int, tmp_path: Path) -> None
     Image.new("1", (side, side)).save(tmp_path / "bomb.png")
     code = (
         "import resource, sys; from pathlib import Path; "
-        "from cifar_dist.data.imagefolder import decode_image\n"
+        "from cifar_dist.data.decode import decode_image\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: decode_image(Path(sys.argv[1]), 32)\n"
         "except ValueError as error: print(error)\n"

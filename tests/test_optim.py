@@ -1,0 +1,90 @@
+"""Muon: directions, lengths, and a step that is skipped."""
+
+import pytest
+import torch
+from torch import nn
+
+from cifar_dist.config import ModelConfig, OptimConfig
+from cifar_dist.models import build_model
+from cifar_dist.optim import Muon, build_optimizer, orthogonalise
+
+CONFIG = OptimConfig(name="muon", lr=0.2, bias_lr=0.4, head_lr=2.0, momentum=0.6, weight_decay=0.01)
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(ModelConfig(name="speednet", widths=[8, 16], depth=2), classes=4)
+
+
+def give_gradients(network: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 32), (2, 32, 8), (1, 16, 16)])
+def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    values = left.mT @ orthogonalise(matrices, steps=5) @ right.mT
+    diagonal = values.diagonal(dim1=1, dim2=2)
+    assert diagonal.min() > 0.3
+    assert diagonal.max() < 1.4
+    assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-4
+
+
+def test_steps_follow_the_definition() -> None:
+    """Against the published rule written out one filter bank at a time."""
+    network = small_network()
+    optimizer = build_optimizer(network, CONFIG)
+    expected = {name: p.detach().clone() for name, p in network.named_parameters()}
+    momenta = {name: torch.zeros_like(p) for name, p in expected.items()}
+    for step in range(3):
+        give_gradients(network, step)
+        for name, parameter in network.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            weights, momentum, gradient = expected[name], momenta[name], parameter.grad
+            assert gradient is not None
+            if parameter.ndim == 4:
+                momentum.mul_(0.6).add_(gradient)
+                ahead = (gradient + 0.6 * momentum).flatten(1)
+                weights.mul_(len(weights) ** 0.5 / weights.norm())
+                weights.sub_(0.2 * orthogonalise(ahead[None])[0].view_as(weights))
+            else:
+                decayed = gradient + 0.01 * weights
+                momentum.mul_(0.85).add_(decayed)
+                rate = 2.0 if parameter.ndim == 2 else 0.4
+                weights.sub_(rate * (decayed + 0.85 * momentum))
+        for group in optimizer.param_groups:
+            group["lr"] = CONFIG.lr * group.get("share", 1.0)
+        optimizer.step()
+        for name, parameter in network.named_parameters():
+            torch.testing.assert_close(parameter.detach(), expected[name], msg=name)
+
+
+def test_a_step_that_is_not_finite_changes_nothing() -> None:
+    network = small_network()
+    optimizer = build_optimizer(network, CONFIG)
+    optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    give_gradients(network, 0)
+    optimizer.step()
+    weights = [p.detach().clone() for p in network.parameters()]
+    states = [v.clone() for s in optimizer.state.values() for v in s.values()]
+    optimizer.found_inf.fill_(1)  # type: ignore[attr-defined]
+    give_gradients(network, 1)
+    for parameter in network.parameters():
+        if parameter.grad is not None:
+            parameter.grad.flatten()[0] = torch.nan
+    optimizer.step()
+    assert all(map(torch.equal, weights, network.parameters()))
+    assert all(map(torch.equal, states, [v for s in optimizer.state.values() for v in s.values()]))
+
+
+def test_frozen_weights_belong_to_no_group() -> None:
+    network = small_network()
+    optimizer = build_optimizer(network, CONFIG)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in network.parameters() if p.requires_grad}
+    assert isinstance(optimizer, Muon)
