@@ -74,7 +74,7 @@ def start_processes(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     _use_all_cores()
     if use_cpu:
-        _keep_memory()
+        keep_memory()
     _choose_algorithms(train.deterministic)
     peers = Peers(int(os.environ.get("RANK", "0")), asked, train.timeout)
     peers.compare("code", describe_process())
@@ -105,7 +105,7 @@ def start_processes(
     return accelerator, peers
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Have glibc keep freed memory for the next step instead of handing it back to the kernel.
 
     It maps each large tensor anew otherwise, and the kernel clears every page again: up to a third

@@ -1,0 +1,212 @@
+"""Side by side: subjects in processes of their own, a round of each in turn, ratios of neighbours.
+
+A subject is a program that trains and stops after every `steps` steps until it is asked for the
+next round, so all have started and warmed up long before the first round counts, and only one works
+at a time. Machines drift; what is quoted is the median over rounds of ratios within a round.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "torchvision", "accelerate", "lightning", "timm", "airbench")
+
+
+class Meter:
+    """On a subject's side: call `tick` after every step.
+
+    Args:
+        steps: of a round.
+        warmup: steps before the first.
+    """
+
+    def __init__(self, steps: int, warmup: int) -> None:
+        self.steps, self.left, self.warm = steps, warmup, False
+        self._out = os.fdopen(os.dup(1), "w")  # what the subject prints goes elsewhere
+        os.dup2(2, 1)
+
+    def tick(self, **found: float) -> None:
+        """Count a step; at the end of a round, report it with `found` and wait for the next."""
+        self.left -= 1
+        if self.left:
+            return
+        if self.warm:
+            wall, cpu = time.perf_counter() - self._began, _processor_seconds() - self._used
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak /= 1024 if sys.platform == "linux" else 1 << 20
+            report = {"wall": wall, "cpu": cpu, "peak_mb": peak, **found}
+        else:
+            report = {}
+        print(json.dumps(report), file=self._out, flush=True)
+        if not sys.stdin.readline():
+            os._exit(0)  # the program around this loop has more to do, and nobody waits for it
+        self.warm, self.left = True, self.steps
+        self._began, self._used = time.perf_counter(), _processor_seconds()
+
+
+def _processor_seconds() -> float:
+    """Return the CPU seconds of this process and of those it has started."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
+@dataclass
+class Subject:
+    """What is measured.
+
+    Attributes:
+        name: its row in the table.
+        arguments: of its program, after `python`.
+        environment: variables in addition to this process's own.
+    """
+
+    name: str
+    arguments: Sequence[str]
+    environment: Mapping[str, str] | None = None
+
+    def start(self) -> None:
+        """Start the program; it warms up when `wait` is called first."""
+        self.said = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, *self.arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            text=True,
+            env={**os.environ, **(self.environment or {})},
+        )
+
+    def wait(self) -> dict[str, float]:
+        """Return the report of the round that is running."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.said.seek(0)
+            print(self.said.read()[-3000:], file=sys.stderr)
+            raise SystemExit(f"the subject '{self.name}' ended with code {self.process.wait()}")
+        report: dict[str, float] = json.loads(line)
+        return report
+
+    def go(self) -> dict[str, float]:
+        """Run one round and return its report."""
+        print(file=self.process.stdin, flush=True)
+        return self.wait()
+
+
+Rounds = dict[str, list[dict[str, float]]]
+
+
+def measure(subjects: Sequence[Subject], rounds: int) -> Rounds:
+    """Run `rounds` rounds of all subjects, forwards and backwards in turn; report by name."""
+    found: Rounds = {subject.name: [] for subject in subjects}
+    try:
+        for subject in subjects:  # one after the other: warming up is work too
+            subject.start()
+            subject.wait()
+        for number in range(rounds):
+            for subject in subjects if number % 2 else reversed(subjects):
+                found[subject.name].append(subject.go())
+            print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+    finally:
+        for subject in subjects:
+            if hasattr(subject, "process"):
+                subject.process.kill()
+    return found
+
+
+def paired(rounds: Rounds, name: str, reference: str, key: str = "wall") -> list[float]:
+    """Return `reference`'s value over `name`'s, round by round; above 1, `name` needed less."""
+    pairs = zip(rounds[reference], rounds[name], strict=True)
+    return [theirs[key] / ours[key] for theirs, ours in pairs]
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Return the median with its quartiles: "0.974 (0.961 to 0.988)"."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def median(rounds: Rounds, name: str, key: str) -> float:
+    """Return the median of a figure over the rounds of a subject."""
+    return statistics.median(report[key] for report in rounds[name])
+
+
+def machine() -> dict[str, Any]:
+    """Return what a reader must know about where and when the figures were taken."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        lines = information.read_text().splitlines()
+        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+        processor = names[0] if names else processor
+    return {
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "versions": versions,
+    }
+
+
+def record(name: str, title: str, rows: Sequence[str], raw: Any, notes: str = "") -> None:
+    """Write results/NAME.json with every figure and results/NAME.md with the table; print that."""
+    facts = machine()
+    versions = ", ".join(f"{package} {number}" for package, number in facts["versions"].items())
+    command = " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    text = "\n".join(
+        [
+            f"# {title}",
+            f"`{command}`, {facts['date']}, {facts['cores']} cores of {facts['processor']}, "
+            f"{facts['memory_gb']} GB, Python {facts['python']}, {versions}.",
+            *([notes] if notes else []),
+            "",
+            *rows,
+            "",
+        ]
+    )
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(text)
+    content = {"command": command, "machine": facts, "results": raw}
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(text)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def best_of(function: Callable[[], object], times: int = 3) -> float:
+    """Return the least seconds that a call took, after one that does not count."""
+    function()
+    taken = []
+    for _ in range(times):
+        began = time.perf_counter()
+        function()
+        taken.append(time.perf_counter() - began)
+    return min(taken)

@@ -1,0 +1,302 @@
+"""The subjects of benchmarks.loop, one a function: the same network trained by different loops.
+
+`python -m benchmarks.peers SUBJECT --model NAME --batch N ...` is started by the harness. Each is
+written as its project's own documentation does it, over its public interface, and calls
+`meter.tick()` after every optimizer step. The `lean` ones get their cheap best: channels_last
+memory, and whatever their options switch off.
+"""
+
+import argparse
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.data import add_options, as_tensors, data_options, load
+from benchmarks.harness import Meter, best_of
+from cifar_dist.config import ModelConfig
+from cifar_dist.models import build_model
+
+LR, MOMENTUM = 0.01, 0.9
+FOREVER = 10**6  # epochs: the harness ends a subject
+
+
+class PillowImages(Dataset[tuple[Any, int]]):
+    """Images held as torchvision.datasets.CIFAR10 holds them, made Pillow's on access."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, transform: Any) -> None:
+        self.images, self.labels, self.transform = images.numpy(), labels.tolist(), transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+def network_of(options: argparse.Namespace, lean: bool) -> nn.Module:
+    torch.manual_seed(0)
+    network = build_model(ModelConfig(name=options.model), 10)
+    return network.to(memory_format=torch.channels_last) if lean else network
+
+
+def pillow_loader(options: argparse.Namespace) -> DataLoader:
+    from torchvision.transforms import ToTensor
+
+    dataset = PillowImages(*as_tensors(load(options)), ToTensor())
+    return DataLoader(dataset, batch_size=options.batch, shuffle=True, drop_last=True)
+
+
+def sgd(network: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(network.parameters(), lr=LR, momentum=MOMENTUM)
+
+
+def bare(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
+    """Forward, backward and step on one batch that lies ready: the ceiling of every loop."""
+    network = network_of(options, lean=True)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=MOMENTUM, fused=True)
+    images = torch.rand(options.batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (options.batch,))
+    while True:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+        meter.tick()
+
+
+def bare_kept(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
+    """The same where the allocator keeps its memory, as cifar_dist has it."""
+    from cifar_dist.runtime import keep_memory
+
+    keep_memory()
+    bare(meter, options, lean)
+
+
+def cifar_dist(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
+    """`cifar_dist.train.run` itself, stopped between its steps."""
+    from cifar_dist import engine
+    from cifar_dist.config import parse_recipe
+    from cifar_dist.train import run
+
+    original = engine.train_epoch
+
+    def train_epoch(*arguments: Any) -> Any:
+        for step in original(*arguments):
+            yield step
+            meter.tick()
+
+    engine.train_epoch = train_epoch
+    with tempfile.TemporaryDirectory() as folder:
+        recipe, _ = parse_recipe(
+            [
+                *("--config", "tutorial", "--model.name", options.model, *data_options(options)),
+                *("--optim.lr", str(LR), "--optim.momentum", str(MOMENTUM)),
+                *("--train.batch_size", str(options.batch), "--train.epochs", str(FOREVER)),
+                *("--train.compile", str(lean).lower(), "--out", f"{folder}/run"),
+            ]
+        )
+        run(recipe)
+
+
+def tutorials(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
+    """The single-file tutorials: Pillow, ToTensor, DataLoader, and a loop that adds up the loss."""
+    network, loader = network_of(options, lean), pillow_loader(options)
+    optimizer, loss_of = torch.optim.SGD(network.parameters(), lr=LR), nn.CrossEntropyLoss()
+    network.train()
+    for _ in range(FOREVER):
+        total = 0.0
+        for images, labels in loader:
+            loss = loss_of(network(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+            meter.tick()
+
+
+def accelerate(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
+    """The loop of Accelerate's documentation, with its prepared scheduler."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    network = network_of(options, lean)
+    optimizer = sgd(network)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    network, optimizer, loader, scheduler = accelerator.prepare(
+        network, optimizer, pillow_loader(options), scheduler
+    )
+    network.train()
+    for _ in range(FOREVER):
+        for images, labels in loader:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(network(images), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            meter.tick()
+
+
+def lightning(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
+    """A LightningModule under its Trainer; lean: without logger, checkpoints, bar and summary."""
+    from lightning import Callback, LightningModule, Trainer
+
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+
+    class Classifier(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network_of(options, lean)
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            images, labels = batch
+            loss = nn.functional.cross_entropy(self.network(images), labels)
+            if not lean:
+                self.log("train_loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return sgd(self.network)
+
+    class Ticks(Callback):
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            meter.tick()
+
+    off: dict[str, Any] = {
+        name: False
+        for name in (
+            *("logger", "enable_checkpointing", "enable_progress_bar"),
+            *("enable_model_summary", "use_distributed_sampler"),
+        )
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=FOREVER,
+            callbacks=[Ticks()],
+            default_root_dir=folder,
+            **(off if lean else {}),
+        )
+        trainer.fit(Classifier(), pillow_loader(options))
+
+
+def timm(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
+    """timm's loader, optimizer and the step of its training script."""
+    from timm.data import create_loader
+    from timm.optim import create_optimizer_v2
+
+    loader = create_loader(
+        PillowImages(*as_tensors(load(options)), None),
+        input_size=(3, 32, 32),
+        batch_size=options.batch,
+        is_training=True,
+        no_aug=True,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        num_workers=0,
+        use_prefetcher=False,
+        persistent_workers=False,
+        device=torch.device("cpu"),
+    )
+    network = network_of(options, lean)
+    optimizer = create_optimizer_v2(network, opt="sgd", lr=LR, momentum=MOMENTUM)
+    loss_of = nn.CrossEntropyLoss()
+    for _ in range(FOREVER):
+        network.train()
+        for images, labels in loader:
+            if lean:
+                images = images.contiguous(memory_format=torch.channels_last)
+            loss = loss_of(network(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            meter.tick()
+
+
+def airbench(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
+    """airbench's loader, in float32 on the CPU, and the step of its `train`."""
+    from airbench import CifarLoader
+
+    images, labels = as_tensors(load(options))
+    with tempfile.TemporaryDirectory() as folder:
+        content = {"images": images, "labels": labels, "classes": list(range(10))}
+        torch.save(content, Path(folder) / "train.pt")
+        loader = CifarLoader(folder, train=True, batch_size=options.batch, gpu="cpu")
+    loader.images = loader.images.float()
+    network = network_of(options, lean)
+    optimizer = torch.optim.SGD(network.parameters(), lr=LR, momentum=MOMENTUM)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    loss_of = nn.CrossEntropyLoss(reduction="none")
+    for _ in range(FOREVER):
+        network.train()
+        for inputs, targets in loader:
+            loss = loss_of(network(inputs), targets).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            meter.tick()
+
+
+def ceilings(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
+    """What this machine can do in the same round: matrices, convolutions, copies; per second."""
+    side, channels = 1024, 64
+    matrix = torch.randn(side, side)
+    block = torch.randn(64, channels, 16, 16).contiguous(memory_format=torch.channels_last)
+    convolution = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    convolution = convolution.to(memory_format=torch.channels_last)
+    flops = 2 * 9 * channels * channels * 16 * 16 * 64
+    source = torch.empty(64 << 20, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    gradient = torch.ones_like(block)
+
+    def backward() -> None:
+        block.requires_grad_()
+        convolution(block).backward(gradient)
+
+    while True:
+        with torch.no_grad():
+            product = best_of(lambda: matrix @ matrix)
+            forward = best_of(lambda: convolution(block.detach()))
+            copy = best_of(lambda: target.copy_(source))
+        both = best_of(backward)
+        meter.tick(
+            product_gflops=2 * side**3 / product / 1e9,
+            convolution_gflops=flops / forward / 1e9,
+            training_gflops=3 * flops / both / 1e9,
+            copy_gbs=2 * len(source) / copy / 1e9,
+        )
+
+
+SUBJECTS: dict[str, Callable[[Meter, argparse.Namespace, bool], None]] = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        *(bare, bare_kept, cifar_dist, tutorials, accelerate),
+        *(lightning, timm, airbench, ceilings),
+    )
+}
+
+
+def main() -> None:
+    """Run one subject until its input is closed."""
+    parser = argparse.ArgumentParser("benchmarks.peers")
+    parser.add_argument("subject", choices=SUBJECTS)
+    parser.add_argument("--lean", action="store_true", help="for cifar-dist: compiled")
+    parser.add_argument("--model", default="tutorial")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=3)
+    add_options(parser)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    SUBJECTS[options.subject](Meter(options.steps, options.warmup), options, options.lean)
+
+
+if __name__ == "__main__":
+    main()
