@@ -81,7 +81,7 @@ class Subject:
 
     def start(self) -> None:
         """Start the program; it warms up when `wait` is called first."""
-        self.said = tempfile.TemporaryFile("w+")
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open as long as the process
         self.process = subprocess.Popen(
             [sys.executable, *self.arguments],
             stdin=subprocess.PIPE,
@@ -172,8 +172,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def record(name: str, title: str, rows: Sequence[str], raw: Any, notes: str = "") -> None:
-    """Write results/NAME.json with every figure and results/NAME.md with the table; print that."""
+def record(
+    folder: Path, name: str, title: str, rows: Sequence[str], raw: Any, notes: str = ""
+) -> None:
+    """Write NAME.json with every figure and NAME.md with the table into `folder`; print that."""
     facts = machine()
     versions = ", ".join(f"{package} {number}" for package, number in facts["versions"].items())
     command = " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
@@ -188,10 +190,10 @@ def record(name: str, title: str, rows: Sequence[str], raw: Any, notes: str = ""
             "",
         ]
     )
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(text)
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.md").write_text(text)
     content = {"command": command, "machine": facts, "results": raw}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     print(text)
 
 

@@ -4,9 +4,10 @@
 """
 
 import argparse
+from pathlib import Path
 
 from benchmarks.data import add_options, load
-from benchmarks.harness import Subject, measure, median, paired, record, spread, table
+from benchmarks.harness import RESULTS, Subject, measure, median, paired, record, spread, table
 
 # Row, subject, lean.
 ROWS = [
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=0, help="of a round; default: about 2 seconds")
     parser.add_argument("--only", nargs="+", metavar="SUBJECT", help="besides the bare arithmetic")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was found")
     add_options(parser)
     options = parser.parse_args()
     load(options)  # decoded before anything is measured
@@ -82,6 +84,7 @@ def main() -> None:
         )
     head = ["loop", "images/s", "of the bare arithmetic", "CPU ms an image", "peak MB"]
     record(
+        options.results,
         f"loop-{options.model}-{options.batch}",
         f"{options.model} at batch {options.batch}, {options.rounds} rounds of {steps} steps",
         table(head, rows),

@@ -168,13 +168,8 @@ def lightning(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
         def on_train_batch_end(self, *arguments: Any) -> None:
             meter.tick()
 
-    off: dict[str, Any] = {
-        name: False
-        for name in (
-            *("logger", "enable_checkpointing", "enable_progress_bar"),
-            *("enable_model_summary", "use_distributed_sampler"),
-        )
-    }
+    options_off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    off: dict[str, Any] = dict.fromkeys(options_off, False)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="cpu",

@@ -108,6 +108,7 @@ class ModelConfig:
         dropout: probability of dropout in the head; null means the architecture's own.
         widths: of speednet: channels of each stage; null means [64, 256, 256].
         depth: of speednet: convolutions in each stage; null means 2.
+        stride: of speednet: of its first layer's 2x2 patches, 1 or 2; null means 1.
         weights: safetensors file (see cifar-dist convert), run folder or checkpoint to start from;
             a head of another number of classes stays new. null starts from random weights.
     """
@@ -127,6 +128,7 @@ class ModelConfig:
     dropout: float | None = None
     widths: list[int] | None = None
     depth: int | None = None
+    stride: int | None = None
     weights: str | None = None
 
     def __post_init__(self) -> None:
@@ -134,14 +136,14 @@ class ModelConfig:
             self.dropout is None or 0 <= self.dropout < 1,
             f"model.dropout is {self.dropout}; give 0 to 0.99, or null for the architecture's own",
         )
-        _at_least(self, "model", 1, "depth")
+        _at_least(self, "model", 1, "depth", "stride")
         require(
             self.widths is None or (len(self.widths) > 0 and min(self.widths) > 0),
             f"model.widths is {self.widths}; give one or more numbers of channels",
         )
         require(
-            self.name == "speednet" or (self.widths is None and self.depth is None),
-            f"model.widths and model.depth are of speednet; model.name is {self.name}",
+            self.name == "speednet" or not (self.widths or self.depth or self.stride),
+            f"model.widths, depth and stride are of speednet; model.name is {self.name}",
         )
 
 

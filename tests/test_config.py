@@ -132,7 +132,7 @@ def test_the_set_of_options_is_deliberate() -> None:
     sections = {key.partition(".")[0] for key in flatten(Recipe())}
     counts = {s: sum(key.startswith(f"{s}.") for key in flatten(Recipe())) for s in sections}
     assert counts == {
-        **{"name": 0, "out": 0, "resume": 0, "data": 10, "augment": 5, "model": 5, "optim": 7},
+        **{"name": 0, "out": 0, "resume": 0, "data": 10, "augment": 5, "model": 6, "optim": 7},
         **{"schedule": 5, "train": 15, "checkpoint": 3, "track": 2},
     }
 

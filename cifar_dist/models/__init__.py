@@ -12,7 +12,7 @@ from cifar_dist.models.speednet import SpeedNet
 from cifar_dist.models.tutorial import tutorial, tutorial_relu, tutorial_wide
 from cifar_dist.models.vgg import vgg16
 
-# Each takes the number of classes and the probability of dropout; speednet, widths and depth too.
+# Each takes the number of classes and the probability of dropout; speednet, its shape too.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "tutorial": tutorial,
     "tutorial-wide": tutorial_wide,
@@ -32,6 +32,6 @@ def build_model(config: ModelConfig, classes: int) -> nn.Module:
 
     It maps float [N, 3, H, W] to logits [N, classes].
     """
-    options = {name: getattr(config, name) for name in ("dropout", "widths", "depth")}
+    options = {name: getattr(config, name) for name in ("dropout", "widths", "depth", "stride")}
     chosen = {name: value for name, value in options.items() if value is not None}
     return MODELS[config.name](classes, **chosen)
