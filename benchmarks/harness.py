@@ -91,6 +91,13 @@ class Subject:
             env={**os.environ, **(self.environment or {})},
         )
 
+    def stop(self) -> None:
+        """End the program, if it was started."""
+        if hasattr(self, "process"):
+            self.process.kill()
+            self.process.communicate()
+            self.said.close()
+
     def wait(self) -> dict[str, float]:
         """Return the report of the round that is running."""
         assert self.process.stdout is not None
@@ -124,8 +131,7 @@ def measure(subjects: Sequence[Subject], rounds: int) -> Rounds:
             print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
     finally:
         for subject in subjects:
-            if hasattr(subject, "process"):
-                subject.process.kill()
+            subject.stop()
     return found
 
 
