@@ -17,6 +17,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", help="folder of decoded datasets")
 
 
+def same_places(options: argparse.Namespace) -> list[str]:
+    """Return --root and --cache as given, for a subject."""
+    given = {"--root": options.root, "--cache": options.cache}
+    return [part for option, place in given.items() if place for part in (option, place)]
+
+
 def data_options(options: argparse.Namespace) -> list[str]:
     """Return the same choice as options of cifar_dist.train."""
     cache = ["--data.cache", options.cache] if options.cache else []

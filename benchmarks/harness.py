@@ -128,7 +128,8 @@ def measure(subjects: Sequence[Subject], rounds: int) -> Rounds:
         for number in range(rounds):
             for subject in subjects if number % 2 else reversed(subjects):
                 found[subject.name].append(subject.go())
-            print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            newest = {name: reports[-1] for name, reports in found.items()}
+            print(f"round {number + 1} of {rounds}: {newest}", file=sys.stderr, flush=True)
     finally:
         for subject in subjects:
             subject.stop()

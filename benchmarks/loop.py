@@ -6,7 +6,7 @@
 import argparse
 from pathlib import Path
 
-from benchmarks.data import add_options, load
+from benchmarks.data import add_options, load, same_places
 from benchmarks.harness import RESULTS, Subject, measure, median, paired, record, spread, table
 
 # Row, subject, lean.
@@ -42,14 +42,17 @@ def main() -> None:
     load(options)  # decoded before anything is measured
     steps = options.steps or max(2, (4096 if options.model == "tutorial" else 64) // options.batch)
     warmup = 3 if options.model != "tutorial" else 20
-    places = [*(["--root", options.root] if options.root else [])]
-    places += ["--cache", options.cache] if options.cache else []
     subjects = [
         Subject(
             row,
             [
                 *("-m", "benchmarks.peers", name, "--model", options.model),
-                *("--batch", str(options.batch), *places, *(["--lean"] if lean else [])),
+                *(
+                    "--batch",
+                    str(options.batch),
+                    *same_places(options),
+                    *(["--lean"] if lean else []),
+                ),
                 *("--steps", str(steps if name != "ceilings" else 1)),
                 *("--warmup", str(warmup if name != "ceilings" else 1)),
             ],

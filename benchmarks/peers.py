@@ -21,8 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.data import add_options, as_tensors, data_options, load
 from benchmarks.harness import Meter, best_of
-from cifar_dist.config import ModelConfig
-from cifar_dist.models import build_model
+from cifar_dist.models import MODELS
 
 LR, MOMENTUM = 0.01, 0.9
 FOREVER = 10**6  # epochs: the harness ends a subject
@@ -42,8 +41,9 @@ class PillowImages(Dataset[tuple[Any, int]]):
 
 
 def network_of(options: argparse.Namespace, lean: bool) -> nn.Module:
+    """Return the network as torch computes it."""
     torch.manual_seed(0)
-    network = build_model(ModelConfig(name=options.model), 10)
+    network = MODELS[options.model](10)
     return network.to(memory_format=torch.channels_last) if lean else network
 
 

@@ -1,0 +1,134 @@
+"""3x3 convolutions in a quarter of the multiplications, for a CPU.
+
+Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray, 2015, "Fast Algorithms for Convolutional
+Neural Networks"): 36 products give a 4x4 tile of outputs, where the definition takes 144. Tiles of
+6x6 inputs, filters and outputs are transformed by constant matrices; between them stand 36 matrix
+products over the channels. cuDNN does the same on a GPU; PyTorch's library for CPUs does not.
+Rounding is that of float32 with about one decimal digit less than the definition's.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+TILE, WINDOW = 4, 6  # sides of the outputs and of the inputs of one tile
+WIDE = 128  # channels from which the products outweigh the transforms; measured
+
+_INPUT = torch.tensor(
+    [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ],
+    dtype=torch.float32,
+)
+_FILTER = torch.tensor(
+    [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]],
+    dtype=torch.float64,
+).div(24)
+_OUTPUT = torch.tensor(
+    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
+    dtype=torch.float32,
+)
+# Both directions at once: [36, 36], [36, 9] and [16, 36].
+INPUT, OUTPUT = torch.kron(_INPUT, _INPUT), torch.kron(_OUTPUT, _OUTPUT)
+FILTER = torch.kron(_FILTER, _FILTER).float()
+
+
+def use_winograd(network: nn.Module) -> None:
+    """Have the 3x3 convolutions of `network` that are wide enough work this way on a CPU.
+
+    Names, weights and results, but for rounding, stay as they are.
+    """
+    for module in network.modules():
+        if type(module) is nn.Conv2d and _fits(module):
+            module.__class__ = WinogradConv2d
+
+
+def _fits(convolution: nn.Conv2d) -> bool:
+    shape = (convolution.kernel_size, convolution.stride, convolution.dilation)
+    return (
+        shape == ((3, 3), (1, 1), (1, 1))
+        and convolution.padding == (1, 1)
+        and convolution.padding_mode == "zeros"
+        and convolution.groups == 1
+        and min(convolution.in_channels, convolution.out_channels) >= WIDE
+    )
+
+
+class WinogradConv2d(nn.Conv2d):
+    """nn.Conv2d of size 3, stride 1 and padding 1 that takes the short way where there is one."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map [N, C, H, W] to [N, K, H, W]."""
+        plain = images.device.type == "cpu" and images.dtype == self.weight.dtype == torch.float32
+        height, width = images.shape[2:]
+        wasteful = 2 * height * width < _tiles(height) * _tiles(width) * TILE * TILE
+        if not plain or wasteful or torch.is_autocast_enabled("cpu"):
+            return super().forward(images)
+        outputs: torch.Tensor = _Winograd.apply(images, self.weight)
+        return outputs if self.bias is None else outputs + self.bias[:, None, None]
+
+
+def _tiles(side: int) -> int:
+    return -(-side // TILE)
+
+
+class _Winograd(torch.autograd.Function):
+    # A leading 36 or 16 counts the places in a tile, row by row; tiles are [N, rows, columns].
+
+    @staticmethod
+    def forward(ctx: Any, images: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        number, inputs, height, width = images.shape
+        rows, columns = _tiles(height), _tiles(width)
+        border = (1, 1 + columns * TILE - width, 1, 1 + rows * TILE - height)
+        padded = functional.pad(images.permute(0, 2, 3, 1), (0, 0, *border)).contiguous()
+        image, row, pixel, channel = padded.stride()
+        windows = padded.as_strided(
+            (WINDOW, WINDOW, number, rows, columns, inputs),
+            (row, pixel, image, TILE * row, TILE * pixel, channel),
+        )
+        tiles = (INPUT @ windows.reshape(36, -1)).view(36, -1, inputs)
+        filters = (FILTER @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(36, inputs, -1)
+        products = torch.bmm(tiles, filters).view(36, -1)
+        outputs = (OUTPUT @ products).view(TILE, TILE, number, rows, columns, -1)
+        outputs = outputs.permute(2, 3, 0, 4, 1, 5).reshape(number, rows * TILE, columns * TILE, -1)
+        ctx.save_for_backward(tiles, filters)
+        ctx.shape = images.shape
+        return outputs[:, :height, :width].contiguous().permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        tiles, filters = ctx.saved_tensors
+        number, inputs, height, width = ctx.shape
+        rows, columns = _tiles(height), _tiles(width)
+        border = (0, columns * TILE - width, 0, rows * TILE - height)
+        padded = functional.pad(gradient.permute(0, 2, 3, 1), (0, 0, *border))
+        of_outputs = padded.unflatten(1, (rows, TILE)).unflatten(3, (columns, TILE))
+        of_outputs = of_outputs.permute(2, 4, 0, 1, 3, 5).reshape(TILE * TILE, -1)
+        of_products = (OUTPUT.T @ of_outputs).view(36, -1, filters.shape[2])
+
+        of_filters = torch.bmm(tiles.transpose(1, 2), of_products)
+        of_weight = (FILTER.T @ of_filters.view(36, -1)).view(3, 3, inputs, -1).permute(3, 2, 0, 1)
+        if not ctx.needs_input_grad[0]:
+            return None, of_weight
+
+        of_tiles = torch.bmm(of_products, filters.transpose(1, 2)).view(36, -1)
+        of_windows = (INPUT.T @ of_tiles).view(WINDOW, WINDOW, number, rows, columns, inputs)
+        of_windows = of_windows.permute(2, 3, 0, 4, 1, 5)  # [N, rows, 6, columns, 6, C]
+        # Windows overlap by two pixels: first what lies on no other's ground, then the rest.
+        of_padded = padded.new_zeros(number, (rows + 1) * TILE, (columns + 1) * TILE, inputs)
+        for down in (0, TILE):
+            for right in (0, TILE):
+                ground = of_padded[:, down:, right:][:, : rows * TILE, : columns * TILE]
+                ground = ground.unflatten(1, (rows, TILE)).unflatten(3, (columns, TILE))
+                part = of_windows[:, :, down : down + TILE, :, right : right + TILE]
+                ground[:, :, : part.shape[2], :, : part.shape[4]] += part
+        return of_padded[:, 1 : height + 1, 1 : width + 1].permute(0, 3, 1, 2), of_weight

@@ -1,0 +1,91 @@
+"""Convolutions in fewer multiplications: torch's own results, where they apply and only there."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from cifar_dist.config import ModelConfig
+from cifar_dist.models import build_model
+from cifar_dist.models.winograd import WinogradConv2d, use_winograd
+
+
+def both(inputs: int, outputs: int, **options) -> tuple[nn.Conv2d, nn.Conv2d]:
+    """Return a convolution as torch computes it, and the same after `use_winograd`."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(inputs, outputs, 3, **{"padding": 1, **options})
+    fast = copy.deepcopy(plain)
+    use_winograd(fast)
+    return plain, fast
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 7), (3, 4), (16, 13), (4, 9)])
+def test_outputs_and_gradients_are_those_of_the_definition(height, width, layout):
+    plain, fast = both(128, 192)
+    assert type(fast) is WinogradConv2d
+    images = torch.randn(3, 128, height, width).contiguous(memory_format=layout)
+    given = [images.requires_grad_(), images.detach().double().requires_grad_()]
+    outputs = [fast(given[0]), plain.double()(given[1])]
+    gradient = torch.randn(outputs[0].shape)
+    outputs[0].backward(gradient)
+    outputs[1].backward(gradient.double())
+    pairs = [outputs, [image.grad for image in given], [fast.weight.grad, plain.weight.grad]]
+    for ours, exact in [*pairs, [fast.bias.grad, plain.bias.grad]]:
+        error = (ours.double() - exact).norm() / exact.norm()
+        assert error < 1e-5  # 1e-3 where a GPU multiplies in TF32
+
+
+def test_images_that_need_no_gradient_get_none():
+    _, fast = both(128, 128, bias=False)
+    images = torch.randn(2, 128, 8, 8)
+    fast(images).sum().backward()
+    assert images.grad is None
+    assert fast.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": 2},
+        {"padding": 0},
+        {"dilation": 2},
+        {"groups": 2},
+        {"padding_mode": "reflect"},
+        {"padding": "same"},
+    ],
+)
+def test_other_convolutions_are_left_alone(options):
+    assert type(both(128, 128, **options)[1]) is nn.Conv2d
+
+
+def test_narrow_ones_are_left_alone():
+    assert type(both(127, 256)[1]) is nn.Conv2d
+    assert type(both(256, 127)[1]) is nn.Conv2d
+
+
+def test_small_images_and_low_precision_are_torchs_own():
+    plain, fast = both(128, 128)
+    small, images = torch.randn(4, 128, 2, 2), torch.randn(4, 128, 8, 8)
+    assert torch.equal(fast(small), plain(small))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(images), plain(images))
+    assert not torch.equal(fast(images), plain(images))  # here it rounds in its own way
+
+
+def test_a_network_keeps_its_names_weights_and_results():
+    torch.manual_seed(0)
+    network = build_model(ModelConfig(name="resnet18"), 10).eval()
+    fast = [module for module in network.modules() if type(module) is WinogradConv2d]
+    assert len(fast) == 9
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        ours = network(images)
+        for module in fast:
+            module.__class__ = nn.Conv2d
+        plain = network(images)
+    assert not torch.equal(ours, plain)
+    torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
+    assert functional.cosine_similarity(ours.flatten(), plain.flatten(), dim=0) > 0.999999
