@@ -41,9 +41,12 @@ class Meter:
         os.dup2(2, 1)
 
     def tick(self, **found: float) -> None:
-        """Count a step; at the end of a round, report it with `found` and wait for the next."""
+        """Count a step; at the end of a round, report it with `found` and wait for the next.
+
+        Of several processes the first does; the others wait for it where they meet.
+        """
         self.left -= 1
-        if self.left:
+        if self.left or os.environ.get("RANK", "0") != "0":
             return
         if self.warm:
             wall, cpu = time.perf_counter() - self._began, _processor_seconds() - self._used

@@ -228,6 +228,8 @@ class TrainConfig:
             measured: itself alone, its mirror image too, or both also shifted by a pixel.
         channels_last: memory layout of images and filters; faster on most devices.
         compile: have torch.compile fuse operations: faster steps for a slower start.
+        compress_gradients: send gradients between processes in bfloat16, half the bytes, where the
+            network is slow; with it the number of processes does change the result.
         sync_batchnorm: BatchNorm over the batches of all processes; GPUs only.
         deterministic: only algorithms that give the same bits each time, on a GPU too; slower.
         timeout: seconds that processes wait for each other before the run ends, naming those that
@@ -246,6 +248,7 @@ class TrainConfig:
     tta: Literal["none", "flip", "flip_shift"] = "none"
     channels_last: bool = True
     compile: bool = False
+    compress_gradients: bool = False
     sync_batchnorm: bool = False
     deterministic: bool = False
     timeout: int = 120

@@ -6,6 +6,7 @@ skip without a word. Each such case is refused here, before anything else happen
 
 import ctypes
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -62,7 +63,7 @@ def start_processes(
         InitProcessGroupKwargs,
     )
     from accelerate.state import AcceleratorState
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import DDPCommunicationHookType, ProjectConfiguration
 
     # A second run in one Python, as in a notebook, may ask for another precision.
     AcceleratorState._reset_state()
@@ -81,6 +82,8 @@ def start_processes(
     peers.compare("recipe", told or {})
     # NCCL would end the process itself: the exchange on the CPU is to notice first, and say it.
     timeout = timedelta(seconds=train.timeout + (0 if use_cpu else 60))
+    hooks = DDPCommunicationHookType
+    hook = hooks.BF16 if train.compress_gradients else hooks.NO
     try:
         accelerator = Accelerator(
             cpu=use_cpu,
@@ -88,7 +91,7 @@ def start_processes(
             # Slices of global batches, never padded: no sample is trained or counted twice.
             dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False),
             kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook),
                 InitProcessGroupKwargs(timeout=timeout),
             ],
             log_with=list(log_with) or None,
@@ -259,6 +262,14 @@ def _check(
     require(
         not train.sync_batchnorm or accelerator.device.type == "cuda",
         f"train.sync_batchnorm works on CUDA GPUs only, not on {accelerator.device.type}",
+    )
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    require(
+        not train.compile
+        or accelerator.device.type == "cuda"
+        or any(name and shutil.which(name) for name in compilers),
+        "train.compile needs a C++ compiler on a CPU, and neither g++ nor clang++ was found; "
+        "install one, or leave train.compile out",
     )
 
 

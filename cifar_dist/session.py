@@ -1,8 +1,6 @@
 """A session of a run: everything it works with, built anew or as a checkpoint holds it."""
 
 import dataclasses
-import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +148,8 @@ def open_session(
     guard = Guard(optimizer, accelerator.device) if accelerator.scaler is None else None
     if start:
         _restore(start, network, average, optimizer, accelerator)
-    called = compile_network(network) if recipe.train.compile else network
+    # What is compiled shares all weights with the network, which is what is measured and saved.
+    called = torch.compile(network) if recipe.train.compile else network
     model, prepared = accelerator.prepare(called, optimizer)
     if accelerator.scaler is not None:
         optimizer = prepared
@@ -186,23 +185,6 @@ def open_session(
         warned=warned,
         clock=time.monotonic(),
     )
-
-
-def compile_network(network: nn.Module) -> nn.Module:
-    """Return `network` with its operations fused for training; it shares all weights.
-
-    Raises:
-        UsageError: there is no compiler for this device.
-    """
-    on_gpu = next(network.parameters()).device.type == "cuda"
-    compilers = (os.environ.get("CXX"), "g++", "clang++")
-    require(
-        on_gpu or any(name and shutil.which(name) for name in compilers),
-        "train.compile needs a C++ compiler on a CPU, and neither g++ nor clang++ was found; "
-        "install one, or leave train.compile out",
-    )
-    compiled: nn.Module = torch.compile(network)  # type: ignore[assignment]
-    return compiled
 
 
 def _restore(

@@ -46,6 +46,19 @@ def test_the_number_of_processes_does_not_change_the_maths(tmp_path: Path) -> No
     assert digest_of(tmp_path / "2") == digest_of(tmp_path / "3")
 
 
+def test_gradients_sent_in_bfloat16_differ_in_the_third_digit(tmp_path: Path) -> None:
+    options = ["--data.limit_train", "800", "--optim.lr", "0.01", "--train.epochs", "1"]
+    compressed = [*options, "--train.compress_gradients", "true"]
+    plain = train(2, "torchrun", tmp_path / "plain", *options)
+    lines = train(2, "torchrun", tmp_path / "2", *compressed)
+    assert digest_of(tmp_path / "2") != digest_of(tmp_path / "plain")
+    for line, expected in zip(lines, plain, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+    train(1, "torchrun", tmp_path / "1", *compressed)
+    train(1, "torchrun", tmp_path / "alone", *options)
+    assert digest_of(tmp_path / "1") == digest_of(tmp_path / "alone")  # nothing is sent
+
+
 @pytest.mark.fault(32)
 @pytest.mark.parametrize(
     ("before", "after"), [(1, 2), (2, 1), pytest.param(2, 3, marks=pytest.mark.slow)]

@@ -11,9 +11,10 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cifar_dist.checkpoint import load_newest
 from cifar_dist.config import UsageError, parse_recipe
 from cifar_dist.train import Result, RunFailed, main, run
-from tests.helpers import TINY, digest_of, read_lines, write_folder
+from tests.helpers import TINY, command, digest_of, read_lines, run_command, write_folder
 
 # Everything random is on: dropout, every augmentation, averaged weights, BatchNorm's statistics.
 RANDOM = [
@@ -320,3 +321,34 @@ def test_wrong_images_are_shown_with_both_names(trained: Result) -> None:
     assert image_grid(images.images).shape == (192, 512, 3)
     matrix = confusion_picture(np.diag([5] * 10), images.classes)
     assert matrix[90, 85].tolist() == [0, 0, 255]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on a CPU")
+@pytest.mark.parametrize("model", ["tutorial-relu", "speednet"])
+def test_a_compiled_network_learns_the_same_and_is_saved_alike(tmp_path: Path, model: str) -> None:
+    small = ["--model.name", model, "--train.epochs", "1", "--data.limit_train", "96"]
+    runs = {}
+    for compiled in ("true", "false"):
+        own = ["--out", str(tmp_path / compiled), "--train.compile", compiled]
+        done = run_command(
+            [*command(), *TINY, *small, *own],
+            TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+        )
+        assert done.returncode == 0, done.stderr
+        runs[compiled] = read_lines(tmp_path / compiled)
+    assert any((tmp_path / "cache").rglob("*.so"))  # something was compiled
+    for line, expected in zip(runs["true"], runs["false"], strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3), expected
+    saved = [load_newest(tmp_path / run / "checkpoints")[1].tensors["model"] for run in runs]
+    assert saved[0].keys() == saved[1].keys()
+
+
+def test_without_a_compiler_that_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UsageError, match="needs a C\\+\\+ compiler on a CPU"):
+        train(tmp_path / "run", "--train.compile", "true")
+    assert not (tmp_path / "run").exists()

@@ -70,7 +70,9 @@ class WinogradConv2d(nn.Conv2d):
         plain = images.device.type == "cpu" and images.dtype == self.weight.dtype == torch.float32
         height, width = images.shape[2:]
         wasteful = 2 * height * width < _tiles(height) * _tiles(width) * TILE * TILE
-        if not plain or wasteful or torch.is_autocast_enabled("cpu"):
+        # Compiled, the transforms gain nothing on what the compiler has for the definition.
+        other = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+        if not plain or wasteful or other:
             return super().forward(images)
         outputs: torch.Tensor = _Winograd.apply(images, self.weight)
         return outputs if self.bias is None else outputs + self.bias[:, None, None]
