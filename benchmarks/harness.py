@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -50,9 +50,7 @@ class Meter:
             return
         if self.warm:
             wall, cpu = time.perf_counter() - self._began, _processor_seconds() - self._used
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            peak /= 1024 if sys.platform == "linux" else 1 << 20
-            report = {"wall": wall, "cpu": cpu, "peak_mb": peak, **found}
+            report = {"wall": wall, "cpu": cpu, "peak_mb": _peak_memory(), **found}
         else:
             report = {}
         print(json.dumps(report), file=self._out, flush=True)
@@ -60,6 +58,27 @@ class Meter:
             os._exit(0)  # the program around this loop has more to do, and nobody waits for it
         self.warm, self.left = True, self.steps
         self._began, self._used = time.perf_counter(), _processor_seconds()
+
+    def follow(self, engine: Any) -> None:
+        """Count the steps of cifar_dist.engine from now on."""
+        train_epoch = engine.train_epoch
+
+        def counted(*arguments: Any) -> Iterator[None]:
+            for step in train_epoch(*arguments):
+                yield step
+                self.tick()
+
+        engine.train_epoch = counted
+
+
+def _peak_memory() -> float:
+    """Return the most MB that this process has held."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    # The figure of getrusage begins, on Linux, with what the parent held.
+    lines = status.read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 def _processor_seconds() -> float:

@@ -85,14 +85,7 @@ def cifar_dist(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
     from cifar_dist.config import parse_recipe
     from cifar_dist.train import run
 
-    original = engine.train_epoch
-
-    def train_epoch(*arguments: Any) -> Any:
-        for step in original(*arguments):
-            yield step
-            meter.tick()
-
-    engine.train_epoch = train_epoch
+    meter.follow(engine)
     with tempfile.TemporaryDirectory() as folder:
         recipe, _ = parse_recipe(
             [

@@ -3,13 +3,16 @@
 `python -m benchmarks.scaling [--model NAME] [--batch N] [--rounds N] [--root FOLDER]`
 
 On a CPU, one thread a process. Two independent runs share the machine as two processes do, so what
-two processes lack against them is what working together costs: all-reduces, and waiting for each
-other. From the independent runs and from all-reduces alone a model predicts the step of two
-processes; only where that is right does it say anything about more.
+two processes lack against them is what working together costs: waiting for each other, and sending
+gradients. The first is shown by two runs that send nothing but wait at every step: where a machine
+does not run both cores evenly, whoever is slower sets the pace. From these, and from all-reduces
+alone, a model predicts the step of two processes; only where that is right does it say more.
 """
 
 import argparse
 import math
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -39,17 +42,20 @@ TOLERANCE = 0.05  # of a prediction
 
 
 class Together(Subject):
-    """The same program twice at once, neither knowing of the other."""
+    """Two programs at once, a thread each."""
+
+    def __init__(self, name: str, first: list[str], second: list[str]) -> None:
+        super().__init__(name, first)
+        self.runs = [Subject(name, own, {"OMP_NUM_THREADS": "1"}) for own in (first, second)]
 
     def start(self) -> None:
         """Start both."""
-        self.runs = [Subject(self.name, self.arguments, self.environment) for _ in range(2)]
         for run in self.runs:
             run.start()
 
     def stop(self) -> None:
         """End both."""
-        for run in getattr(self, "runs", []):
+        for run in self.runs:
             run.stop()
 
     def wait(self) -> dict[str, float]:
@@ -70,6 +76,24 @@ class Together(Subject):
         return self.wait()
 
 
+class InStep(Meter):
+    """A Meter that waits at every step for that of another run, by a byte each way.
+
+    Args:
+        places: pipes, the own one first.
+    """
+
+    def __init__(self, steps: int, places: list[Path]) -> None:
+        super().__init__(steps, WARMUP)
+        self.own, self.other = (os.open(place, os.O_RDWR) for place in places)
+
+    def tick(self, **found: float) -> None:
+        """Wait, then count."""
+        os.write(self.other, b".")
+        os.read(self.own, 1)
+        super().tick(**found)
+
+
 def all_reduce() -> None:
     """Seconds of an all-reduce of each size, on two processes that do nothing else."""
     torch.distributed.init_process_group("gloo")
@@ -83,21 +107,16 @@ def all_reduce() -> None:
         meter.tick(**found)
 
 
-class Counter:
-    """Stands for a Meter and reports what a step of training sends."""
+class Counter(Meter):
+    """A Meter that reports what a step of training sends."""
 
     def __init__(self, steps: int) -> None:
-        self.meter, self.steps, self.seen = Meter(steps, warmup=WARMUP), steps, 0
+        super().__init__(steps, WARMUP)
         self.profile = torch.profiler.profile(record_shapes=True)
 
-    def tick(self) -> None:
-        """Count the collectives of `steps` steps, after those that warm up."""
-        self.seen += 1
-        if self.seen < WARMUP + self.steps:
-            self.meter.tick()
-        if self.seen == WARMUP:
-            self.profile.start()
-        if self.seen == WARMUP + self.steps:
+    def tick(self, **found: float) -> None:
+        """Count a step and, of those that do not warm up, its collectives."""
+        if self.warm and self.left == 1:
             self.profile.stop()
             sizes = [
                 4 * math.prod(shape)
@@ -105,8 +124,11 @@ class Counter:
                 if event.name.startswith("gloo:")
                 for shape in event.input_shapes
             ]
-            found = {"collectives": len(sizes), "bytes": sum(sizes)}
-            self.meter.tick(**{name: value / self.steps for name, value in found.items()})
+            found = {"collectives": len(sizes) / self.steps, "bytes": sum(sizes) / self.steps}
+        warming_up = not self.warm
+        super().tick(**found)
+        if self.warm and warming_up:
+            self.profile.start()
 
 
 class Model:
@@ -117,7 +139,7 @@ class Model:
     the core from the computation.
 
     Args:
-        alone: seconds of a step of a single run, by its batch.
+        alone: seconds of a step without sending, by its batch.
         sent: seconds of an all-reduce between two, by its bytes.
         collectives: all-reduces in a step.
         size: bytes of a step.
@@ -152,15 +174,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=4, help="of a round")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was found")
-    parser.add_argument(
-        "--subject", choices=["all-reduce", "communication"], help=argparse.SUPPRESS
-    )
+    hidden = ["all-reduce", "communication", "in-step"]
+    parser.add_argument("--subject", choices=hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--pipes", type=Path, nargs=2, help=argparse.SUPPRESS)
     add_options(parser)
     options = parser.parse_args()
     if options.subject == "all-reduce":
         all_reduce()
+    elif options.subject == "in-step":
+        cifar_dist(InStep(options.steps, options.pipes), options, lean=False)
     elif options.subject == "communication":
-        cifar_dist(Counter(options.steps), options, lean=False)  # type: ignore[arg-type]
+        cifar_dist(Counter(options.steps), options, lean=False)
     else:
         compare(options)
 
@@ -168,48 +192,56 @@ def main() -> None:
 def compare(options: argparse.Namespace) -> None:
     """Run all subjects and write what was found."""
     load(options)  # decoded before anything is measured
-    batch, shape = options.batch, ["--model", options.model, "--steps", str(options.steps)]
-    shape += same_places(options)
-    one_thread = {"OMP_NUM_THREADS": "1"}
+    batch = options.batch
+    common = ["--model", options.model, "--steps", str(options.steps), *same_places(options)]
 
     def train(batch: int) -> list[str]:
         own = ["--batch", str(batch), "--warmup", str(WARMUP)]
-        return ["-m", "benchmarks.peers", "cifar-dist", *shape, *own]
+        return ["-m", "benchmarks.peers", "cifar-dist", *common, *own]
 
-    def subject(name: str) -> Subject:
-        own = ["-m", "benchmarks.scaling", "--subject", name, "--batch", str(batch)]
-        return Subject(name, [*LAUNCH, *own, *shape])
+    def subject(name: str, batch: int, *own: str) -> list[str]:
+        shape = ["--subject", name, "--batch", str(batch), *own]
+        return ["-m", "benchmarks.scaling", *common, *shape]
 
-    shares = [batch // 4, batch // 2, batch]
-    pairs = {share: f"two runs of batch {share}" for share in shares}
+    alone = f"two runs of batch {batch // 2}"
+    waiting = {share: f"the same of {share}, in step" for share in (batch // 4, batch // 2, batch)}
     both, threads = f"two processes, batch {batch}", f"one process, two threads, batch {batch}"
-    rounds = measure([subject("communication")], 1)
-    rounds |= measure(
-        [
-            *(Together(name, train(share), one_thread) for share, name in pairs.items()),
-            Subject(both, [*LAUNCH, *train(batch)]),
-            Subject(threads, train(batch), {"OMP_NUM_THREADS": "2"}),
-            subject("all-reduce"),
-        ],
-        options.rounds,
-    )
-    steps = {name: median(rounds, name, "wall") / options.steps for name in (*pairs.values(), both)}
+    communication = Subject("communication", [*LAUNCH, *subject("communication", batch)])
+    rounds = measure([communication], 1)
+    with tempfile.TemporaryDirectory() as folder:
+        subjects = [Together(alone, train(batch // 2), train(batch // 2))]
+        for share, name in waiting.items():
+            pipes = [f"{folder}/{share}-{side}" for side in "ab"]
+            for pipe in pipes:
+                os.mkfifo(pipe)
+            ways = (subject("in-step", share, "--pipes", *way) for way in (pipes, pipes[::-1]))
+            subjects.append(Together(name, *ways))
+        rounds |= measure(
+            [
+                *subjects,
+                Subject(both, [*LAUNCH, *train(batch)]),
+                Subject(threads, train(batch), {"OMP_NUM_THREADS": "2"}),
+                Subject("all-reduce", [*LAUNCH, *subject("all-reduce", batch)]),
+            ],
+            options.rounds,
+        )
+    steps = {name: median(rounds, name, "wall") / options.steps for name in rounds}
     sent = {size: median(rounds, "all-reduce", f"bytes_{size}") for size in SIZES}
     counted = rounds["communication"][0]
     model = Model(
-        {share: steps[name] for share, name in pairs.items()},
+        {share: steps[name] for share, name in waiting.items()},
         sent,
         counted["collectives"],
         counted["bytes"],
     )
     error = model.seconds(batch, 2) / steps[both] - 1
-    images = {name: 2 * share for share, name in pairs.items()} | {both: batch, threads: batch}
-    equal = pairs[batch // 2]
+    images = {alone: batch} | {name: 2 * share for share, name in waiting.items()}
+    images |= {both: batch, threads: batch}
     rows = [
         [
             name,
             f"{count * options.steps / median(rounds, name, 'wall'):.1f}",
-            spread(paired(rounds, name, equal)) if count == batch else "",
+            spread(paired(rounds, name, alone)) if count == batch else "",
             f"{1e3 * median(rounds, name, 'cpu') / count / options.steps:.2f}"
             if name != both
             else "",
@@ -220,7 +252,7 @@ def compare(options: argparse.Namespace) -> None:
     notes = [
         f"A step sends {counted['bytes'] / 1e6:.3f} MB in {counted['collectives']:.1f} "
         f"all-reduces. Between two processes these take {1e6 * model.latency:.0f} us and "
-        f"{1e-9 / model.per_byte:.2f} GB/s; a step alone takes {1e3 * model.constant:.1f} ms and "
+        f"{1e-9 / model.per_byte:.2f} GB/s; a step takes {1e3 * model.constant:.1f} ms and "
         f"{1e3 * model.per_image:.3f} ms an image. From that a step of two processes is predicted "
         f"to take {1e3 * model.seconds(batch, 2):.1f} ms; it took {1e3 * steps[both]:.1f} "
         f"({100 * error:+.1f} %).",
@@ -238,7 +270,7 @@ def compare(options: argparse.Namespace) -> None:
         options.results,
         f"scaling-{options.model}-{batch}",
         f"{options.model}: two processes, {options.rounds} rounds of {options.steps} steps",
-        table(["", "images/s", f"of {equal}", "CPU ms an image", "peak MB"], rows),
+        table(["", "images/s", f"of {alone}", "CPU ms an image", "peak MB"], rows),
         {"batch": batch, "steps": options.steps, "error": error, "rounds": rounds},
         "\n".join(notes),
     )

@@ -139,9 +139,7 @@ def _fingerprint(root: Path, files: Files, config: DataConfig, size: int) -> str
     digest = hashlib.sha256(f"{FORMAT} {size} {config.bad_images}".encode())
     outside = len(os.fspath(root))
     for split, entries in files.items():
-        lines = [
-            f"{split} {label} {path[outside:]} {length} {changed}"
-            for path, label, length, changed in entries
-        ]
-        digest.update("\n".join(lines).encode(errors="surrogateescape"))
+        for path, label, length, changed in entries:
+            line = f"{split} {label} {path[outside:]} {length} {changed}\n"
+            digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:32]

@@ -66,10 +66,13 @@ class SpeedNet(nn.Module):
         Args:
             images: normalised, float [N, 3, H, W]; WHITENED_IMAGES of them are plenty.
         """
-        patches = functional.unfold(images, PATCH).transpose(1, 2).flatten(0, 1)
-        # On the CPU in double precision, for the same filters on any device.
-        patches = patches.double().cpu()
-        variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
+        products, count = torch.zeros((), dtype=torch.double), 0
+        for part in images.split(500):
+            patches = functional.unfold(part, PATCH).transpose(1, 2).flatten(0, 1)
+            # On the CPU in double precision, for the same filters on any device.
+            patches = patches.double().cpu()
+            products, count = products + patches.T @ patches, count + len(patches)
+        variances, directions = torch.linalg.eigh(products / count)
         filters = (directions / (variances + WHITENING_EPSILON).sqrt()).T
         filters = torch.cat([filters, -filters]).view_as(self.whitening.weight)
         self.whitening.weight.copy_(filters)
