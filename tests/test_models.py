@@ -7,6 +7,7 @@ from torch import nn
 from cifar_dist.config import ModelConfig
 from cifar_dist.models import MODELS, build_model
 from cifar_dist.models.layers import AveragePool
+from cifar_dist.models.speednet import SpeedNet
 
 # Weights and biases counted from the papers' and tutorials' tables.
 PARAMETERS = {
@@ -74,3 +75,17 @@ def test_average_pooling_is_torchs(size: int, side: int) -> None:
     images = torch.randn(2, 3, size, size + 4)
     pooled = AveragePool(side)(images)
     torch.testing.assert_close(pooled, nn.AdaptiveAvgPool2d(side)(images))
+
+
+def test_whitened_outputs_are_uncorrelated_over_all_images_given() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(1200, 3, 8, 8).cumsum(dim=3)  # neighbours alike
+    images[500:] *= torch.tensor([3.0, 1.0, 0.5])[:, None, None]  # later images are others
+    network = SpeedNet(10)
+    network.whiten(images)
+    filtered = network.whitening(images).transpose(0, 1).flatten(1)
+    first, opposite = filtered.double().chunk(2)
+    assert torch.equal(first, -opposite)
+    torch.testing.assert_close(
+        first @ first.T / first.shape[1], torch.eye(12, dtype=torch.double), rtol=0, atol=0.01
+    )
