@@ -20,6 +20,9 @@ TINY = [
     *("--optim.name", "sgd", "--optim.lr", "0.02", "--schedule.name", "constant"),
     *("--track.every_steps", "1", "--track.log_with", "[]"),
 ]
+# The same at a rate at which training is not chaotic: any number of processes, the same integers.
+JOB = [*TINY, "--optim.lr", "0.01", "--train.seed", "1"]
+Integers = list[tuple[int, int, int]]
 
 
 def command(
@@ -46,6 +49,12 @@ def run_command(arguments: list[str], **environment: str) -> subprocess.Complete
 def read_lines(out: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def tested(out: Path) -> Integers:
+    """Return step, correct and count of each time a run was measured on its test images."""
+    lines = [line for line in read_lines(out) if line["split"] == "test"]
+    return [(line["step"], line["correct"], line["count"]) for line in lines]
 
 
 def digest_of(out: Path) -> str:
