@@ -15,7 +15,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed
 import torch.profiler
@@ -34,6 +33,7 @@ from benchmarks.harness import (
     table,
 )
 from benchmarks.peers import cifar_dist
+from cifar_dist.launching.predict import fit_line, step_seconds
 
 LAUNCH = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 SIZES = (4, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)  # bytes of an all-reduce
@@ -148,22 +148,15 @@ class Model:
     def __init__(
         self, alone: dict[int, float], sent: dict[int, float], collectives: float, size: float
     ) -> None:
-        self.constant, self.per_image = _line(alone)
-        self.latency, self.per_byte = _line(sent)  # 2 (W - 1) / W is 1 for two
+        self.constant, self.per_image = fit_line(alone)
+        self.latency, self.per_byte = fit_line(sent)  # 2 (W - 1) / W is 1 for two
         self.collectives, self.size = collectives, size
 
     def seconds(self, batch: int, processes: int) -> float:
         """Return the prediction for a global batch."""
         computation = self.constant + self.per_image * batch / processes
-        latency = self.collectives * (processes - 1) * self.latency
-        return computation + latency + 2 * (processes - 1) / processes * self.size * self.per_byte
-
-
-def _line(seconds: dict[int, float]) -> tuple[float, float]:
-    """Fit constant and slope; what is short counts as much as what is long."""
-    values = np.array(list(seconds.values()))
-    slope, constant = np.polyfit(list(seconds), values, 1, w=1 / values)
-    return float(constant), float(slope)
+        link = (self.latency, 1 / self.per_byte)
+        return step_seconds(computation, self.collectives, self.size, processes, link)
 
 
 def main() -> None:

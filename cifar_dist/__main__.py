@@ -9,7 +9,13 @@ VERBS = {
     "verify": "compare the checkpoints of a run with their hashes",
     "predict": "name what is on images",
     "convert": "turn weights of torch.save into safetensors",
+    "doctor": "examine machines and configuration, or explain a failed run's log",
+    "parity": "train a few steps on one process and on several, and compare",
+    "plan": "say what a launch would do, and its traps, without starting it",
 }
+
+
+LAUNCHING = ("plan", "doctor", "parity")
 
 
 def main() -> int:
@@ -22,7 +28,8 @@ def main() -> int:
     if verb not in VERBS:
         print(f"error: unknown verb '{verb}'; choose from {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"cifar_dist.{verb}")
+    package = "cifar_dist.launching" if verb in LAUNCHING else "cifar_dist"
+    module = importlib.import_module(f"{package}.{verb}")
     return int(module.main(sys.argv[2:]))
 
 

@@ -120,14 +120,18 @@ def uninterrupted() -> Iterator[None]:
         raise Preempted
 
 
+def is_launched() -> bool:
+    """Say whether a launcher started this process."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
 def _follow_launcher() -> None:
     """Have Linux send this process SIGTERM when the launcher dies, so that it is not left alone.
 
     accelerate launch passes no signal on to a single process, and torchrun none that it is not told
     to. Without a launcher the parent is a shell, whose end must not end the run.
     """
-    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched and sys.platform == "linux":
+    if is_launched() and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
         # It may have died just before; an orphan's parent is process 1, which in a container may

@@ -5,8 +5,10 @@ skip without a word. Each such case is refused here, before anything else happen
 """
 
 import ctypes
+import ipaddress
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cifar_dist.config import TrainConfig, UsageError, require
-from cifar_dist.peers import Peers, PeersMissing, describe_process
+from cifar_dist.peers import Peers, PeersMissing, describe_process, lost_peer
+from cifar_dist.preemption import is_launched
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +58,6 @@ def start_processes(
             processes differ in what they were told or in their code.
     """
     asked = asked_world_size()
-    import torch.distributed
     from accelerate import (
         Accelerator,
         DataLoaderConfiguration,
@@ -68,11 +70,6 @@ def start_processes(
     # A second run in one Python, as in a notebook, may ask for another precision.
     AcceleratorState._reset_state()
     use_cpu = _cpu_is_meant(asked)
-    if asked > 1 and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
-        # On one machine: gloo's own choice needs the host name to resolve to a working address.
-        # GPUs use gloo too, for agreeing on signals.
-        loopback = "lo0" if sys.platform == "darwin" else "lo"
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     _use_all_cores()
     if use_cpu:
         keep_memory()
@@ -80,6 +77,8 @@ def start_processes(
     peers = Peers(int(os.environ.get("RANK", "0")), asked, train.timeout)
     peers.compare("code", describe_process())
     peers.compare("recipe", told or {})
+    if asked > 1:
+        _choose_interface(peers)
     # NCCL would end the process itself: the exchange on the CPU is to notice first, and say it.
     timeout = timedelta(seconds=train.timeout + (0 if use_cpu else 60))
     hooks = DDPCommunicationHookType
@@ -99,13 +98,47 @@ def start_processes(
         )
     except ValueError as error:
         raise UsageError(f"Accelerate refuses this configuration: {error}") from error
-    except torch.distributed.DistError as error:
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise PeersMissing(
-            f"the processes lost each other at the start: {reason}", False
+            f"the processes lost each other at the start: {reason}", "connectFullMesh" in reason
         ) from error
     _check(accelerator, asked, log_with, train)
     return accelerator, peers
+
+
+def _choose_interface(peers: Peers) -> None:
+    """Have gloo use the network interface through which the machines reach each other.
+
+    Its own choice is the address of the host's name, which may not resolve, and which Debian puts
+    on 127.0.1.1. GPUs use gloo too, for agreeing on signals.
+    """
+    # The first machine may reach itself through its loopback: then the others know the way.
+    told = peers.tell("address", address_towards(os.environ["MASTER_ADDR"]))
+    outside = [address for address in told if not ipaddress.ip_address(address).is_loopback]
+    interface = interface_of(address_towards((*outside, "127.0.0.1")[0]))
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def address_towards(host: str) -> str:
+    """Return the address from which this machine would reach `host`; nothing is sent."""
+    family, kind, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)
+        return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str | None:
+    """Return the name of the network interface that has the address, if one does."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in [entry.address for entry in addresses]:
+            return name
+    return None
 
 
 def keep_memory() -> None:
@@ -276,23 +309,27 @@ def _check(
 def _use_all_cores() -> None:
     """Share the cores among the processes of this machine, unless the user chose a number.
 
-    accelerate launch and torchrun set OMP_NUM_THREADS to 1, which would leave cores idle. What the
-    user had set before is in the environment the launcher itself was started with.
+    accelerate launch and torchrun set OMP_NUM_THREADS to 1, which would leave cores idle.
     """
-    import psutil
     import torch
 
-    environment: dict[str, str] = dict(os.environ)
-    if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
-        try:
-            environment = psutil.Process(os.getppid()).environ()
-        except (psutil.Error, OSError):
-            environment = {}
-    chosen = environment.get("OMP_NUM_THREADS", "")
+    chosen = user_environment().get("OMP_NUM_THREADS", "")
     local = next((int(os.environ[name]) for name in LOCAL_SIZES if name in os.environ), 1)
     threads = int(chosen) if chosen.isdigit() else max(1, usable_cores() // local)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # else Accelerate chooses again
     torch.set_num_threads(threads)
+
+
+def user_environment() -> dict[str, str]:
+    """Return the environment as the user set it: that which a launcher was itself started with."""
+    import psutil
+
+    if not is_launched():
+        return dict(os.environ)
+    try:
+        return dict(psutil.Process(os.getppid()).environ())
+    except (psutil.Error, OSError):
+        return {}
 
 
 def describe_device(device: "torch.device") -> str:

@@ -32,7 +32,7 @@ def load_weights(network: nn.Module, place: str) -> bool:
     """
     given, own = _read(place), network.state_dict()
     last = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
-    head = {f"{last}.weight", f"{last}.bias"}
+    head = {name for name in own if name.rpartition(".")[0] == last}
     head_is_new = any(name not in given or given[name].shape != own[name].shape for name in head)
     if head_is_new:
         given = given | {name: own[name] for name in head}

@@ -15,6 +15,7 @@ from torch import nn
 from cifar_dist import convert, train
 from cifar_dist.checkpoint import find_checkpoint
 from cifar_dist.config import UsageError, parse_recipe
+from cifar_dist.models.speednet import SpeedNet
 from cifar_dist.models.tutorial import tutorial
 from cifar_dist.train import Result, run
 from cifar_dist.weights import load_weights
@@ -209,6 +210,14 @@ def test_a_head_is_taken_whole_or_stays_new(
     head = {name: network.state_dict()[name].clone() for name in HEAD}
     assert load_weights(network, str(tmp_path / "w.safetensors")) is (there != HEAD)
     assert equal(dict(network.state_dict()), weights if there == HEAD else {**weights, **head})
+
+
+def test_a_head_without_a_bias_is_taken_too(tmp_path: Path) -> None:
+    given = dict(SpeedNet(10, widths=(8,)).state_dict())
+    save_file(given, tmp_path / "w.safetensors")
+    network = SpeedNet(10, widths=(8,))
+    assert not load_weights(network, str(tmp_path / "w.safetensors"))
+    assert equal(dict(network.state_dict()), given)
 
 
 @pytest.mark.parametrize(

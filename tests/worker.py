@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -127,6 +128,90 @@ def show_threads() -> None:
     leave_processes()
 
 
+def count_bytes(out: str, *arguments: str) -> None:
+    """Train, and write number and bytes of the collectives of each step but an epoch's first."""
+    import math
+
+    from cifar_dist import engine
+    from cifar_dist.train import main
+
+    train_epoch, sent = engine.train_epoch, []
+
+    def counted(*arguments: Any) -> Any:
+        profile = None
+        for result in train_epoch(*arguments):
+            if profile is not None:
+                profile.stop()
+                events = [e for e in profile.events() or [] if e.name.startswith("gloo:")]
+                sizes = [4 * math.prod(shape) for e in events for shape in e.input_shapes]
+                sent.append([len(sizes), sum(sizes)])
+            profile = torch.profiler.profile(record_shapes=True)
+            profile.start()
+            yield result
+        profile.stop()  # type: ignore[union-attr]
+
+    engine.train_epoch = counted  # type: ignore[assignment]
+    code = main([*arguments, "--track.every_steps", "0"])
+    if os.environ["RANK"] == "0":
+        Path(out).write_text(json.dumps(sent))
+    sys.exit(code)
+
+
+def train_without(what: str, *arguments: str) -> None:
+    """Train with one all-reduce removed: that of the gradients, or that of the training loss."""
+    from cifar_dist import metrics, session
+    from cifar_dist.train import main
+
+    if what == "gradients":
+        open_session = session.open_session
+
+        def apart(*arguments: Any) -> Any:
+            opened = open_session(*arguments)
+            opened.state.model.require_backward_grad_sync = False  # type: ignore[assignment]
+            return opened
+
+        session.open_session = apart
+    else:
+        totals = metrics.Tally.totals
+
+        def own(self: metrics.Tally, accelerator: Any) -> metrics.Totals:
+            with mock.patch.object(metrics, "reduce_sum", lambda accelerator, values: values):
+                return totals(self, accelerator)
+
+        metrics.Tally.totals = own  # type: ignore[method-assign]
+    sys.exit(main(arguments))
+
+
+def hang_in_doctor(rank: str, *arguments: str) -> None:
+    """Run the doctor; one rank does not come to the first all-reduce."""
+    from cifar_dist.launching import doctor
+
+    def late(*arguments: Any) -> dict[str, Any]:
+        time.sleep(600)
+        return {}
+
+    doctor.STAGE_SECONDS = 5
+    if os.environ["RANK"] == rank:
+        doctor.STAGES["in a first all-reduce"] = late
+    sys.exit(doctor.main(arguments))
+
+
+def fail_on(rank: str, *arguments: str) -> None:
+    """Train; one rank raises in the first step."""
+    from cifar_dist.data.augment import Pixels
+    from cifar_dist.train import main
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        raise ZeroDivisionError("the bug in question")
+
+    if os.environ["RANK"] == rank:
+        Pixels.for_training = broken  # type: ignore[assignment]
+    sys.exit(main(arguments))
+
+
 if __name__ == "__main__":
-    programs = (evaluate_sizes, fall_back, record_positions, show_threads)
+    programs = (
+        *(count_bytes, evaluate_sizes, fail_on, fall_back, hang_in_doctor, record_positions),
+        *(show_threads, train_without),
+    )
     {program.__name__: program for program in programs}[sys.argv[1]](*sys.argv[2:])

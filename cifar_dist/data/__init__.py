@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from cifar_dist.config import DataConfig, UsageError
 from cifar_dist.data.cifar import load_cifar
 from cifar_dist.data.imagefolder import load_imagefolder
-from cifar_dist.data.images import Images
+from cifar_dist.data.images import Images, Source
 from cifar_dist.data.synthetic import load_synthetic
 
 DATASETS = {
@@ -48,7 +48,15 @@ def load_dataset(config: DataConfig) -> Dataset:
     Raises:
         UsageError: the dataset is missing, damaged, or has no part to train or to measure on.
     """
-    source = DATASETS[config.name](config)
+    return arrange(DATASETS[config.name](config), config)
+
+
+def arrange(source: Source, config: DataConfig) -> Dataset:
+    """Split and limit what was found as data.* says.
+
+    Raises:
+        UsageError: it has no part to train or to measure on.
+    """
     if "train" not in source.splits:
         raise UsageError(f"'{config.root}' has no train folder beside its test folder")
     train = source.splits["train"]

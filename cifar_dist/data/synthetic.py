@@ -39,19 +39,23 @@ SIZES = {"train": 8000, "test": 2000}  # images drawn where data.limit_* says no
 def load_synthetic(config: DataConfig) -> Source:
     """Draw the dataset; data.limit_train and data.limit_test say how many images to use of it."""
     size = config.image_size or 32
-    train = config.limit_train or SIZES["train"]
-    if config.limit_train and config.val_fraction:  # what will be held out comes on top
-        train = math.ceil(train / (1 - config.val_fraction)) + len(SHAPES)
-    counts = {"train": train, "test": config.limit_test or SIZES["test"]}
     splits = {
         split: draw(count, size, seed=(config.seed, number))
-        for number, (split, count) in enumerate(counts.items())
+        for number, (split, count) in enumerate(counts(config).items())
     }
     digest = hashlib.sha256()
     for images in splits.values():
         digest.update(images.images.data)
     mean, std = channel_statistics(count_levels(splits["train"].images))
     return Source(splits, mean, std, digest.hexdigest())
+
+
+def counts(config: DataConfig) -> dict[str, int]:
+    """Return how many images of each split are drawn."""
+    train = config.limit_train or SIZES["train"]
+    if config.limit_train and config.val_fraction:  # what will be held out comes on top
+        train = math.ceil(train / (1 - config.val_fraction)) + len(SHAPES)
+    return {"train": train, "test": config.limit_test or SIZES["test"]}
 
 
 def draw(count: int, size: int, seed: tuple[int, ...]) -> Images:

@@ -1,0 +1,141 @@
+"""What `accelerate launch` would do with a configuration file, read without importing it.
+
+The keys and options that it knows are taken from the source of the installed version, so nothing
+here goes out of date with it.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cifar_dist.config import UsageError, require
+
+# Keys of the file that `accelerate launch` reads and does not use: it takes a key only where its
+# own option has no value, and these always have one.
+IGNORED = ("downcast_bf16", "enable_cpu_affinity", "rdzv_backend", "same_network")
+# Kinds for which it starts several processes; with all others, one a machine.
+SEVERAL = ("MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "MULTI_MUSA")
+
+
+@dataclass(frozen=True)
+class AccelerateConfig:
+    """A configuration file.
+
+    Attributes:
+        path: the file; None where there is none.
+        chosen: it was named, and not just found in its usual place.
+        values: what it holds, as YAML reads it.
+        digest: the start of its SHA-256.
+    """
+
+    path: Path | None = None
+    chosen: bool = False
+    values: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The distributed type; YAML reads an unquoted NO as false."""
+        found = self.values.get("distributed_type", "NO")
+        return "NO" if found in (False, None) else str(found)
+
+    @property
+    def machines(self) -> int:
+        """How many machines it speaks of."""
+        return self._number("num_machines", 1)
+
+    @property
+    def processes(self) -> int:
+        """How many processes it asks for, over all machines."""
+        return max(1, self._number("num_processes", 1))
+
+    @property
+    def per_machine(self) -> int:
+        """How many processes accelerate launch starts on each machine; 0 is none at all."""
+        return self.processes // max(1, self.machines) if self.kind in SEVERAL else 1
+
+    def _number(self, key: str, default: int) -> int:
+        found = self.values.get(key, default)
+        return found if isinstance(found, int) and not isinstance(found, bool) else default
+
+
+def read_config(path: str | None) -> AccelerateConfig:
+    """Read the file at `path`, or the one that accelerate launch would take by itself.
+
+    Raises:
+        UsageError: it is missing, or not a mapping in YAML.
+    """
+    place = Path(path).expanduser() if path else default_place()
+    if not place.is_file():
+        require(path is None, f"'{path}' is not a file; `accelerate config` writes one")
+        return AccelerateConfig()
+    content = place.read_bytes()
+    try:
+        values = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"'{place}' is not readable as YAML: {reason}") from error
+    require(
+        isinstance(values, dict),
+        f"'{place}' holds no keys, and accelerate launch would fail on it; write it anew with "
+        "`accelerate config`",
+    )
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    return AccelerateConfig(place, path is not None, values, digest)
+
+
+def default_place() -> Path:
+    """Return where `accelerate config` writes, which every launch then reads without a word."""
+    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = Path(os.environ.get("HF_HOME", f"{caches}/huggingface")).expanduser()
+    return home / "accelerate" / "default_config.yaml"
+
+
+@cache
+def known_keys() -> frozenset[str]:
+    """Return the keys a file may have, from the installed accelerate's dataclasses."""
+    tree = ast.parse(_source("commands/config/config_args.py"))
+    return frozenset(
+        line.target.id
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name in ("BaseConfig", "ClusterConfig")
+        for line in node.body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+    )
+
+
+@cache
+def known_options() -> frozenset[str]:
+    """Return the names of all options of the installed `accelerate launch`."""
+    return frozenset(re.findall(r'"--(\w+)"', _source("commands/launch.py")))
+
+
+def unknown_nested(values: Mapping[str, Any]) -> list[str]:
+    """Return the keys within sections that `accelerate launch` has no option for."""
+    return [
+        f"{section}.{key}"
+        for section, content in values.items()
+        if section.endswith("_config") and isinstance(content, dict)
+        for key in content
+        if not {key, f"{section.removesuffix('config')}{key}", f"{section}_{key}"} & known_options()
+    ]
+
+
+def _source(place: str) -> str:
+    spec = importlib.util.find_spec("accelerate")
+    require(
+        spec is not None and spec.origin is not None,
+        "Accelerate is not installed; pip install accelerate",
+    )
+    assert spec is not None
+    assert spec.origin is not None
+    return (Path(spec.origin).parent / place).read_text()

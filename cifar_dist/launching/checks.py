@@ -1,0 +1,519 @@
+"""Checks of a launch, each a pure function from facts to findings; `facts.py` gathers the facts.
+
+Which pains of users they answer, with their numbers, is a table in docs/launching.md.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cifar_dist.config import Recipe, nearest_multiples
+from cifar_dist.launching.accelerate_config import (
+    IGNORED,
+    SEVERAL,
+    AccelerateConfig,
+    known_keys,
+    unknown_nested,
+)
+from cifar_dist.launching.findings import Finding, error, note, warning
+
+LOOPBACK = ("127.", "::1", "localhost")
+# Compute capability by what a GPU's name contains, for plans; on a machine it is asked.
+CAPABILITIES = {
+    **{"K80": 3.7, "P100": 6.0, "P40": 6.1, "GTX 10": 6.1, "V100": 7.0, "T4": 7.5, "RTX 20": 7.5},
+    **{"A100": 8.0, "A10": 8.6, "A40": 8.6, "RTX 30": 8.6, "L4": 8.9, "RTX 40": 8.9, "H100": 9.0},
+    **{"H200": 9.0, "B200": 10.0, "RTX 50": 12.0},
+}
+NATIVE_BF16 = 8.0
+SMALL_SHARED_MEMORY = 1 << 30  # bytes; NCCL takes some for each pair of GPUs, docker gives 64 MB
+PEER_TO_PEER_DRIVER = (550, 40, 7)  # from here on the driver refuses what these GPUs cannot do
+CLOCKS_APART = 2.0  # seconds
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU: its number and name as nvidia-smi shows them, and what it can do."""
+
+    index: int
+    name: str
+    uuid: str = ""
+    capability: float = 0.0
+    driver: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the processes meet.
+
+    Attributes:
+        host, port: as the launch names them.
+        is_here: the address is one of this machine's.
+        error: why it could not be reached, or bound; "refused" if the machine answers and nothing
+            listens there, as before the first machine has started.
+        holder: the process here that has the port already.
+    """
+
+    host: str
+    port: int
+    is_here: bool = False
+    error: str = ""
+    holder: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known about a launch, on this machine; what is not known is left empty.
+
+    Attributes:
+        machines, per_machine: processes are started on each of so many machines.
+        rank: of this machine.
+        recipe: what is to be trained.
+        alone: why this process would train alone, as `runtime.asked_world_size` says.
+        address: what the host name resolves to.
+        interface: the network interface that leads to the endpoint.
+        batch_script: text of a Slurm script, with its place.
+        dataset: why the dataset is not ready, or "".
+        out: why the run folder cannot be written, or "".
+        free, needed: bytes on disk for checkpoints.
+    """
+
+    machines: int = 1
+    per_machine: int = 1
+    rank: int = 0
+    config: AccelerateConfig = field(default_factory=AccelerateConfig)
+    recipe: Recipe = field(default_factory=Recipe)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    platform: str = "linux"
+    alone: str = ""
+    devices: Sequence[Device] = ()
+    cores: int = 1
+    address: str = ""
+    interface: str = ""
+    endpoint: Endpoint | None = None
+    batch_script: tuple[str, str] | None = None
+    dataset: str = ""
+    out: str = ""
+    free: int | None = None
+    needed: int = 0
+    shared_memory: int | None = None
+
+    @property
+    def processes(self) -> int:
+        """Over all machines."""
+        return self.machines * self.per_machine
+
+
+def alone(facts: Facts) -> Iterator[Finding]:
+    """Several processes were asked for, and each would train alone."""
+    config = facts.config
+    if facts.alone:
+        yield error("alone", facts.alone, "see docs/launching.md")
+    if config.path and config.processes > config.machines and config.kind not in SEVERAL:
+        yield error(
+            "alone",
+            f"{config.path} asks for {config.processes} processes, but with distributed_type "
+            f"{config.kind} accelerate launch starts one on each machine, without a word",
+            "write distributed_type: MULTI_GPU, also for several processes on CPUs",
+        )
+    elif config.path and config.machines > 1 and config.kind not in SEVERAL:
+        yield error(
+            "alone",
+            f"{config.path} names {config.machines} machines, but with distributed_type "
+            f"{config.kind} each would train alone, without a word",
+            "write distributed_type: MULTI_GPU, also for one GPU a machine",
+        )
+
+
+def endpoint(facts: Facts) -> Iterator[Finding]:
+    """The machines cannot meet."""
+    place = facts.endpoint
+    if facts.machines > 1 and facts.config.path and not facts.config.values.get("main_process_ip"):
+        yield error(
+            "no-address",
+            f"{facts.config.path} names {facts.machines} machines and no main_process_ip",
+            "give the first machine's address, as the others reach it",
+        )
+    if place is None:
+        return
+    where = f"{place.host}:{place.port}"
+    if place.holder:
+        yield error(
+            "port-taken",
+            f"port {place.port} is held by {place.holder}",
+            "end that program, or give another port; on one machine port 0 takes a free one",
+        )
+    if facts.machines == 1:
+        return
+    if place.port == 0:
+        yield error(
+            "port-zero",
+            f"port 0 on {facts.machines} machines: each would take another free one, and wait",
+            "give a port, the same on all, such as 29500",
+        )
+    elif place.error and place.error != "refused" and not place.is_here:
+        yield error(
+            "unreachable",
+            f"machine {facts.rank} cannot reach {where} ({place.error})",
+            "look for a firewall, a wrong address or interface, or a first machine that is off",
+        )
+    elif place.error == "refused" and not place.is_here:
+        yield note(
+            "nobody-listens",
+            f"{place.host} answers, and nothing listens on port {place.port} yet",
+            "start the first machine",
+        )
+    if facts.rank == 0 and not place.is_here and not place.error.startswith("unknown"):
+        yield error(
+            "not-this-machine",
+            f"{place.host} is not an address of this machine, which is to be the first",
+            "give this machine's address as main_process_ip, or another machine_rank here",
+        )
+    elif place.host.startswith(LOOPBACK):
+        yield error(
+            "loopback-endpoint",
+            f"{place.host} means another machine on each of {facts.machines} machines",
+            "give the first machine's address, as the others reach it",
+        )
+
+
+def interface(facts: Facts) -> Iterator[Finding]:
+    """gloo would tell the others an address that leads back to themselves."""
+    if facts.machines > 1 and facts.address.startswith(LOOPBACK):
+        chosen = facts.environment.get("GLOO_SOCKET_IFNAME")
+        if not chosen:
+            fix = f"export GLOO_SOCKET_IFNAME={facts.interface or 'INTERFACE'}"
+            yield warning(
+                "loopback-address",
+                f"this machine's name means {facts.address}, which gloo would tell the others",
+                f"{fix} if the live doctor fails (cifar_dist sets it where it knows the way)",
+            )
+
+
+def counts(facts: Facts) -> Iterator[Finding]:
+    """The number of processes is not what it seems."""
+    config = facts.config
+    if config.path and config.kind in SEVERAL and config.processes % config.machines:
+        yield error(
+            "total",
+            f"num_processes is the total: {config.processes} over {config.machines} machines "
+            f"would start {config.per_machine} on each",
+            f"{nearest_multiples(config.processes, config.machines)}",
+        )
+    if facts.devices and facts.per_machine > len(facts.devices):
+        yield error(
+            "too-few-devices",
+            f"{facts.per_machine} processes a machine, and this one has {len(facts.devices)} GPUs",
+            "num_processes is the total over all machines; give one process a GPU",
+        )
+    batch, parts = facts.recipe.train.batch_size, facts.processes * facts.recipe.train.accumulate
+    if batch % parts:
+        yield error(
+            "batch",
+            f"train.batch_size {batch} does not divide among {parts} processes or parts",
+            nearest_multiples(batch, parts),
+        )
+
+
+def batch_script(facts: Facts) -> Iterator[Finding]:
+    """A Slurm script that would go wrong."""
+    if facts.batch_script is None:
+        return
+    place, text = facts.batch_script
+    lines = [line for line in text.splitlines() if not re.match(r"\s*#(?!SBATCH)", line)]
+    code = "\n".join(lines)
+    if "SLURM_PROCID" in re.sub(r"'[^']*'", "", code):
+        yield error(
+            "rank-expanded",
+            f"{place} uses SLURM_PROCID outside single quotes: the first machine expands it, "
+            "and every machine becomes rank 0",
+            "put the command of srun in single quotes: srun bash -c '...'",
+        )
+    tasks = re.search(r"--ntasks-per-node[= ](\d+)", code)
+    if re.search(r"torchrun|torch\.distributed\.run|accelerate launch", code) and (
+        tasks is None or tasks[1] != "1"
+    ):
+        yield error(
+            "tasks",
+            f"{place} starts {tasks[1] if tasks else 'any number of'} tasks on each node, each of "
+            "which would start processes for all GPUs",
+            "one task a node: #SBATCH --ntasks-per-node=1",
+        )
+    if "--cpus-per-task" in code and "SRUN_CPUS_PER_TASK" not in code:
+        yield warning(
+            "cpus-per-task",
+            f"{place}: srun does not take --cpus-per-task over, and gives a task one core",
+            "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
+        )
+    signal = re.search(r"--signal[= ](\S+)", code)
+    if signal is None or "--requeue" not in code:
+        yield warning(
+            "not-requeued",
+            f"{place} asks for no signal ahead of its time limit, or not to be requeued: work "
+            "since the last checkpoint would be lost",
+            "#SBATCH --signal=TERM@120 and #SBATCH --requeue, as in launch/slurm.sbatch",
+        )
+    elif signal[1].startswith("B:"):
+        yield error(
+            "signal-to-the-shell",
+            f"{place}: --signal={signal[1]} reaches the batch shell alone, not the training",
+            "leave out the B:",
+        )
+
+
+def devices(facts: Facts) -> Iterator[Finding]:
+    """A process would see another GPU than was meant."""
+    chosen = facts.config.values.get("gpu_ids")
+    visible = facts.environment.get("CUDA_VISIBLE_DEVICES")
+    if chosen in (None, "all"):
+        return
+    if visible is not None:
+        yield error(
+            "gpu-ids",
+            f"gpu_ids {chosen} of {facts.config.path} counts as nvidia-smi does, and replaces "
+            f"CUDA_VISIBLE_DEVICES={visible}",
+            "use one of the two: gpu_ids: all, or unset CUDA_VISIBLE_DEVICES",
+        )
+    if "SLURM_JOB_ID" in facts.environment:
+        yield error(
+            "gpu-ids",
+            f"gpu_ids {chosen} of {facts.config.path} may be GPUs of somebody else's job",
+            "under Slurm use gpu_ids: all",
+        )
+
+
+def precision(facts: Facts) -> Iterator[Finding]:
+    """The precision is one that the hardware lacks."""
+    launcher = str(facts.config.values.get("mixed_precision", "no"))
+    recipe = facts.recipe.train.precision
+    asked = launcher if recipe == "auto" else recipe
+    on_cpu = facts.config.values.get("use_cpu") is True
+    if asked == "fp16" and on_cpu:
+        yield error(
+            "precision",
+            "fp16 on a CPU: Accelerate would train in fp32 and call it fp16",
+            "use no or bf16",
+        )
+    for device in facts.devices[:1]:
+        if asked == "bf16" and device.capability < NATIVE_BF16:
+            yield warning(
+                "precision",
+                f"bf16 is emulated on {device.name} (compute capability {device.capability})",
+                "use fp16, or train.precision auto",
+            )
+    if asked == "fp8":
+        yield error("precision", "fp8 is for large language models", "use bf16, or auto")
+
+
+def peer_to_peer(facts: Facts) -> Iterator[Finding]:
+    """GPUs that cannot speak to each other directly, and drivers that say they can."""
+    affected = [d for d in facts.devices if re.search(r"RTX (40|50)|RTX \w* ?Ada", d.name)]
+    if facts.per_machine > 1 and affected and affected[0].driver < PEER_TO_PEER_DRIVER:
+        driver = ".".join(map(str, affected[0].driver))
+        yield warning(
+            "peer-to-peer",
+            f"several {affected[0].name} with driver {driver} may hang in the first all-reduce",
+            "update the driver to 550.40.07 or later, or export NCCL_P2P_DISABLE=1",
+        )
+
+
+def keys(facts: Facts) -> Iterator[Finding]:
+    """Keys of the configuration that do nothing, or not what they seem to."""
+    config = facts.config
+    unknown = [key for key in config.values if key not in known_keys()]
+    if unknown:
+        yield error(
+            "unknown-key",
+            f"accelerate launch refuses {config.path}: unknown {', '.join(map(str, unknown))}",
+            "remove it, or run `accelerate config`",
+        )
+    nested = unknown_nested(config.values)
+    if nested:
+        yield warning(
+            "unknown-key",
+            f"{', '.join(nested)} in {config.path} is no option of accelerate launch, which takes "
+            "it without a word",
+            "remove or correct it",
+        )
+    # `accelerate config` itself writes some of them, with the value that is meant anyway.
+    defaults = {"rdzv_backend": "static", "same_network": True, "downcast_bf16": "no"}
+    for key in IGNORED:
+        value = config.values.get(key)
+        if value not in (None, False, defaults.get(key)):
+            yield warning(
+                "ignored-key",
+                f"{key} in {config.path} is ignored by accelerate launch",
+                f"give it on the command line: --{key}" + (f" {value}" if value != True else ""),  # noqa: E712
+            )
+
+
+def types(facts: Facts) -> Iterator[Finding]:
+    """Values that YAML reads otherwise than they look."""
+    path, values = facts.config.path, facts.config.values
+    for key in ("distributed_type", "mixed_precision"):
+        if values.get(key) is False:
+            say = warning if key == "distributed_type" else error
+            yield say(
+                "wrong-type",
+                f"{key} in {path} is the unquoted word no, which YAML reads as false",
+                f'write {key}: "{"NO" if key == "distributed_type" else "no"}"',
+            )
+    if "gpu_ids" in values and not isinstance(values["gpu_ids"], str):
+        yield error(
+            "wrong-type",
+            f"gpu_ids in {path} is {values['gpu_ids']!r}, and accelerate launch takes text only",
+            'write it as "0,1", with quotes',
+        )
+    for key in ("num_processes", "num_machines", "machine_rank", "main_process_port"):
+        if key in values and type(values[key]) is not int and values[key] is not None:
+            yield error("wrong-type", f"{key} in {path} is {values[key]!r}", "write a number")
+    if facts.config.kind != facts.config.kind.upper():
+        yield error(
+            "wrong-type",
+            f"distributed_type in {path} is {facts.config.kind}",
+            f"write {facts.config.kind.upper()}",
+        )
+    elif facts.config.kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        yield error(
+            "sharded",
+            f"distributed_type in {path} is {facts.config.kind}; every network here fits one GPU",
+            "write MULTI_GPU",
+        )
+
+
+def default_config(facts: Facts) -> Iterator[Finding]:
+    """A file that nobody named is used."""
+    if facts.config.path and not facts.config.chosen:
+        yield note(
+            "default-config",
+            f"every accelerate launch here uses {facts.config.path} ({facts.config.digest}), "
+            "unless it names another",
+            "the same should be on every machine",
+        )
+
+
+def threads(facts: Facts) -> Iterator[Finding]:
+    """Fewer threads than there are cores for."""
+    chosen = facts.environment.get("OMP_NUM_THREADS", "")
+    share = max(1, facts.cores // facts.per_machine)
+    if chosen.isdigit() and int(chosen) < share and not facts.devices:
+        yield warning(
+            "threads",
+            f"OMP_NUM_THREADS is {chosen}, and {facts.cores} cores among {facts.per_machine} "
+            f"processes are {share} each",
+            "unset it: cifar_dist shares the cores by itself",
+        )
+
+
+def restarts(facts: Facts) -> Iterator[Finding]:
+    """Restarts in place, which fail more often than not."""
+    wanted = facts.environment.get("PET_MAX_RESTARTS", "0")
+    separate = facts.environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
+    if wanted.isdigit() and int(wanted) > 0 and not separate:
+        yield error(
+            "restarts",
+            f"PET_MAX_RESTARTS is {wanted}: torchrun's restart in place leaves keys of the failed "
+            "start in its store, and hangs",
+            "unset it and have the engine start the whole job again; it continues",
+        )
+
+
+def platform(facts: Facts) -> Iterator[Finding]:
+    """What an operating system cannot do."""
+    if facts.platform.startswith("win"):
+        yield error(
+            "windows",
+            "Windows has neither the locks nor the collectives that a run needs (its torch lacks "
+            "libuv)",
+            "train in WSL2",
+        )
+    elif facts.platform == "darwin" and facts.processes > 1:
+        yield warning(
+            "mps",
+            f"MPS trains in one process; {facts.processes} would use the CPU",
+            "use one process",
+        )
+
+
+def data(facts: Facts) -> Iterator[Finding]:
+    """The dataset is not there yet."""
+    if facts.dataset:
+        say = warning if facts.machines > 1 else note
+        yield say(
+            "dataset",
+            facts.dataset,
+            "with several machines fetch it first, by a short run on one, to a folder that all see",
+        )
+
+
+def room(facts: Facts) -> Iterator[Finding]:
+    """No place for what a run writes."""
+    if facts.out:
+        yield error("out", facts.out, "name another run folder with --out")
+    if facts.free is not None and facts.free < facts.needed:
+        yield error(
+            "disk",
+            f"checkpoints need {facts.needed / 1e6:.0f} MB, and {facts.free / 1e6:.0f} MB are free",
+            "make room, name another folder with --out, or lower checkpoint.keep",
+        )
+    small = facts.shared_memory is not None and facts.shared_memory < SMALL_SHARED_MEMORY
+    if small and facts.per_machine > 1 and facts.devices:
+        yield warning(
+            "shared-memory",
+            f"/dev/shm has {(facts.shared_memory or 0) / 1e6:.0f} MB, and NCCL uses it among GPUs",
+            "docker run --ipc=host or --shm-size 8g; in Kubernetes an emptyDir of medium Memory",
+        )
+
+
+CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
+    *(alone, endpoint, interface, counts, batch_script, devices, precision, peer_to_peer, keys),
+    *(types, default_config, threads, restarts, platform, data, room),
+)
+
+
+def check(facts: Facts) -> list[Finding]:
+    """Return what all checks find."""
+    return [finding for function in CHECKS for finding in function(facts)]
+
+
+def check_ranks(ranks: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Compare what all processes of a launch say of themselves.
+
+    Args:
+        ranks: by rank: "host", "device" (its UUID, or ""), "same" (what must be equal, by name),
+            "clock" (seconds ahead of rank 0) and "sees_out" (whether it sees rank 0's run folder).
+    """
+    first = ranks[0]
+    for rank, other in enumerate(ranks):
+        for key, value in other["same"].items():
+            if value != first["same"].get(key):
+                yield error(
+                    f"{key}-differs",
+                    f"{key} is {value} on rank {rank} ({other['host']}) and "
+                    f"{first['same'].get(key)} on rank 0 ({first['host']})",
+                    "make all machines the same",
+                )
+        if abs(other["clock"]) > CLOCKS_APART:
+            yield warning(
+                "clock",
+                f"the clock of rank {rank} ({other['host']}) is off by {other['clock']:+.1f} s",
+                "set the clocks with NTP; logs and cached files are compared by time",
+            )
+    holders: dict[tuple[str, str], list[int]] = {}
+    for rank, other in enumerate(ranks):
+        if other["device"]:
+            holders.setdefault((other["host"], other["device"]), []).append(rank)
+    for (host, device), twice in holders.items():
+        if len(twice) > 1:
+            yield error(
+                "device-twice",
+                f"ranks {', '.join(map(str, twice))} use the same GPU {device} on {host}",
+                "one process a GPU: look at CUDA_VISIBLE_DEVICES and at who starts processes",
+            )
+    blind = [rank for rank, other in enumerate(ranks) if not other["sees_out"]]
+    if blind:
+        yield note(
+            "out-not-shared",
+            f"ranks {', '.join(map(str, blind))} do not see rank 0's run folder",
+            "only rank 0 writes there; to continue, the first machine must be the same one again",
+        )

@@ -1,0 +1,241 @@
+"""Gather what the checks need to know about this machine and this launch; imports no torch."""
+
+import errno
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+from cifar_dist.config import Recipe, UsageError, cache_folder
+from cifar_dist.data.cifar import ARCHIVES
+from cifar_dist.launching.accelerate_config import AccelerateConfig
+from cifar_dist.launching.checks import Device, Endpoint, Facts
+from cifar_dist.launching.predict import count_images, predict
+from cifar_dist.preemption import is_launched
+from cifar_dist.runfolder import RunLock, check_out
+from cifar_dist.runtime import (
+    address_towards,
+    asked_world_size,
+    interface_of,
+    usable_cores,
+    user_environment,
+)
+
+PATIENCE = 5.0  # seconds for another machine, or a driver, to answer
+
+
+def gather(
+    config: AccelerateConfig,
+    recipe: Recipe,
+    machines: int | None = None,
+    per_machine: int | None = None,
+    script: str | None = None,
+) -> Facts:
+    """Return the facts of a launch from here.
+
+    Args:
+        machines, per_machine: where neither the environment nor `config` says it.
+        script: a Slurm script to look into.
+
+    Raises:
+        UsageError: the script cannot be read.
+    """
+    machines = machines or _number("PET_NNODES", "SLURM_NNODES") or config.machines
+    per_machine = per_machine or _number("PET_NPROC_PER_NODE", "LOCAL_WORLD_SIZE")
+    per_machine = per_machine or max(1, config.per_machine)
+    rank = _number("PET_NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
+    place = _endpoint(config)
+    out = Path(recipe.out or "runs").expanduser().absolute()
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    return Facts(
+        machines=machines,
+        per_machine=per_machine,
+        rank=int(config.values.get("machine_rank") or 0) if rank is None else rank,
+        config=config,
+        recipe=recipe,
+        environment=user_environment(),
+        platform=sys.platform,
+        alone=_refusal(asked_world_size),
+        devices=find_devices(),
+        cores=usable_cores(),
+        address=_address(),
+        interface=_interface(place.host) if place else "",
+        endpoint=place,
+        batch_script=_read_script(script),
+        dataset=_dataset(recipe),
+        out=_refusal(lambda: _try_out(recipe)),
+        free=shutil.disk_usage(existing).free,
+        needed=_disk(recipe, machines * per_machine),
+        shared_memory=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
+    )
+
+
+def describe_machine(facts: Facts) -> dict[str, str]:
+    """Return what a person wants to see of the facts."""
+    config = facts.config
+    names = [f"{device.index} {device.name}" for device in facts.devices]
+    launch = f"{facts.machines} machines x " if facts.machines > 1 else ""
+    return {
+        "machine": f"{platform.node()} ({facts.address or 'no address'}), {platform.platform()}, "
+        f"{facts.cores} cores, {psutil.virtual_memory().total / 1e9:.0f} GB",
+        "devices": ", ".join(names) or ("MPS" if _has_mps() else "CPU"),
+        "versions": ", ".join(
+            f"{name} {version(name)}" for name in ("cifar_dist", "torch", "accelerate")
+        )
+        + f", python {platform.python_version()}",
+        "configuration": f"{config.path} ({config.digest})" if config.path else "none",
+        "launch": f"{launch}{facts.per_machine} process{'es' * (facts.per_machine > 1)}"
+        + (f", meeting at {facts.endpoint.host}:{facts.endpoint.port}" if facts.endpoint else ""),
+    }
+
+
+def find_devices() -> list[Device]:
+    """Return the NVIDIA GPUs that processes here would see, as the driver lists them."""
+    query = "index,name,uuid,compute_cap,driver_version"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    devices = []
+    for line in listed.stdout.splitlines() if listed.returncode == 0 else []:
+        index, name, uuid, capability, driver = (part.strip() for part in line.split(","))
+        numbers = tuple(int(part) for part in driver.split(".") if part.isdigit())
+        devices.append(Device(int(index), name, uuid, float(capability), numbers))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return devices
+    wanted = [part.strip() for part in visible.split(",")]
+    return [device for device in devices if {str(device.index), device.uuid} & set(wanted)]
+
+
+def _endpoint(config: AccelerateConfig) -> Endpoint | None:
+    """Return where the processes are to meet, and whether that is possible from here."""
+    env = os.environ
+    host = env.get("PET_MASTER_ADDR") or env.get("MASTER_ADDR")
+    port = env.get("PET_MASTER_PORT") or env.get("MASTER_PORT") or "29500"
+    if not host and "PET_RDZV_ENDPOINT" in env:
+        host, _, port = env["PET_RDZV_ENDPOINT"].partition(":")
+    if not host:
+        values = config.values
+        if not (values.get("main_process_ip") or values.get("main_process_port")):
+            return None
+        host = str(values.get("main_process_ip") or "127.0.0.1")
+        port = str(values.get("main_process_port", "29500"))
+    number = int(port) if port.isdigit() else 29500
+    try:
+        address = socket.gethostbyname(host)
+    except OSError as error:
+        return Endpoint(host, number, error=f"unknown host: {error.strerror or error}")
+    mine = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    if address in mine:
+        # Within a launch the launcher itself listens there.
+        free = is_launched() or number == 0
+        return Endpoint(host, number, True, holder="" if free else _holder(address, number))
+    return Endpoint(host, number, error=_reach(address, number) if number else "")
+
+
+def _holder(address: str, port: int) -> str:
+    """Return which process of this machine has a port, or "" if it is free."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind((address, port))
+            return ""
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                return ""
+    with suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            listens = connection.status == psutil.CONN_LISTEN
+            if listens and getattr(connection.laddr, "port", 0) == port and connection.pid:
+                command = " ".join(psutil.Process(connection.pid).cmdline())
+                return f"process {connection.pid} ({command[:100]})"
+    return "another program"
+
+
+def _reach(address: str, port: int) -> str:
+    """Return why no connection can be made, or ""."""
+    try:
+        socket.create_connection((address, port), timeout=PATIENCE).close()
+    except ConnectionRefusedError:
+        return "refused"
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _interface(host: str) -> str:
+    """Return the network interface that leads to a machine, or ""."""
+    with suppress(OSError):
+        return interface_of(address_towards(host)) or ""
+    return ""
+
+
+def _address() -> str:
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return ""
+
+
+def _dataset(recipe: Recipe) -> str:
+    """Return why the dataset is not ready for a run, or ""."""
+    config = recipe.data
+    if config.name not in ARCHIVES:
+        return _refusal(lambda: count_images(config))
+    archive, root = ARCHIVES[config.name], Path(config.root).expanduser()
+    places = (
+        cache_folder(config) / f"{config.name}-{config.image_size or 32}",
+        root / archive.name,
+        root / archive.folder,
+    )
+    if any(place.exists() for place in places):
+        return ""
+    return f"{config.name} is not in '{config.root}', and would be downloaded at the start"
+
+
+def _disk(recipe: Recipe, processes: int) -> int:
+    """Return the bytes of disk for checkpoints, 0 if that cannot be known."""
+    with suppress(UsageError, ZeroDivisionError):
+        return predict(recipe, processes).disk
+    return 0
+
+
+def _try_out(recipe: Recipe) -> None:
+    with RunLock() as lock:
+        check_out(recipe, lock)
+
+
+def _refusal(function: object) -> str:
+    """Return the message with which a function refuses, or ""."""
+    try:
+        function()  # type: ignore[operator]
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def _read_script(place: str | None) -> tuple[str, str] | None:
+    if place is None:
+        return None
+    try:
+        return place, Path(place).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"'{place}' cannot be read ({error}); name a Slurm script") from error
+
+
+def _number(*names: str) -> int | None:
+    found = next((os.environ[name] for name in names if name in os.environ), "")
+    return int(found) if found.isdigit() else None
+
+
+def _has_mps() -> bool:
+    return sys.platform == "darwin" and platform.machine() == "arm64"

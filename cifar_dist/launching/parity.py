@@ -1,0 +1,301 @@
+"""Show that N processes train as one does: `cifar-dist parity --processes 1,2,4 [recipe]`.
+
+A few steps of the recipe are trained by the real command on each number of processes, and losses,
+gradients and weights are compared. With BatchNorm each process normalises its own
+share of a batch, so the exact reference is one process that takes the batch in as many parts.
+
+Training amplifies rounding, with BatchNorm and high rates a hundredfold a step. So the yardstick is
+a run of one process that begins with weights whose last bit is another one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cifar_dist.config import Recipe, UsageError, parse_recipe, require
+from cifar_dist.launching.findings import Finding, error, note, show, warning
+from cifar_dist.launching.networks import describe_network
+from cifar_dist.launching.options import Options
+from cifar_dist.launching.predict import count_images
+from cifar_dist.runfolder import read_metrics
+from cifar_dist.runtime import run_verb
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+ROUNDING = 1e-6  # of float32: less than this tells nothing
+ALLOWED = 20.0  # times what rounding alone has made
+CHAOS = 0.1  # of how far the weights moved: rounding alone has made that much
+TESTED = 256  # test images
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a short run left.
+
+    Attributes:
+        losses, norms: training loss and gradient norm of each step.
+        weights: the trained ones, after the last step.
+        facts: run.json.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    weights: Mapping[str, torch.Tensor]
+    facts: Mapping[str, Any]
+
+
+class TrainingFailed(Exception):
+    """A run did not come to its end; says its last words."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, train, compare, and return 0, or 2 if something differs."""
+    return run_verb(compare, argv)
+
+
+def compare(argv: Sequence[str], program: Sequence[str] = ("-m", "cifar_dist.train")) -> int:
+    """Do what `main` does, with the arguments for Python that start the training."""
+    parser = Options("parity", __doc__)
+    parser.add_argument("--processes", default="1,2", metavar="N,N", help="numbers to compare")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each run")
+    parser.add_argument("--json", action="store_true")
+    options, own, recipe, _ = parser.read(argv)
+    words = options.processes.split(",")
+    numbers = sorted({int(word) for word in words if word.isdigit() and int(word) > 0})
+    require(
+        len(numbers) > 0 and len(numbers) == len(set(words)),
+        f"--processes is '{options.processes}'; give numbers such as 1,2,4",
+    )
+    require(options.steps > 0, f"--steps is {options.steps}; give 1 or more")
+    several = [number for number in numbers if number > 1]
+    require(bool(several), "--processes names no number above 1 to compare with")
+    shortened, remarks = _shorten(recipe, several, options.steps)
+    told: dict[str, Any] = {}
+    findings: list[Finding] = [note("changed", what, "see docs/launching.md") for what in remarks]
+    short, _ = parse_recipe([*own, *shortened])
+    weights = describe_network(short.model, len(count_images(short.data).classes)).weights()
+    normalised = any(weight.statistics for weight in weights) and not short.train.sync_batchnorm
+    with tempfile.TemporaryDirectory() as folder:
+
+        def train(processes: int, parts: int = 1, *more: str) -> Run:
+            out = Path(folder) / f"{processes}-{parts}{len(more)}"
+            accumulated = ["--train.accumulate", str(recipe.train.accumulate * parts)]
+            return _train(processes, [*own, *shortened, *accumulated, *more], out, program)
+
+        alone = train(1)
+        network, rounded = _begin(short, alone), Path(folder) / "rounded.safetensors"
+        begun = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
+        _write_rounded(network, rounded)
+        noise = _differ(alone, train(1, 1, "--model.weights", str(rounded)), begun)
+        told["1 process, its first weights changed in the last bit"] = noise.describe()
+        if noise.weights[noise.worst] > CHAOS:
+            findings.append(
+                warning(
+                    "chaotic",
+                    "rounding alone changes these weights by "
+                    f"{noise.weights[noise.worst]:.1e} of how far they move: nothing smaller shows",
+                    "take fewer --steps, or a lower --optim.lr",
+                )
+            )
+        for number in several:
+            try:
+                together = train(number)
+            except TrainingFailed as failure:
+                told[f"{number} processes"] = "failed"
+                remedy = "see what it says; the first failing rank is the cause"
+                findings.append(error("failed", f"{number} processes: {failure}", remedy))
+                continue
+            exact = train(1, number) if normalised else alone
+            name = f"{number} processes against 1" + f" in {number} parts" * normalised
+            difference = _differ(exact, together, begun)
+            told[name] = difference.describe()
+            for what in difference.beyond(noise):
+                findings.append(error("differs", f"{name}: {what}", "that is a bug"))
+            if normalised:
+                name = f"{number} processes against 1"
+                told[name] = _differ(alone, together, begun).describe()
+                findings.append(
+                    note(
+                        "batchnorm",
+                        f"{name}: each process normalises its own share of the batch, so this "
+                        "difference is expected",
+                        "on GPUs --train.sync_batchnorm true takes it away",
+                    )
+                )
+    return show(findings, told, options.json)
+
+
+def _shorten(recipe: Recipe, several: Sequence[int], steps: int) -> tuple[list[str], list[str]]:
+    """Return options that make a run short and comparable, and what they change."""
+    parts = math.lcm(*several) * recipe.train.accumulate
+    batch = -(-recipe.train.batch_size // parts) * parts
+    remarks = []
+    if batch != recipe.train.batch_size:
+        numbers = ", ".join(map(str, several))
+        remarks.append(f"batches are of {batch} images here, which divide among {numbers}")
+    dropout = any(kept.share for kept in _dropouts(recipe))
+    if dropout:
+        remarks.append("dropout is off here: its masks are drawn by each process for itself")
+    options = {
+        "train.batch_size": batch,
+        "data.limit_train": batch * steps,
+        "data.limit_test": TESTED,
+        "train.epochs": 1,
+        "model.dropout": 0,
+        "track.every_steps": 1,
+        "track.log_with": "[]",
+        "checkpoint.keep": 1,
+        "checkpoint.every_steps": 0,
+        "resume": "never",
+    }
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))], remarks
+
+
+def _dropouts(recipe: Recipe) -> list[Any]:
+    """Return the layers of the network that drop something."""
+    from cifar_dist.launching.networks import Chain, Dropout, Layer
+
+    def within(layer: Layer) -> list[Any]:
+        if isinstance(layer, Chain):
+            return [found for part in layer.parts.values() for found in within(part)]
+        return [layer] if isinstance(layer, Dropout) else []
+
+    return within(describe_network(recipe.model, 10))
+
+
+def _train(processes: int, options: Sequence[str], out: Path, program: Sequence[str]) -> Run:
+    """Run the real command and read what it left.
+
+    Raises:
+        TrainingFailed: on several processes.
+        UsageError: on a single one, which has nothing to do with their number.
+    """
+    from safetensors.torch import load_file
+
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    start = [sys.executable, *launcher * (processes > 1), *program]
+    done = subprocess.run(
+        [*start, *options, "--out", str(out)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        words = (errors or done.stderr.splitlines() or ["it said nothing"])[-1]
+        if processes == 1:
+            raise UsageError(words.removeprefix("error: "))
+        raise TrainingFailed(words.removeprefix("error: "))
+    steps = [line for line in read_metrics(out) if line["split"] == "train_window"]
+    newest = max((out / "checkpoints").iterdir())
+    return Run(
+        [line["loss"] for line in steps],
+        [line["gradient_norm"] for line in steps],
+        load_file(newest / "model.safetensors"),
+        json.loads((out / "run.json").read_text()),
+    )
+
+
+def _begin(recipe: Recipe, run: Run) -> nn.Module:
+    """Return the network as it was before the first step of a run."""
+    import torch
+
+    from cifar_dist.models import build_model
+    from cifar_dist.weights import load_weights
+
+    torch.manual_seed(recipe.train.seed)
+    network = build_model(recipe.model, len(run.facts["classes"]))
+    if recipe.model.weights:
+        load_weights(network, recipe.model.weights)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if not parameter.requires_grad:  # set from the data, and never changed
+                parameter.copy_(run.weights[name])
+    return network
+
+
+def _write_rounded(network: nn.Module, path: Path) -> None:
+    """Write weights that differ from the network's in the last bit, up or down at random."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {name: value.clone() for name, value in network.state_dict().items()}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            away = torch.randint_like(parameter, 2) * 2 - 1
+            tensors[name] = torch.nextafter(parameter.detach(), away * torch.inf)
+    save_file(tensors, path)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two runs are apart.
+
+    Attributes:
+        losses, norms: relative, by step.
+        weights: by name, as a share of how far each has moved since the start.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, float]
+
+    @property
+    def worst(self) -> str:
+        """The name of the weights that are furthest apart."""
+        return max(self.weights, key=lambda name: self.weights[name])
+
+    def describe(self) -> str:
+        """Return the largest differences in words."""
+        loss, norm = max(self.losses), max(self.norms)
+        return (
+            f"loss within {loss:.1e} (step {self.losses.index(loss) + 1}), gradient norm within "
+            f"{norm:.1e} (step {self.norms.index(norm) + 1}), weights within "
+            f"{self.weights[self.worst]:.1e} of how far they moved ({self.worst})"
+        )
+
+    def beyond(self, noise: Difference) -> list[str]:
+        """Say what is more than rounding makes, which `noise` shows; and where it begins."""
+        wrong = []
+        pairs = {"loss": (self.losses, noise.losses), "gradient norm": (self.norms, noise.norms)}
+        for what, (mine, rounded) in pairs.items():
+            for step, value in enumerate(mine):
+                if value > ALLOWED * max(ROUNDING, *rounded[: step + 1]):
+                    wrong.append(f"the {what} differs first at step {step + 1}, by {value:.1e}")
+                    break
+        largest = ALLOWED * max(ROUNDING, *noise.weights.values())
+        names = [name for name, value in self.weights.items() if value > largest]
+        if names:
+            wrong.append(
+                f"{len(names)} of {len(self.weights)} weights differ, most of all {self.worst}: by "
+                f"{self.weights[self.worst]:.1e} of how far it moved"
+            )
+        return wrong
+
+
+def _differ(expected: Run, found: Run, begun: Mapping[str, torch.Tensor]) -> Difference:
+    """Compare two runs that began with the weights `begun`."""
+    return Difference(
+        [_relative(a, b) for a, b in zip(expected.losses, found.losses, strict=True)],
+        [_relative(a, b) for a, b in zip(expected.norms, found.norms, strict=True)],
+        {
+            name: float((found.weights[name] - expected.weights[name]).norm())
+            / max(float((expected.weights[name] - before).norm()), 1e-12)
+            for name, before in begun.items()
+        },
+    )
+
+
+def _relative(expected: float, found: float) -> float:
+    return abs(found - expected) / max(abs(expected), 1e-12)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""Say what a launch would do, without torch, a GPU, or starting anything: `cifar-dist plan ...`.
+
+The commands for each machine, the run in numbers, what it takes of memory, disk and network, and
+every trap that is seen beforehand.
+"""
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cifar_dist.config import Recipe, require
+from cifar_dist.launching.accelerate_config import AccelerateConfig, read_config
+from cifar_dist.launching.checks import CAPABILITIES, Device, Endpoint, Facts, check
+from cifar_dist.launching.findings import show
+from cifar_dist.launching.options import Options
+from cifar_dist.launching.predict import Prediction, predict, read_link, read_rate, step_seconds
+from cifar_dist.runtime import run_verb
+
+PORT = 29500
+FIRST = "FIRST_MACHINE"  # stands for an address that is not known here
+ENGINES = ("accelerate", "torchrun", "ssh", "slurm", "kubernetes", "skypilot")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, print the plan, and return the exit code."""
+    return run_verb(_plan, argv)
+
+
+def _plan(argv: Sequence[str]) -> int:
+    options, own, recipe, origin = _parser().read(argv)
+    config = read_config(options.accelerate_config)
+    facts = _facts(options, config, recipe)
+    findings = check(facts)
+    told: dict[str, Any] = {"recipe": origin}
+    told |= {f"on machine {rank}": line for rank, line in enumerate(commands(facts, options, own))}
+    if "batch" not in {finding.code for finding in findings}:
+        prediction = predict(recipe, facts.processes)
+        told |= _seconds(prediction, recipe, options)
+        told |= _numbers(prediction, recipe) if options.json else _describe(prediction, recipe)
+    return show(findings, told, options.json)
+
+
+def _parser() -> Options:
+    parser = Options("plan", __doc__)
+    parser.add_argument("--accelerate-config", metavar="YAML", help="as `accelerate config` writes")
+    parser.add_argument("--machines", type=int, metavar="M")
+    parser.add_argument("--processes-per-machine", type=int, metavar="P", help="one a GPU")
+    parser.add_argument("--engine", choices=ENGINES, help="what starts it; default: by the numbers")
+    parser.add_argument("--device", metavar="NAME", help="GPU to check for, such as 'Tesla T4'")
+    parser.add_argument("--like", metavar="RUN", help="run whose speed to assume for each process")
+    parser.add_argument("--link", metavar="JSON", help="what a live `doctor --json` has printed")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def _facts(options: argparse.Namespace, config: AccelerateConfig, recipe: Recipe) -> Facts:
+    asked = (options.machines, options.processes_per_machine)
+    machines = config.machines if asked[0] is None else asked[0]
+    per_machine = max(1, config.per_machine) if asked[1] is None else asked[1]
+    for name, value in (("machines", machines), ("processes-per-machine", per_machine)):
+        require(value >= 1, f"--{name} is {value}; give 1 or more")
+    devices: list[Device] = []
+    if options.device:
+        known = [name for name in CAPABILITIES if name in options.device]
+        require(
+            bool(known),
+            f"--device {options.device} is not known; name one of {', '.join(CAPABILITIES)}",
+        )
+        device = Device(0, options.device, capability=CAPABILITIES[max(known, key=len)])
+        devices = [device] * per_machine
+    port = config.values.get("main_process_port")
+    host = str(config.values.get("main_process_ip") or FIRST)
+    # Whether the address can be reached is for the doctor, on that machine.
+    place = Endpoint(host, port, is_here=True) if isinstance(port, int) else None
+    return Facts(
+        machines=machines,
+        per_machine=per_machine,
+        config=config,
+        recipe=recipe,
+        devices=devices,
+        endpoint=place,
+    )
+
+
+def commands(facts: Facts, options: argparse.Namespace, own: Sequence[str]) -> list[str]:
+    """Return the command for each machine, or the one for the engine that speaks to all of them."""
+    machines, per_machine = facts.machines, facts.per_machine
+    tail = shlex.join(["-m", "cifar_dist.train", *own])
+    if options.engine in ("kubernetes", "skypilot"):
+        return [_filled(options.engine, machines, per_machine, list(own))]
+    if options.engine == "slurm":
+        gpus = f"--nodes {machines} --gpus-per-node {per_machine}"
+        return [f"sbatch {gpus} launch/slurm.sbatch {shlex.join(own)}".strip()]
+    if options.engine == "ssh":
+        hosts = ",".join([FIRST, *(f"MACHINE_{rank}" for rank in range(1, machines))])
+        return [f"bash launch/multi_machine.sh {hosts} {shlex.join(own)}".strip()]
+    if options.engine != "torchrun" and facts.config.path:
+        named = f"--config_file {facts.config.path} " if facts.config.chosen else ""
+        ranks = [f"--machine_rank {rank} " for rank in range(machines)] if machines > 1 else [""]
+        return [f"accelerate launch {named}{rank}{tail}" for rank in ranks]
+    if options.engine == "torchrun" or machines > 1:
+        meeting = f"--master_addr {FIRST} --master_port {PORT}"
+        several = [f"--nnodes {machines} --node_rank {rank} {meeting}" for rank in range(machines)]
+        how = several if machines > 1 else ["--standalone"]
+        return [f"torchrun {each} --nproc_per_node {per_machine} {tail}" for each in how]
+    flags = f"--multi_gpu --num_processes {per_machine} " if per_machine > 1 else ""
+    return [f"accelerate launch {flags}{tail}"]
+
+
+def _seconds(
+    prediction: Prediction, recipe: Recipe, options: argparse.Namespace
+) -> dict[str, float | str]:
+    """Predict the step's time from what was measured; without that there is nothing to say."""
+    several = prediction.processes > 1
+    if not options.like or (several and not options.link):
+        missing = "--like RUN" + (" and --link JSON" if several else "")
+        return {"seconds_per_step": f"not known; measure first and give {missing}"}
+    computation = recipe.train.batch_size / prediction.processes / read_rate(options.like)
+    link = read_link(options.link) if several else (0.0, 1.0)
+    seconds = step_seconds(
+        computation, prediction.collectives, prediction.sent, prediction.processes, link
+    )
+    return {"seconds_per_step": seconds, "hours_of_training": seconds * prediction.steps / 3600}
+
+
+def _numbers(prediction: Prediction, recipe: Recipe) -> dict[str, Any]:
+    """Put a prediction into plain values, named as run.json names them."""
+    dataset = prediction.dataset
+    values = {
+        field.name: getattr(prediction, field.name) for field in dataclasses.fields(prediction)
+    }
+    del values["dataset"]
+    return {
+        "world_size": values.pop("processes"),
+        "train_images": len(dataset.train),
+        "evaluation_images": {name: len(part) for name, part in dataset.evaluation.items()},
+        "per_process": recipe.train.batch_size // recipe.train.accumulate // prediction.processes,
+        **values,
+    }
+
+
+def _describe(prediction: Prediction, recipe: Recipe) -> dict[str, str]:
+    """Put a prediction into lines."""
+    train, dataset = recipe.train, prediction.dataset
+    parts = f" in {train.accumulate} parts" if train.accumulate > 1 else ""
+    each = train.batch_size // train.accumulate // prediction.processes
+    measured = ", ".join(f"{len(part)} {name}" for name, part in dataset.evaluation.items())
+    files = ", ".join(f"{name} {_mb(size)}" for name, size in prediction.checkpoint.items())
+    lines = {
+        "processes": str(prediction.processes),
+        "batch": f"{train.batch_size}{parts}, {each} per process",
+        "images": f"{len(dataset.train)} training, {measured}, {len(dataset.classes)} classes",
+        "steps": f"{prediction.steps_per_epoch} per epoch ({prediction.left_over} images left "
+        f"over), {train.epochs} epochs, {prediction.steps} in all",
+        "learning_rate": ", ".join(
+            f"{rate:.4g} at step {step}" for step, rate in prediction.rates.items()
+        ),
+        "network": f"{recipe.model.name}, {prediction.parameters} parameters, "
+        f"{prediction.multiplications / 1e6:.1f} million multiplications an image",
+        "checkpoints": f"{len(prediction.saves)}, the last at step {prediction.saves[-1]}; "
+        f"{files}; {_mb(prediction.disk)} on disk at most",
+        "memory_per_process": ", ".join(
+            f"{name} {_mb(size)}" for name, size in prediction.memory.items()
+        )
+        + ", and what torch itself takes",
+    }
+    if prediction.processes > 1:
+        lines["communication"] = (
+            f"{_mb(prediction.sent)} a step in {prediction.collectives} all-reduces"
+        )
+    return lines
+
+
+def _filled(engine: str, machines: int, per_machine: int, own: list[str]) -> str:
+    """Return a template of launch/ with the numbers and the command put in."""
+    names = {"kubernetes": "kubernetes/trainjob.yaml", "skypilot": "skypilot.yaml"}
+    path = templates() / names[engine]
+    content = yaml.safe_load(path.read_text())
+    if engine == "kubernetes":
+        trainer = content["spec"]["trainer"]
+        trainer["numNodes"], trainer["numProcPerNode"] = machines, per_machine
+        trainer["command"] = [*trainer["command"], *own]
+    else:
+        content["num_nodes"] = machines
+        content["run"] = f"{content['run'].rstrip()} {shlex.join(own)}\n"
+    return f"{path.name}\n{yaml.safe_dump(content, sort_keys=False)}"
+
+
+def templates() -> Path:
+    """Return the folder of launch templates: of the checkout, else as installed."""
+    package = Path(__file__).parents[1]
+    checkout = package.parent / "launch"
+    return checkout if checkout.is_dir() else package / "launching" / "templates"
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""The doctor: alone on this machine, with all processes of a launch, and over a log."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cifar_dist.launching import doctor
+from cifar_dist.launching.findings import Finding
+from cifar_dist.launching.logs import KNOWN, explain
+from tests.helpers import TINY, command, run_command
+
+MODULE = "cifar_dist.launching.doctor"
+
+
+@pytest.fixture(autouse=True)
+def no_choice_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests choose one thread, which the doctor would notice."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+
+
+def examined(*argv: str, **environment: str) -> tuple[int, dict[str, Any]]:
+    """Run the static doctor and return its exit code and what it found."""
+    done = run_command([sys.executable, "-m", MODULE, *TINY, *argv, "--json"], **environment)
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def codes(found: dict[str, Any]) -> set[str]:
+    return {finding["code"] for finding in found["findings"]}
+
+
+def write_config(path: Path, **values: Any) -> Path:
+    path.write_text(yaml.safe_dump({"distributed_type": "MULTI_GPU", "num_processes": 2} | values))
+    return path
+
+
+def test_this_machine_is_fine_and_torch_is_not_needed() -> None:
+    code = (
+        "import sys; from cifar_dist.launching.doctor import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    done = run_command([sys.executable, "-c", code, *TINY])
+    assert done.returncode == 0, done.stdout
+    assert "nothing wrong was found" in done.stdout
+
+
+def test_a_taken_port_is_found_with_its_holder(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        config = write_config(tmp_path / "two.yaml", main_process_port=port)
+        code, found = examined("--accelerate-config", str(config))
+    assert code == 2
+    (finding,) = found["findings"]
+    assert finding["code"] == "port-taken"
+    assert f"port {port} is held by process {os.getpid()}" in finding["message"]
+
+
+def test_three_processes_on_two_machines(tmp_path: Path) -> None:
+    address = {"main_process_ip": "127.0.0.1", "main_process_port": 29511}
+    values = address | {"num_machines": 2, "num_processes": 3}
+    code, found = examined("--accelerate-config", str(write_config(tmp_path / "c.yaml", **values)))
+    assert code == 2
+    assert {"total", "loopback-endpoint"} <= codes(found)
+
+
+def test_a_configuration_that_nobody_named_is_said(tmp_path: Path) -> None:
+    (tmp_path / "accelerate").mkdir()
+    path = write_config(tmp_path / "accelerate/default_config.yaml", rdzv_backend="c10d")
+    code, found = examined(HF_HOME=str(tmp_path))
+    assert code == 1
+    assert codes(found) == {"default-config", "ignored-key"}
+    assert str(path) in found["configuration"]
+
+
+def test_a_run_folder_of_another_recipe_is_found(tmp_path: Path) -> None:
+    assert run_command([*command(), *TINY, "--out", str(tmp_path / "run")]).returncode == 0
+    code, found = examined("--optim.lr", "0.5", "--out", str(tmp_path / "run"))
+    assert (code, codes(found)) == (2, {"out"})
+
+
+def test_a_slurm_script_is_looked_into(tmp_path: Path) -> None:
+    script = tmp_path / "job.sbatch"
+    script.write_text("#SBATCH --ntasks-per-node=8\nsrun torchrun -m cifar_dist.train\n")
+    code, found = examined("--script", str(script))
+    assert (code, codes(found)) == (2, {"tasks", "not-requeued"})
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_processes_measure_what_lies_between_them(launcher: str, tmp_path: Path) -> None:
+    start = command(2, launcher, MODULE)
+    done = run_command([*start, *TINY, "--out", str(tmp_path / "run"), "--json"])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    link = found["all_reduce"]
+    assert 0 <= link["latency_seconds"] < 1
+    assert link["bytes_per_second"] > 1e6
+    assert {"rank_0", "rank_1", "slowest_over_fastest"} <= found.keys()
+    assert not any(finding["level"] == "error" for finding in found["findings"])
+    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_with_different_configurations_are_named(tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / f"{rank}/accelerate").mkdir(parents=True)
+        write_config(tmp_path / f"{rank}/accelerate/default_config.yaml", debug=bool(rank))
+    script = tmp_path / "start.sh"
+    script.write_text(
+        f'#!/bin/bash\nexport HF_HOME={tmp_path}/$RANK\nexec {sys.executable} -m {MODULE} "$@"\n'
+    )
+    script.chmod(0o755)
+    torchrun = command(2, "torchrun")[:-2]
+    done = run_command([*torchrun, "--no_python", str(script), *TINY])
+    assert done.returncode != 0
+    assert "error: configuration is" in done.stdout
+    assert "on rank 1" in done.stdout
+
+
+def test_a_launcher_that_started_one_of_two_is_said() -> None:
+    launch = command(2, "accelerate", MODULE)
+    launch[launch.index("--multi_gpu")] = "--cpu"
+    done = run_command([*launch, *TINY])
+    assert done.returncode != 0
+    assert "error: accelerate launch was asked for several processes" in done.stdout
+
+
+def test_a_process_that_hangs_is_named(tmp_path: Path) -> None:
+    worker = [*command(2, module="tests.worker"), "hang_in_doctor", "1"]
+    began = time.monotonic()
+    done = run_command([*worker, *TINY])
+    assert done.returncode != 0
+    assert "error: rank 1 did not arrive within" in done.stdout
+    assert "in a first all-reduce (rank 1 is in worker.py:" in done.stdout
+    assert time.monotonic() - began < 90
+
+
+LOGS = {
+    "port-taken": "RuntimeError: The server socket has failed to listen [::]:29500 (errno: 98 - "
+    "Address already in use). EADDRINUSE",
+    "libuv": "use_libuv was requested but PyTorch was built without libuv support",
+    "wrong-interface": "RuntimeError: Gloo connectFullMesh failed with [127.0.1.1]:3: refused",
+    "late": "[rank1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=12)",
+    "device-twice": "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1b000",
+    "unknown-key": "ValueError: The config file at c.yaml had unknown keys (['fp16'])",
+    "no-machine-rank": "TypeError: int() argument must be a string, a bytes-like object or a real "
+    "number, not 'NoneType'",
+    "no-address": "rdzv_endpoint=None:29500",
+    "killed": "  exitcode  : -9 (pid: 812)",
+    "shared-memory": "DataLoader worker is killed by signal: Bus error.",
+    "crashed": "  exitcode  : -11 (pid: 3)",
+    "memory": "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
+    "disk": "OSError: [Errno 28] No space left on device",
+    "no-meeting": "torch.distributed.elastic.rendezvous.api.RendezvousTimeoutError",
+    "unreachable": "OSError: [Errno 113] No route to host",
+    "unknown-host": "socket.gaierror: [Errno -2] Name or service not known",
+    "nccl": "ncclUnhandledCudaError: Call to CUDA function failed.",
+    "too-few-devices": "CUDA error: invalid device ordinal",
+    "driver": "The NVIDIA driver on your system is too old (found version 11040).",
+    "architecture": "CUDA error: no kernel image is available for execution on the device",
+    "wrong-type": "AttributeError: 'bool' object has no attribute 'lower'",
+    "alone": "the launcher asked for 2 processes, but Accelerate joined 1",
+    "peer-to-peer": "NotImplementedError: Using RTX 4000 series doesn't support",
+    "shapes-differ": "op.preamble.length <= op.nbytes. 20 vs 16",
+    "unused-parameters": "Expected to have finished reduction in the prior iteration",
+    "time-limit": "slurmstepd: error: *** JOB 7 CANCELLED AT 12:00 DUE TO TIME LIMIT ***",
+    "preempted": "torch.distributed.elastic.multiprocessing.api.SignalException: got signal: 15",
+    "files": "OSError: [Errno 24] Too many open files",
+}
+
+
+@pytest.mark.parametrize(("code", "log"), LOGS.items(), ids=LOGS)
+def test_known_errors_are_explained(code: str, log: str) -> None:
+    found = explain(f"epoch 1/2\n{log}\n")
+    assert code in {finding.code for finding in found}
+    assert all(finding.message.startswith("line 2: ") for finding in found)
+
+
+def test_every_known_error_has_a_log() -> None:
+    assert {known.code for known in KNOWN} == LOGS.keys()
+
+
+def test_a_real_failure_is_explained_by_its_first_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worker = [*command(2, module="tests.worker"), "fail_on", "1"]
+    done = run_command([*worker, *TINY, "--out", str(tmp_path / "run")])
+    assert done.returncode != 0
+    (tmp_path / "log").write_text(done.stdout + done.stderr)
+    assert doctor.main(["--explain", str(tmp_path / "log")]) == 2
+    told = capsys.readouterr().out
+    assert told.rstrip().endswith("ZeroDivisionError: the bug in question")
+
+
+def test_interleaved_tracebacks_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = """\
+    [rank1]: Traceback (most recent call last):
+    [rank0]: Traceback (most recent call last):
+    [rank1]:   File "train.py", line 7, in step
+    [rank0]:   File "train.py", line 9, in reduce
+    [rank0]: RuntimeError: Connection closed by peer [127.0.0.1]:2
+    [rank1]: ValueError: the cause
+    """
+    (tmp_path / "log").write_text(textwrap.dedent(log))
+    assert doctor.main(["--explain", str(tmp_path / "log")]) == 2
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1] == "[rank1]: ValueError: the cause"
+    assert not any("rank0" in line for line in told)
+
+
+def test_a_log_without_errors_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log").write_text("all is well\n")
+    assert doctor.main(["--explain", str(tmp_path / "log")]) == 1
+    assert "holds no error that is known here" in capsys.readouterr().out
+    assert doctor.main(["--explain", str(tmp_path / "absent")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_log_comes_through_a_pipe_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cifar_dist", "doctor", "--explain", "-", "--json"],
+        input=LOGS["memory"],
+        capture_output=True,
+        text=True,
+    )
+    (finding,) = json.loads(done.stdout)["findings"]
+    assert Finding(**finding).code == "memory"
+    assert done.returncode == 2

@@ -1,0 +1,71 @@
+"""Parity: N processes train as one does, and where one all-reduce is missing it says so."""
+
+import json
+
+import pytest
+
+from cifar_dist.config import recipe_names
+from cifar_dist.launching import parity
+from tests.helpers import TINY
+
+DRAWN = ["--data.name", "synthetic"]
+SMALL = ["--train.batch_size", "24", "--data.image_size", "32"]  # what a CPU does in seconds
+
+
+def test_two_processes_equal_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parity.main([*TINY, "--train.batch_size", "33"]) == 0
+    told = capsys.readouterr().out
+    assert "2 processes against 1: loss within" in told
+    assert "note: batches are of 34 images here, which divide among 2" in told
+    assert "batchnorm" not in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_on_one_two_and_three(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = parity.main(["--config", name, *DRAWN, *SMALL, "--processes", "1,2,3", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert code == 0, found
+    exact = [key for key in found if key.startswith(("2 processes", "3 processes"))]
+    normalised = any(entry["code"] == "batchnorm" for entry in found["findings"])
+    assert len(exact) == (4 if normalised else 2)
+    assert normalised == any("parts" in key for key in exact)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("gradients", "2 processes: the weights of rank 1 are no longer those of rank 0"),
+        ("loss", "2 processes against 1: the loss differs first at step 1, by"),
+    ],
+)
+def test_a_missing_all_reduce_is_found(
+    what: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = ["-m", "tests.worker", "train_without", what]
+    assert parity.compare([*TINY, "--steps", "2"], program) == 2
+    assert f"error: {message}" in capsys.readouterr().out
+
+
+def test_what_fails_on_one_process_is_no_matter_of_parity(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert parity.main([*TINY, "--data.name", "imagefolder", "--data.root", "/nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("error: data.root '/nowhere' is not a folder")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--processes", "1,x"], "--processes is '1,x'; give numbers such as 1,2,4"),
+        (["--processes", "1"], "--processes names no number above 1"),
+        (["--steps", "0"], "--steps is 0; give 1 or more"),
+    ],
+)
+def test_bad_requests_are_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parity.main([*TINY, *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1

@@ -1,0 +1,204 @@
+"""What is planned is what happens: predictions against the records of real runs."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cifar_dist.config import parse_recipe
+from cifar_dist.launching import plan
+from cifar_dist.launching.predict import predict, step_seconds
+from tests.helpers import TINY, command, read_lines, run_command, write_folder
+
+
+def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    """Return what plan prints as JSON."""
+    plan.main([*argv, "--json"])
+    return dict(json.loads(capsys.readouterr().out))
+
+
+MANY = ["--checkpoint.keep", "100"]
+RUNS = {
+    "one process": (1, []),
+    "momentum and averaged weights on two": (
+        2,
+        ["--optim.momentum", "0.9", "--train.ema", "0.9", "--train.accumulate", "2"],
+    ),
+    "adamw and BatchNorm on two": (
+        2,
+        [
+            *("--model.name", "deep", "--optim.name", "adamw", "--optim.lr", "0.001"),
+            *("--schedule.name", "one_cycle", "--train.epochs", "1", "--data.limit_train", "100"),
+        ],
+    ),
+    "muon, a validation share and steps": (
+        1,
+        [
+            *("--model.name", "speednet", "--model.widths", "[8, 16]", "--optim.name", "muon"),
+            *("--schedule.name", "cosine", "--schedule.warmup_epochs", "0.5"),
+            *("--checkpoint.every_steps", "7", "--checkpoint.every_epochs", "2"),
+            *("--data.val_fraction", "0.1", "--train.epochs", "3"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("processes", "options"), RUNS.values(), ids=RUNS)
+def test_a_plan_says_what_a_run_records(
+    processes: int, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*TINY, *MANY, *options, "--out", str(tmp_path / "run")]
+    expected = planned(capsys, *argv, "--processes-per-machine", str(processes))
+    done = run_command([*command(processes), *argv])
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "run/run.json").read_text())
+    for key in ("world_size", "train_images", "evaluation_images", "steps_per_epoch"):
+        assert expected[key] == facts[key], key
+    lines = [line for line in read_lines(tmp_path / "run") if line["split"] == "train_window"]
+    assert expected["steps"] == lines[-1]["step"] == len(lines)
+    rates = {str(line["step"]): line["learning_rate"] for line in lines}
+    assert expected["rates"] == {step: rates[step] for step in expected["rates"]}
+    assert f"batch {parse_recipe(argv)[0].train.batch_size}" in done.stdout
+    assert f"{expected['per_process']} per process" in done.stdout
+    assert f"({expected['left_over']} images left over)" in done.stdout
+    saved = sorted((tmp_path / "run/checkpoints").iterdir())
+    steps = [int(path.name.removeprefix("step-")) for path in saved]
+    best = json.loads((saved[-1] / "state.json").read_text())["best"]["step"]
+    # With a validation share, each epoch that was the best so far was saved too.
+    ends = set(range(0, expected["steps"] + 1, expected["steps_per_epoch"])) if best else set()
+    assert set(steps) - ends == set(expected["saves"]) - ends
+    assert set(expected["saves"]) <= set(steps)
+    for path in saved:
+        files = json.loads((path / "MANIFEST.json").read_text())["files"]
+        sizes = {name: entry["size"] for name, entry in files.items() if "tensors" in name}
+        assert sizes == expected["checkpoint"]
+
+
+@pytest.mark.parametrize("network", ["tutorial", "resnet18"])
+def test_what_a_step_sends_is_what_was_planned(network: str, tmp_path: Path) -> None:
+    options = [*TINY, "--model.name", network, "--data.limit_train", "128"]
+    worker = [*command(2, module="tests.worker"), "count_bytes", str(tmp_path / "sent.json")]
+    done = run_command([*worker, *options, "--out", str(tmp_path / "run")])
+    assert done.returncode == 0, done.stderr
+    sent = json.loads((tmp_path / "sent.json").read_text())
+    expected = predict(parse_recipe(options)[0], 2)
+    settled = sent[1:]  # in its second step DDP lays out its buckets anew
+    assert settled == [[expected.collectives, expected.sent]] * len(settled)
+    assert len(settled) > 1
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+@pytest.mark.parametrize("per_machine", [1, 2, 8])
+def test_plans_for_gpus(
+    machines: int, per_machine: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = planned(
+        capsys,
+        *("--config", "resnet18", "--train.batch_size", "128"),
+        *("--machines", str(machines), "--processes-per-machine", str(per_machine)),
+    )
+    world = machines * per_machine
+    assert found["world_size"] == world
+    assert found["per_process"] == 128 // world
+    assert found["steps_per_epoch"] == 390
+    assert found["left_over"] == 80
+    weights = 11_173_962
+    assert found["parameters"] == weights
+    assert (found["collectives"], found["sent"]) == ((4, 4 * weights + 4) if world > 1 else (0, 0))
+    lines = [value for key, value in found.items() if key.startswith("on machine")]
+    assert len(lines) == machines
+    for rank, line in enumerate(lines):
+        if machines > 1:
+            assert f"--nnodes 2 --node_rank {rank}" in line
+        if world > 1:
+            assert (
+                f"{'--nproc_per_node' if machines > 1 else '--num_processes'} {per_machine}" in line
+            )
+        assert line.endswith("-m cifar_dist.train --config resnet18 --train.batch_size 128")
+
+
+def test_the_planned_command_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = [*TINY, "--train.epochs", "1", "--out", str(tmp_path / "run")]
+    line = planned(capsys, *own, "--processes-per-machine", "2")["on machine 0"]
+    bin_folder = Path(sys.executable).parent
+    done = subprocess.run(
+        ["bash", "-c", f"{bin_folder}/{line}"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/run.json").read_text())["world_size"] == 2
+
+
+def test_a_plan_needs_no_torch_and_little_time() -> None:
+    code = (
+        "import sys; from cifar_dist.launching.plan import main; "
+        "code = main(['--config', 'resnet18', '--machines', '2']); "
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_the_accelerate_configuration_is_followed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "two.yaml"
+    values = {"distributed_type": "MULTI_GPU", "num_machines": 2, "num_processes": 8}
+    values |= {"main_process_ip": "10.1.1.1", "main_process_port": 0}
+    path.write_text(yaml.safe_dump(values))
+    found = planned(capsys, "--accelerate-config", str(path), "--config", "tutorial")
+    assert found["world_size"] == 8
+    assert f"accelerate launch --config_file {path} --machine_rank 1 -m" in found["on machine 1"]
+    assert [finding["code"] for finding in found["findings"]] == ["port-zero"]
+
+
+def test_a_folder_of_images_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_folder(tmp_path / "set", {"train": 30, "test": 9})
+    options = ["--data.name", "imagefolder", "--data.root", str(root), "--train.batch_size", "8"]
+    found = planned(capsys, *TINY[:2], *options, "--data.limit_train", "null")
+    assert (found["train_images"], found["evaluation_images"]) == (30, {"test": 9})
+    assert (found["steps_per_epoch"], found["left_over"]) == (3, 6)
+
+
+def test_the_time_of_a_step_comes_from_measurements_only(
+    trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--config", "tutorial", "--processes-per-machine", "2"]
+    assert "give --like RUN and --link JSON" in planned(capsys, *argv)["seconds_per_step"]
+    link = {"all_reduce": {"latency_seconds": 0.5, "bytes_per_second": 1e6}}
+    (tmp_path / "link.json").write_text(json.dumps(link))
+    measured = ["--like", str(trained.out), "--link", str(tmp_path / "link.json")]
+    seconds = planned(capsys, *argv, *measured)["seconds_per_step"]
+    # Two all-reduces of half a second, and 0.58 MB at 1 MB/s, besides the computation.
+    assert seconds > 2 * 0.5 + 0.582
+    assert math.isclose(step_seconds(1.0, 2, 1e6, 4, (0.1, 1e6)), 1 + 2 * 3 * 0.1 + 1.5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--config", "tutorial", "--machines", "0"], "--machines is 0; give 1 or more"),
+        (["--device", "Abacus"], "--device Abacus is not known; name one of"),
+        (["--engine", "oxcart"], "invalid choice: 'oxcart'"),
+        (["--machine", "2"], "unknown option '--machine'"),
+        (["--like", "/nowhere"], "'/nowhere' is not a run folder with recorded speeds"),
+        (["--accelerate-config", "/nowhere"], "'/nowhere' is not a file"),
+        (["--config", "tutorial", "--data.limit_train", "9"], "exceeds the 9 training images"),
+    ],
+)
+def test_bad_requests_are_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan.main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_batch_that_does_not_divide_is_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--config", "tutorial", "--processes-per-machine", "3"]) == 2
+    assert "the nearest that work: 63, 66 [batch]" in capsys.readouterr().out
