@@ -35,7 +35,7 @@ LOST = re.compile(
 class PeersMissing(UsageError):
     """Some processes did not arrive; the first of those that did reports it."""
 
-    def __init__(self, message: str, reporter: bool) -> None:
+    def __init__(self, message: str, reporter: bool = False) -> None:  # pickle gives the message
         super().__init__(message)
         self.reporter = reporter
 
@@ -53,6 +53,7 @@ class Peers:
     def __init__(self, rank: int, world: int, timeout: float) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout
         self._done = threading.Event()
+        self._thread = threading.get_ident()  # that trains: under Ray not the main one
         if world == 1:
             return
         Peers.meetings += 1
@@ -240,7 +241,7 @@ class Peers:
         return f"{who} {VANISHED} {where}", arrived
 
     def _ask_where(self, ranks: list[int]) -> str:
-        """Ask ranks that hang what their main thread is doing."""
+        """Ask ranks that hang what they are doing."""
         self._store.set("where", json.dumps(ranks))
         time.sleep(GRACE_SECONDS)
         keys = {rank: f"where/{rank}" for rank in ranks}
@@ -255,14 +256,14 @@ class Peers:
     def _say_where(self) -> None:
         """Answer `_ask_where`, in a thread, as long as the store is there."""
         try:
-            store = self._connect()  # a connection of its own: the main thread's may be blocked
+            store = self._connect()  # a connection of its own: the other's may be blocked
             while not store.check(["where"]):
                 if self._done.wait(1.0):
                     return
             if self.rank in json.loads(store.get("where")):
-                frame = sys._current_frames()[threading.main_thread().ident or 0]
+                frame = sys._current_frames()[self._thread]
                 store.set(f"where/{self.rank}", _place(frame))
-        except (UsageError, RuntimeError):  # the launch is over
+        except (UsageError, RuntimeError, KeyError):  # the launch is over, or the thread is
             return
 
 

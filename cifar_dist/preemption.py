@@ -9,6 +9,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,14 +46,13 @@ class Preemption:
     @contextmanager
     def listen(self) -> Iterator[None]:
         """Handle the signals within the block; elsewhere than in the main thread, do nothing."""
-        try:
-            before = {
-                number: signal.signal(number, self._note)
-                for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-            }
-        except ValueError:  # Python lets only the main thread handle signals
+        if threading.current_thread() is not threading.main_thread():  # Python would refuse
             yield
             return
+        before = {
+            number: signal.signal(number, self._note)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        }
         _follow_launcher()
         try:
             yield

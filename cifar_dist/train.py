@@ -69,7 +69,7 @@ class RunFailed(Exception):
         speaks: this process is the one to say it.
     """
 
-    def __init__(self, line: str, speaks: bool) -> None:
+    def __init__(self, line: str, speaks: bool = False) -> None:  # pickle gives the line alone
         super().__init__(line)
         self.speaks = speaks
 

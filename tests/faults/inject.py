@@ -38,6 +38,11 @@ def is_killed(step: str, rank: str) -> None:
     _after_step(int(step), rank, lambda state: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def launcher_is_stopped(step: str, rank: str) -> None:
+    """SIGTERM the launcher of this process, and no other."""
+    _after_step(int(step), rank, lambda state: os.kill(os.getppid(), signal.SIGTERM))
+
+
 def hangs(step: str, rank: str) -> None:
     """Do nothing any more."""
     _after_step(int(step), rank, lambda state: time.sleep(1000))

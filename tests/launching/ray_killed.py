@@ -1,0 +1,24 @@
+"""launch/ray_train.py, with its options, and a worker that is killed in the first attempt."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray_train
+
+from tests.faults.inject import inject
+
+
+def train(config: dict[str, Any]) -> None:
+    """Do what the script does; the first time, SIGKILL rank 1 after step 6."""
+    mark = Path(config["recipe"].out).with_name("killed")
+    if os.environ["RANK"] == "1" and not mark.exists():
+        mark.touch()
+        inject("is_killed 6 1")
+    ray_train.train(config)  # on a worker, which has the script as it is
+
+
+if __name__ == "__main__":
+    ray_train.train = train
+    ray_train.main(sys.argv[1:])
