@@ -284,6 +284,11 @@ def _check(
         f"the launcher asked for {asked} processes, but Accelerate joined {world}; "
         f"on a CPU use: {TWO_ON_CPU}",
     )
+    kind = accelerator.distributed_type.value
+    require(
+        kind in ("NO", "MULTI_CPU", "MULTI_GPU"),
+        f"{kind} is for networks that do not fit on one GPU, and all of these do; use MULTI_GPU",
+    )
     require(
         accelerator.gradient_accumulation_steps == 1,
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set; unset it and use train.accumulate",

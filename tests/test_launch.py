@@ -6,19 +6,20 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
 import cifar_dist.__main__
-from tests.helpers import TINY, run_command
+from cifar_dist.launching import plan
+from cifar_dist.launching.accelerate_config import IGNORED
+from tests.helpers import TINY, free_port, run_command
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-# Keys that `accelerate launch` accepts in YAML and then ignores; see its command line instead.
-IGNORED = {"rdzv_backend", "same_network", "enable_cpu_affinity", "downcast_bf16"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -28,7 +29,7 @@ def test_every_configuration_is_read_as_it_is_meant(path: Path) -> None:
     assert f"accelerate launch --config_file {relative}" in first
     assert "-m cifar_dist.train" in first
     values = yaml.safe_load(path.read_text())
-    assert not IGNORED & set(values)
+    assert not set(IGNORED) & set(values)
     config = load_config_from_file(str(path))
     for key, value in values.items():
         read = getattr(config, key)
@@ -37,25 +38,96 @@ def test_every_configuration_is_read_as_it_is_meant(path: Path) -> None:
     assert isinstance(values["distributed_type"], str)
 
 
-@pytest.mark.parametrize("name", ["cpu", "cpu_two_processes"])
-def test_the_cpu_configurations_train(name: str, tmp_path: Path) -> None:
-    line = (ROOT / "accelerate_configs" / f"{name}.yaml").read_text().splitlines()[0]
-    words = shlex.split(line.removeprefix("# "))
+def launch_line(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Return variables and words of a configuration's first line, up to the recipe."""
+    words = shlex.split(path.read_text().splitlines()[0].removeprefix("# "))
     environment = dict(word.split("=") for word in words if re.match(r"[A-Z_]+=", word))
-    words = words[len(environment) : words.index("--config")]
+    words = words[len(environment) : words.index("cifar_dist.train") + 1]
     words[0] = str(Path(sys.executable).with_name("accelerate"))
-    done = subprocess.run(
-        [*words, *TINY, "--out", str(tmp_path), "--train.epochs", "1"],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    return environment, words
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_trains(path: Path, tmp_path: Path) -> None:
+    environment, words = launch_line(path)
+    values = yaml.safe_load(path.read_text())
+    machines = values["num_machines"]
+    # Here one machine plays all of them, without GPUs; a process each is enough.
+    own = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    own += ["--num_processes", str(machines)]
+    starts = []
+    for rank in range(machines):
+        start = list(words)
+        if machines > 1:
+            start[start.index("--machine_rank") + 1] = str(rank)
+            start[start.index("-m") : start.index("-m")] = own
+        starts.append([*start, *TINY, "--out", str(tmp_path), "--train.epochs", "1"])
+    running = [
+        subprocess.Popen(
+            start, cwd=ROOT, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
+        )
+        for start in starts
+    ]
+    for process in running:
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors
     facts = json.loads((tmp_path / "run.json").read_text())
-    expected = yaml.safe_load((ROOT / "accelerate_configs" / f"{name}.yaml").read_text())
-    assert (facts["world_size"], facts["device"]) == (expected["num_processes"], "cpu")
+    expected = machines if machines > 1 else values["num_processes"]
+    assert (facts["world_size"], facts["device"]) == (expected, "cpu")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_nothing_is_wrong_with_a_configuration(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = plan.main(["--config", "tutorial", "--accelerate-config", str(path)])
+    assert code == 0, capsys.readouterr().out
+
+
+def answered(path: Path) -> None:
+    """Write what `accelerate config` does for two GPUs on this machine and no further wishes."""
+    ClusterConfig(
+        compute_environment="LOCAL_MACHINE",
+        distributed_type="MULTI_GPU",
+        mixed_precision="no",
+        use_cpu=False,
+        debug=False,
+        num_processes=2,
+        gpu_ids="all",
+        rdzv_backend="static",
+        same_network=True,
+        enable_cpu_affinity=False,
+        downcast_bf16="no",
+    ).to_yaml_file(path)
+
+
+def by_default(path: Path) -> None:
+    """Have `accelerate config default` write its file."""
+    script = str(Path(sys.executable).with_name("accelerate"))
+    done = run_command([script, "config", "default", "--config_file", str(path)])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("write", "processes"), [(answered, 2), (by_default, 1)])
+def test_what_accelerate_config_writes_is_used_as_it_is(
+    write: Callable[[Path], None],
+    processes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    (tmp_path / "accelerate").mkdir()
+    write(tmp_path / "accelerate/default_config.yaml")
+    assert plan.main(["--config", "tutorial", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["world_size"] == processes
+    assert [finding["code"] for finding in planned["findings"]] == ["default-config"]
+    words = shlex.split(planned["on machine 0"])[: -len(["--config", "tutorial"])]
+    words[0] = str(Path(sys.executable).with_name("accelerate"))
+    done = run_command([*words, *TINY, "--train.epochs", "1", "--out", str(tmp_path / "run")])
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/run.json").read_text())["world_size"] == processes
 
 
 def test_console_script_lists_and_reaches_the_verbs() -> None:

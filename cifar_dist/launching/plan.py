@@ -24,6 +24,7 @@ from cifar_dist.runtime import run_verb
 
 PORT = 29500
 FIRST = "FIRST_MACHINE"  # stands for an address that is not known here
+TEMPLATES = Path(__file__).parents[2] / "launch"
 ENGINES = ("accelerate", "torchrun", "ssh", "slurm", "kubernetes", "skypilot")
 
 
@@ -38,7 +39,7 @@ def _plan(argv: Sequence[str]) -> int:
     facts = _facts(options, config, recipe)
     findings = check(facts)
     told: dict[str, Any] = {"recipe": origin}
-    told |= {f"on machine {rank}": line for rank, line in enumerate(commands(facts, options, own))}
+    told |= commands(facts, options, own)
     if "batch" not in {finding.code for finding in findings}:
         prediction = predict(recipe, facts.processes)
         told |= _seconds(prediction, recipe, options)
@@ -88,29 +89,34 @@ def _facts(options: argparse.Namespace, config: AccelerateConfig, recipe: Recipe
     )
 
 
-def commands(facts: Facts, options: argparse.Namespace, own: Sequence[str]) -> list[str]:
-    """Return the command for each machine, or the one for the engine that speaks to all of them."""
-    machines, per_machine = facts.machines, facts.per_machine
-    tail = shlex.join(["-m", "cifar_dist.train", *own])
-    if options.engine in ("kubernetes", "skypilot"):
-        return [_filled(options.engine, machines, per_machine, list(own))]
-    if options.engine == "slurm":
-        gpus = f"--nodes {machines} --gpus-per-node {per_machine}"
-        return [f"sbatch {gpus} launch/slurm.sbatch {shlex.join(own)}".strip()]
-    if options.engine == "ssh":
-        hosts = ",".join([FIRST, *(f"MACHINE_{rank}" for rank in range(1, machines))])
-        return [f"bash launch/multi_machine.sh {hosts} {shlex.join(own)}".strip()]
-    if options.engine != "torchrun" and facts.config.path:
+def commands(facts: Facts, options: argparse.Namespace, own: Sequence[str]) -> dict[str, str]:
+    """Return the command for each machine, or what the engine that speaks to all of them takes."""
+    machines, per_machine, engine = facts.machines, facts.per_machine, options.engine
+    if engine in ("kubernetes", "skypilot"):
+        return {f"for {engine}": _filled(engine, machines, per_machine, own)}
+    if engine == "slurm":
+        line = f"sbatch --nodes {machines} --gpus-per-node {per_machine} launch/slurm.sbatch"
+        return {"for slurm": f"{line} {shlex.join(own)}".rstrip()}
+    if engine == "ssh":
+        hosts = " ".join([FIRST, *(f"MACHINE_{rank}" for rank in range(1, machines))])
+        start = f'HOSTS="{hosts}" NPROC_PER_NODE={per_machine} bash launch/multi_machine.sh'
+        return {"for ssh": f"{start} {shlex.join(own)}".rstrip()}
+    if engine != "torchrun" and facts.config.path:
         named = f"--config_file {facts.config.path} " if facts.config.chosen else ""
         ranks = [f"--machine_rank {rank} " for rank in range(machines)] if machines > 1 else [""]
-        return [f"accelerate launch {named}{rank}{tail}" for rank in ranks]
-    if options.engine == "torchrun" or machines > 1:
-        meeting = f"--master_addr {FIRST} --master_port {PORT}"
-        several = [f"--nnodes {machines} --node_rank {rank} {meeting}" for rank in range(machines)]
-        how = several if machines > 1 else ["--standalone"]
-        return [f"torchrun {each} --nproc_per_node {per_machine} {tail}" for each in how]
-    flags = f"--multi_gpu --num_processes {per_machine} " if per_machine > 1 else ""
-    return [f"accelerate launch {flags}{tail}"]
+        starts = [f"accelerate launch {named}{rank}" for rank in ranks]
+    elif engine == "torchrun" or machines > 1:
+        meeting = f"--master_addr {FIRST} --master_port {PORT} --nproc_per_node {per_machine}"
+        starts = [
+            f"torchrun --nnodes {machines} --node_rank {r} {meeting} " for r in range(machines)
+        ]
+        if machines == 1:
+            starts = [f"torchrun --standalone --nproc_per_node {per_machine} "]
+    else:
+        flags = f"--multi_gpu --num_processes {per_machine} " if per_machine > 1 else ""
+        starts = [f"accelerate launch {flags}"]
+    train = shlex.join(["-m", "cifar_dist.train", *own])
+    return {f"on machine {rank}": start + train for rank, start in enumerate(starts)}
 
 
 def _seconds(
@@ -177,26 +183,44 @@ def _describe(prediction: Prediction, recipe: Recipe) -> dict[str, str]:
     return lines
 
 
-def _filled(engine: str, machines: int, per_machine: int, own: list[str]) -> str:
-    """Return a template of launch/ with the numbers and the command put in."""
-    names = {"kubernetes": "kubernetes/trainjob.yaml", "skypilot": "skypilot.yaml"}
-    path = templates() / names[engine]
-    content = yaml.safe_load(path.read_text())
+def _filled(engine: str, machines: int, per_machine: int, own: Sequence[str]) -> str:
+    """Return a template of launch/ with the numbers and the recipe put in."""
+    require(
+        TEMPLATES.is_dir(),
+        f"the templates for {engine} are in the folder launch/ of the repository, which is not "
+        "installed with the package; make the plan in a checkout",
+    )
     if engine == "kubernetes":
+        content = yaml.safe_load((TEMPLATES / "kubernetes/trainjob.yaml").read_text())
         trainer = content["spec"]["trainer"]
         trainer["numNodes"], trainer["numProcPerNode"] = machines, per_machine
-        trainer["command"] = [*trainer["command"], *own]
+        trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] = per_machine
+        kept = trainer["args"][2 if "--config" in own else 0 :]  # it begins with --config
+        trainer["args"] = [*kept, *own]
     else:
+        content = yaml.safe_load((TEMPLATES / "skypilot.yaml").read_text())
         content["num_nodes"] = machines
-        content["run"] = f"{content['run'].rstrip()} {shlex.join(own)}\n"
-    return f"{path.name}\n{yaml.safe_dump(content, sort_keys=False)}"
+        kind = content["resources"]["accelerators"].partition(":")[0]
+        content["resources"]["accelerators"] = f"{kind}:{per_machine}"
+        own = list(own)
+        if "--config" in own:
+            place = own.index("--config")
+            content["envs"]["RECIPE"] = own[place + 1]
+            del own[place : place + 2]
+        content["run"] = f"{content['run'].rstrip()} {shlex.join(own)}".rstrip() + "\n"
+    return f"\n{yaml.dump(content, Dumper=_Readable, sort_keys=False)}"
 
 
-def templates() -> Path:
-    """Return the folder of launch templates: of the checkout, else as installed."""
-    package = Path(__file__).parents[1]
-    checkout = package.parent / "launch"
-    return checkout if checkout.is_dir() else package / "launching" / "templates"
+class _Readable(yaml.SafeDumper):
+    """Writes text of several lines as such."""
+
+
+def _as_block(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Readable.add_representer(str, _as_block)
 
 
 def _mb(size: float) -> str:
