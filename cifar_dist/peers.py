@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -38,6 +39,21 @@ class PeersMissing(UsageError):
     def __init__(self, message: str, reporter: bool = False) -> None:  # pickle gives the message
         super().__init__(message)
         self.reporter = reporter
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a launch ended.
+
+    Attributes:
+        line: says it, with rank, cause and place.
+        speaks: this process is the one to say it.
+        traceback: of the process that failed first; empty where the line says all.
+    """
+
+    line: str
+    speaks: bool
+    traceback: str = ""
 
 
 class Peers:
@@ -112,38 +128,41 @@ class Peers:
                 self._store.wait(keys, timedelta(seconds=GRACE_SECONDS))
         return told
 
-    def explain(self, error: BaseException, where: str) -> tuple[str, bool]:
-        """Return the line about the end of a run, and whether this process is to say it.
+    def explain(self, error: BaseException, where: str) -> Ending:
+        """Return why the launch ended, as far as it can be known.
 
-        Where one fails all end, and one of them speaks, rank 0 if it can.
+        Where one fails all end, and one of them speaks, rank 0 if it can, of what came first.
 
         Args:
             error: what ended this process.
             where: "at step 12" or the like.
         """
         if self.world == 1 or not lost_peer(error):
-            line = self._describe(error, where)
-            if isinstance(error, Preempted):  # perhaps only because another has failed
-                line = self.cause() or line
+            line, told = self._describe(error, where), _traceback(error)
             if self.world > 1:
+                if isinstance(error, Preempted):  # perhaps only because another has failed
+                    line, told = self.cause() or (line, told)
                 with suppress(RuntimeError):  # the store may be gone already
-                    self._store.compare_set("cause", "", line)
-            return line, self.rank == 0
+                    first = self._store.compare_set("cause", "", json.dumps([line, told]))
+                    line, told = json.loads(first)
+            return Ending(line, self.rank == 0, told)
         try:
-            line, arrived = self._ask_others(error, where)
+            line, told, arrived = self._ask_others(error, where)
         except RuntimeError:  # the store went with rank 0
-            line, arrived = f"rank 0 {VANISHED} {where}", set(range(1, self.world))
-        return line, self.rank == min(arrived)
+            line, told = f"rank 0 {VANISHED} {where}", ""
+            arrived = set(range(1, self.world))
+        return Ending(line, self.rank == min(arrived), told)
 
-    def cause(self) -> str | None:
-        """Return what another process said it failed of, if one did."""
+    def cause(self) -> tuple[str, str] | None:
+        """Return what another process said it failed of, with its traceback, if one did."""
         if self.world == 1:
             return None
         try:
             known = self._store.check(["cause"])
-            return str(self._store.get("cause").decode()) if known else None
+            line, told = json.loads(self._store.get("cause")) if known else ("", "")
         except RuntimeError:  # the store went with the launcher, or with rank 0
             return None
+        return (line, told) if known else None
 
     def leave(self) -> None:
         """Stop listening, while every process is still there."""
@@ -219,7 +238,7 @@ class Peers:
                 if self.rank == min(here):
                     print(f"waiting for the {what} of ranks {missing}, {waited} s", flush=True)
 
-    def _ask_others(self, error: BaseException, where: str) -> tuple[str, set[int]]:
+    def _ask_others(self, error: BaseException, where: str) -> tuple[str, str, set[int]]:
         """Find out why a peer was lost, and which processes, this one among them, lost it too."""
         self._store.set(f"lost/{self.rank}", "")
         arrived, end = {self.rank}, time.monotonic() + GRACE_SECONDS
@@ -230,15 +249,15 @@ class Peers:
                 break
         cause = self.cause()
         if cause is not None:
-            return cause, arrived
+            return *cause, arrived
         missing = [rank for rank in range(self.world) if rank not in arrived]
         if not missing:
-            return self._describe(error, where), arrived
+            return self._describe(error, where), _traceback(error), arrived
         who = f"{'rank' if len(missing) == 1 else 'ranks'} {', '.join(map(str, missing))}"
         if "timed out" in str(error).lower():
             waited = f"{who} did not arrive within {self.timeout:g} s {where}"
-            return waited + self._ask_where(missing), arrived
-        return f"{who} {VANISHED} {where}", arrived
+            return waited + self._ask_where(missing), "", arrived
+        return f"{who} {VANISHED} {where}", "", arrived
 
     def _ask_where(self, ranks: list[int]) -> str:
         """Ask ranks that hang what they are doing."""
@@ -276,6 +295,13 @@ def lost_peer(error: BaseException) -> bool:
         and not isinstance(error, NotImplementedError)
         and bool(LOST.search(str(error)))
     )
+
+
+def _traceback(error: BaseException) -> str:
+    """Return the traceback of an error that a line does not say all about."""
+    if isinstance(error, (RunError, KeyboardInterrupt, Preempted)):
+        return ""
+    return "".join(traceback.format_exception(error))
 
 
 def describe_process() -> dict[str, Any]:

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from cifar_dist.runtime import (
 if TYPE_CHECKING:
     from cifar_dist.data import Dataset
     from cifar_dist.metrics import Evaluation
-    from cifar_dist.peers import Peers
+    from cifar_dist.peers import Ending, Peers
     from cifar_dist.runfolder import RunLock
     from cifar_dist.session import Session
 
@@ -66,12 +65,12 @@ class RunFailed(Exception):
 
     Args:
         line: the one line about it, with the rank, the cause and the place.
-        speaks: this process is the one to say it.
+        ending: the same with what belongs to it; None: this process is not the one to say it.
     """
 
-    def __init__(self, line: str, speaks: bool = False) -> None:  # pickle gives the line alone
+    def __init__(self, line: str, ending: Ending | None = None) -> None:  # pickle gives the line
         super().__init__(line)
-        self.speaks = speaks
+        self.ending = ending
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,19 +113,21 @@ def run(recipe: Recipe, origin: str = "Python") -> Result:
 
 
 def _run(recipe: Recipe, origin: str, preemption: Preemption) -> Result:
+    from cifar_dist.console import kept
     from cifar_dist.reporting import announce, show_inputs
     from cifar_dist.runfolder import RunLock
 
     with RunLock() as lock:
         session = _start(recipe, lock, preemption)
-        try:
-            announce(session, origin)
-            if not session.state.step:
-                show_inputs(session)
-            finished = _train(session, preemption)
-            return _finish(session, finished)
-        except (Exception, KeyboardInterrupt) as error:
-            raise _fail(session, error) from error
+        with kept(session.out, session.accelerator.process_index, session.warned):
+            try:
+                announce(session, origin)
+                if not session.state.step:
+                    show_inputs(session)
+                finished = _train(session, preemption)
+                return _finish(session, finished)
+            except (Exception, KeyboardInterrupt) as error:
+                raise _fail(session, error) from error
 
 
 def _start(recipe: Recipe, lock: RunLock, preemption: Preemption) -> Session:
@@ -165,9 +166,9 @@ def _start(recipe: Recipe, lock: RunLock, preemption: Preemption) -> Session:
             if recipe.out and os.environ.get("RANK", "0") == "0":
                 _note_preempted(Path(recipe.out).expanduser(), lock)
             raise error from None
-        line, speaks = peers.explain(error, "at the start")
-        if line != STOPPED:  # a launcher sends SIGTERM to the others when one process has failed
-            raise RunFailed(line, speaks) from error
+        ending = peers.explain(error, "at the start")
+        if ending.line != STOPPED:  # a launcher sends SIGTERM to the others when one has failed
+            raise RunFailed(ending.line, ending) from error
         if recipe.out and peers.rank == 0:
             _note_preempted(Path(recipe.out).expanduser(), lock)
         raise Preempted from error
@@ -292,26 +293,25 @@ def _fail(session: Session, error: BaseException) -> RunFailed:
     """Put the end of a run into one line, and into status.json."""
     from cifar_dist.runfolder import write_status
 
-    line, speaks = session.peers.explain(error, f"at step {session.state.step}")
+    ending = session.peers.explain(error, f"at step {session.state.step}")
     if not isinstance(error, KeyboardInterrupt):
         with suppress(RunError):  # this line is about what came first
             session.saver.wait()
-    if speaks:
+    if ending.speaks:
         with session.warned.spare("status.json"):
-            write_status(session.out, "failed", session.state.step, session.epochs_done, line)
-    return RunFailed(line, speaks)
+            write_status(
+                session.out, "failed", session.state.step, session.epochs_done, ending.line
+            )
+    return RunFailed(ending.line, ending)
 
 
 def _report(failure: RunFailed) -> int:
-    """Print what a failure needs, its line last, and return the exit code."""
-    from cifar_dist.peers import lost_peer
+    """Print the traceback of what failed first, and last the line about it; return the exit code.
 
-    cause = failure.__cause__
-    said = cause is None or isinstance(cause, (RunError, KeyboardInterrupt, Preempted))
-    if cause is not None and not said and not lost_peer(cause):
-        traceback.print_exception(type(cause), cause, cause.__traceback__)
-    if failure.speaks:
-        print(f"error: {failure}", file=sys.stderr, flush=True)
+    One process does; the others' own words are in their logs.
+    """
+    if failure.ending and failure.ending.speaks:
+        print(f"{failure.ending.traceback}error: {failure}", file=sys.stderr, flush=True)
     return 1
 
 

@@ -209,9 +209,26 @@ def fail_on(rank: str, *arguments: str) -> None:
     sys.exit(main(arguments))
 
 
+def speak(*arguments: str) -> None:
+    """Train; every process says something at each step, in both streams."""
+    from cifar_dist import engine
+    from cifar_dist.train import main
+
+    train_epoch, rank = engine.train_epoch, os.environ["RANK"]
+
+    def speaking(*arguments: Any) -> Any:
+        for result in train_epoch(*arguments):
+            print(f"output of rank {rank}")
+            print(f"errors of rank {rank}", file=sys.stderr)
+            yield result
+
+    engine.train_epoch = speaking  # type: ignore[assignment]
+    sys.exit(main(arguments))
+
+
 if __name__ == "__main__":
     programs = (
         *(count_bytes, evaluate_sizes, fail_on, fall_back, hang_in_doctor, record_positions),
-        *(show_threads, train_without),
+        *(show_threads, speak, train_without),
     )
     {program.__name__: program for program in programs}[sys.argv[1]](*sys.argv[2:])

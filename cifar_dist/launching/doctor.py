@@ -113,10 +113,10 @@ def _meet(facts: Facts, as_json: bool) -> int:
     except Exception as failure:
         if peers is None:
             raise
-        line, speaks = peers.explain(failure, stage)
-        if speaks:
+        ending = peers.explain(failure, stage)
+        if ending.speaks:
             remedy = "look at their machines, and at what lies between"
-            return show([*findings, error("lost", line, remedy)], told, as_json)
+            return show([*findings, error("lost", ending.line, remedy)], told, as_json)
         return 2
     if not as_json and "all_reduce" in told:
         told["all_reduce"] = _in_words(told["all_reduce"])

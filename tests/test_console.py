@@ -1,0 +1,51 @@
+"""Where the words of each process go: a file for every rank, the console for rank 0."""
+
+import re
+from pathlib import Path
+
+from cifar_dist.config import parse_recipe
+from cifar_dist.train import run
+from tests.helpers import TINY, command, run_command, status_of
+
+
+def test_every_rank_has_a_file_and_rank_0_the_console(tmp_path: Path) -> None:
+    worker = [*command(2, module="tests.worker"), "speak", *TINY, "--out", str(tmp_path)]
+    done = run_command(worker)
+    assert done.returncode == 0, done.stderr
+    words = {rank: (tmp_path / f"logs/rank-{rank}.log").read_text() for rank in (0, 1)}
+    assert re.match(r"# 20\S+, rank 1, process \d+ on \S+\n", words[1])
+    for rank in (0, 1):
+        for stream in ("output", "errors"):
+            assert words[rank].count(f"{stream} of rank {rank}\n") == 20
+            assert f"{stream} of rank {1 - rank}" not in words[rank]
+    assert done.stdout.count("output of rank 0") == done.stderr.count("errors of rank 0") == 20
+    assert "of rank 1" not in done.stdout + done.stderr
+    assert "finished at step 20" in words[0]
+    again = run_command([*worker, "--train.epochs", "3"])
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "logs/rank-1.log").read_text().startswith(words[1])  # continued
+
+
+def test_the_first_failure_comes_last_with_its_traceback(tmp_path: Path) -> None:
+    worker = [*command(2, module="tests.worker"), "fail_on", "1", *TINY, "--out", str(tmp_path)]
+    done = run_command(worker)
+    assert done.returncode != 0
+    said = done.stderr[: done.stderr.index("error: rank 1 failed at step 0: ZeroDivisionError")]
+    assert said.rstrip().endswith("ZeroDivisionError: the bug in question")
+    assert said.count("Traceback (most recent call last)") == 1  # and not that of losing it
+    log = (tmp_path / "logs/rank-1.log").read_text()
+    assert "ZeroDivisionError: the bug in question" in log
+    assert status_of(tmp_path)["message"].startswith("rank 1 failed at step 0: ZeroDivisionError")
+
+
+def test_a_log_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("a file where the folder should be")
+    assert run(parse_recipe([*TINY, "--out", str(tmp_path)])[0]).state == "finished"
+
+
+def test_the_streams_are_given_back(tmp_path: Path) -> None:
+    import sys
+
+    before = sys.stdout, sys.stderr
+    run(parse_recipe([*TINY, "--out", str(tmp_path)])[0])
+    assert (sys.stdout, sys.stderr) == before
