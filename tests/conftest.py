@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 
 from cifar_dist.config import parse_recipe
 from cifar_dist.data import download
 from cifar_dist.train import Result, run
-from tests.helpers import TINY
+from tests.helpers import JOB, TINY, Integers, tested
 from tests.server import Server, running
 
 # Two tests run at a time, and their networks are too small to gain from a second thread. Set before
@@ -68,3 +69,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Result:
         ]
     )
     return run(recipe)
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Integers]:
+    """Return what gives the test integers of JOB, with more options, on a single process."""
+
+    @cache
+    def train(*options: str) -> Integers:
+        out = tmp_path_factory.mktemp("alone") / "run"
+        recipe, _ = parse_recipe([*JOB, *options, "--out", str(out)])
+        run(recipe)
+        return tested(out)
+
+    return train

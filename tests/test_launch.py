@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 import cifar_dist.__main__
 from cifar_dist.launching import plan
 from cifar_dist.launching.accelerate_config import IGNORED
-from tests.helpers import TINY, free_port, run_command
+from tests.helpers import JOB, TINY, Integers, free_port, run_command, tested
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -48,7 +48,9 @@ def launch_line(path: Path) -> tuple[dict[str, str], list[str]]:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_configuration_trains(path: Path, tmp_path: Path) -> None:
+def test_every_configuration_trains(
+    path: Path, tmp_path: Path, alone: Callable[..., Integers]
+) -> None:
     environment, words = launch_line(path)
     values = yaml.safe_load(path.read_text())
     machines = values["num_machines"]
@@ -61,7 +63,7 @@ def test_every_configuration_trains(path: Path, tmp_path: Path) -> None:
         if machines > 1:
             start[start.index("--machine_rank") + 1] = str(rank)
             start[start.index("-m") : start.index("-m")] = own
-        starts.append([*start, *TINY, "--out", str(tmp_path), "--train.epochs", "1"])
+        starts.append([*start, *JOB, "--out", str(tmp_path)])
     running = [
         subprocess.Popen(
             start, cwd=ROOT, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
@@ -74,6 +76,7 @@ def test_every_configuration_trains(path: Path, tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "run.json").read_text())
     expected = machines if machines > 1 else values["num_processes"]
     assert (facts["world_size"], facts["device"]) == (expected, "cpu")
+    assert tested(tmp_path) == alone()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -1,0 +1,37 @@
+"""The same job, started in the ways of one machine: the same test integers each time."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import JOB, Integers, command, free_port, run_command, tested
+
+TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+
+
+def c10d() -> list[str]:
+    meet = ["--nnodes", "1", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_id", "job"]
+    return [TORCHRUN, *meet, f"--rdzv_endpoint=localhost:{free_port()}", "-m", "cifar_dist.train"]
+
+
+PLACES: dict[str, tuple[int, Callable[[], list[str]]]] = {
+    "python": (1, command),
+    "accelerate launch": (1, lambda: command(1, "accelerate")),
+    "accelerate launch on two": (2, lambda: command(2, "accelerate")),
+    "torchrun": (2, lambda: command(2)),
+    "torchrun by c10d": (2, c10d),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "start"), PLACES.values(), ids=PLACES)
+def test_the_place_does_not_change_the_result(
+    processes: int, start: Callable[[], list[str]], alone: Callable[..., Integers], tmp_path: Path
+) -> None:
+    done = run_command([*start(), *JOB, "--out", str(tmp_path / "run")])
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/run.json").read_text())["world_size"] == processes
+    assert tested(tmp_path / "run") == alone()
