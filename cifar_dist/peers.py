@@ -72,18 +72,7 @@ class Peers:
             PeersMissing: naming the ranks that did not come.
             UsageError: naming the first rank that differs, and what differs.
         """
-        if self.world == 1:
-            return
-        self._store.set(f"{what}/{self.rank}", json.dumps(facts))
-        self._wait_for(what, seconds)
-        first, *others = (
-            json.loads(self._store.get(f"{what}/{rank}")) for rank in range(self.world)
-        )
-        self._store.set(f"{what}/read/{self.rank}", "")
-        if self.rank == 0:  # it may hold the store, and leave with it
-            with suppress(RuntimeError):
-                keys = [f"{what}/read/{rank}" for rank in range(self.world)]
-                self._store.wait(keys, timedelta(seconds=GRACE_SECONDS))
+        first, *others = self.tell(what, dict(facts), seconds)
         for rank, other in enumerate(others, 1):
             different = [
                 f"{key} is {first.get(key)} there and {other.get(key)} on rank {rank}"
@@ -95,6 +84,29 @@ class Peers:
                     f"rank {rank} was started with another {what} than rank 0: "
                     f"{'; '.join(different[:5])}; start all with the same"
                 )
+
+    def tell(self, what: str, fact: Any, seconds: float | None = MEETING_SECONDS) -> list[Any]:
+        """Tell the others something, and return what each process told, by rank.
+
+        Args:
+            what: what the fact is, for the message.
+            fact: a plain value.
+            seconds: to wait for the others; None waits as long as they live, and says so.
+
+        Raises:
+            PeersMissing: naming the ranks that did not come.
+        """
+        if self.world == 1:
+            return [fact]
+        self._store.set(f"{what}/{self.rank}", json.dumps(fact))
+        self._wait_for(what, seconds)
+        told = [json.loads(self._store.get(f"{what}/{rank}")) for rank in range(self.world)]
+        self._store.set(f"{what}/read/{self.rank}", "")
+        if self.rank == 0:  # it may hold the store, and leave with it
+            with suppress(RuntimeError):
+                keys = [f"{what}/read/{rank}" for rank in range(self.world)]
+                self._store.wait(keys, timedelta(seconds=GRACE_SECONDS))
+        return told
 
     def explain(self, error: BaseException, where: str) -> tuple[str, bool]:
         """Return the line about the end of a run, and whether this process is to say it.

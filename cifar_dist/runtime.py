@@ -5,8 +5,10 @@ skip without a word. Each such case is refused here, before anything else happen
 """
 
 import ctypes
+import ipaddress
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -68,11 +70,6 @@ def start_processes(
     # A second run in one Python, as in a notebook, may ask for another precision.
     AcceleratorState._reset_state()
     use_cpu = _cpu_is_meant(asked)
-    if asked > 1 and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
-        # On one machine: gloo's own choice needs the host name to resolve to a working address.
-        # GPUs use gloo too, for agreeing on signals.
-        loopback = "lo0" if sys.platform == "darwin" else "lo"
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     _use_all_cores()
     if use_cpu:
         keep_memory()
@@ -80,6 +77,8 @@ def start_processes(
     peers = Peers(int(os.environ.get("RANK", "0")), asked, train.timeout)
     peers.compare("code", describe_process())
     peers.compare("recipe", told or {})
+    if asked > 1:
+        choose_interface(peers)
     # NCCL would end the process itself: the exchange on the CPU is to notice first, and say it.
     timeout = timedelta(seconds=train.timeout + (0 if use_cpu else 60))
     hooks = DDPCommunicationHookType
@@ -99,13 +98,53 @@ def start_processes(
         )
     except ValueError as error:
         raise UsageError(f"Accelerate refuses this configuration: {error}") from error
-    except torch.distributed.DistError as error:
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
+        unreachable = "connectFullMesh" in reason  # by gloo, though the launch's store was reached
+        if not (unreachable or isinstance(error, torch.distributed.DistError)):
+            raise
+        hint = (
+            "; the machines must reach each other through the network interface "
+            f"{os.environ.get('GLOO_SOCKET_IFNAME')} (GLOO_SOCKET_IFNAME)"
+        )
         raise PeersMissing(
-            f"the processes lost each other at the start: {reason}", False
+            f"the processes lost each other at the start: {reason}{hint if unreachable else ''}",
+            reporter=unreachable,
         ) from error
     _check(accelerator, asked, log_with, train)
     return accelerator, peers
+
+
+def choose_interface(peers: Peers) -> None:
+    """Have gloo use the network interface through which the machines reach each other.
+
+    Its own choice is the address of the host's name, which may not resolve, and which Debian puts
+    on 127.0.1.1. GPUs use gloo too, for agreeing on signals.
+    """
+    # The first machine may reach itself through its loopback: then the others know the way.
+    told = peers.tell("address", address_towards(os.environ["MASTER_ADDR"]))
+    outside = [address for address in told if not ipaddress.ip_address(address).is_loopback]
+    interface = interface_of(address_towards((*outside, "127.0.0.1")[0]))
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def address_towards(host: str) -> str:
+    """Return the address from which this machine would reach `host`; nothing is sent."""
+    family, kind, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)
+        return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str | None:
+    """Return the name of the network interface that has the address, if one does."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in [entry.address for entry in addresses]:
+            return name
+    return None
 
 
 def keep_memory() -> None:
