@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cifar_dist.config import TrainConfig, UsageError, require
-from cifar_dist.peers import Peers, PeersMissing, describe_process, lost_peer
+from cifar_dist.peers import Peers, PeersMissing, describe_process
 from cifar_dist.preemption import is_launched
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def start_processes(
             processes differ in what they were told or in their code.
     """
     asked = asked_world_size()
+    import torch.distributed
     from accelerate import (
         Accelerator,
         DataLoaderConfiguration,
@@ -78,7 +79,7 @@ def start_processes(
     peers.compare("code", describe_process())
     peers.compare("recipe", told or {})
     if asked > 1:
-        _choose_interface(peers)
+        choose_interface(peers)
     # NCCL would end the process itself: the exchange on the CPU is to notice first, and say it.
     timeout = timedelta(seconds=train.timeout + (0 if use_cpu else 60))
     hooks = DDPCommunicationHookType
@@ -99,17 +100,23 @@ def start_processes(
     except ValueError as error:
         raise UsageError(f"Accelerate refuses this configuration: {error}") from error
     except RuntimeError as error:
-        if not lost_peer(error):
-            raise
         reason = " ".join(str(error).split())[:200]
+        unreachable = "connectFullMesh" in reason  # by gloo, though the launch's store was reached
+        if not (unreachable or isinstance(error, torch.distributed.DistError)):
+            raise
+        hint = (
+            "; the machines must reach each other through the network interface "
+            f"{os.environ.get('GLOO_SOCKET_IFNAME')} (GLOO_SOCKET_IFNAME)"
+        )
         raise PeersMissing(
-            f"the processes lost each other at the start: {reason}", "connectFullMesh" in reason
+            f"the processes lost each other at the start: {reason}{hint if unreachable else ''}",
+            reporter=unreachable,
         ) from error
     _check(accelerator, asked, log_with, train)
     return accelerator, peers
 
 
-def _choose_interface(peers: Peers) -> None:
+def choose_interface(peers: Peers) -> None:
     """Have gloo use the network interface through which the machines reach each other.
 
     Its own choice is the address of the host's name, which may not resolve, and which Debian puts

@@ -1,0 +1,164 @@
+"""launch/slurm.sbatch: on a real Slurm of two nodes, and on a few lines that pass for one."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import JOB, Integers, status_of
+from tests.helpers import tested as integers_of
+from tests.launching import slurm
+from tests.launching.machines import LONG, ROOT, missing, two_machines, wait_until
+
+SCRIPT = ROOT / "launch" / "slurm.sbatch"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Cluster]:
+    if reason := missing(*slurm.PROGRAMS):
+        pytest.skip(f"no Slurm here: {reason}")
+    folder = tmp_path_factory.mktemp("slurm") / "cluster"
+    with two_machines() as machines, slurm.running(machines, folder) as both:
+        yield both
+
+
+def submit(cluster: slurm.Cluster, out: Path, *options: str) -> str:
+    """Submit the training of JOB on both nodes; return the number of the job."""
+    before = ["--parsable", "--nodes", "2", "--output", f"{out}.txt"]
+    after = [*JOB, *options, "--out", str(out)]
+    return cluster.run("sbatch", *before, "launch/slurm.sbatch", *after).strip()
+
+
+@pytest.mark.slow
+def test_a_job_trains_on_two_nodes(
+    cluster: slurm.Cluster, alone: Callable[..., Integers], tmp_path: Path
+) -> None:
+    job = submit(cluster, tmp_path / "run")
+    state = cluster.wait(job, "COMPLETED", "FAILED")
+    said = Path(f"{tmp_path}/run.txt").read_text()
+    assert state == "COMPLETED", said
+    assert "2 processes on cpu" in said
+    assert integers_of(tmp_path / "run") == alone()
+
+
+@pytest.mark.slow
+def test_a_preempted_job_queues_again_and_continues(
+    cluster: slurm.Cluster, alone: Callable[..., Integers], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    job = submit(cluster, out, *LONG)
+    wait_until(lambda: (out / "metrics.jsonl").exists() and integers_of(out))
+    cluster.run("scancel", "--signal", "TERM", job)  # as --signal=TERM@120 does
+    cluster.wait(job, "PENDING")
+    status = status_of(out)
+    assert (status["state"], cluster.facts(job)["Restarts"]) == ("preempted", "1")
+    assert 10 <= status["step"] < 400
+    cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now")  # else in two minutes
+    state = cluster.wait(job, "COMPLETED", "FAILED")
+    said = Path(f"{out}.txt").read_text()
+    assert state == "COMPLETED", said
+    assert f"preempted at step {status['step']}" in said
+    assert "finished at step 400" in said
+    assert integers_of(out) == alone(*LONG)
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_is_saved_and_stays_cancelled(
+    cluster: slurm.Cluster, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    job = submit(cluster, out, *LONG)
+    wait_until(lambda: (out / "metrics.jsonl").exists() and integers_of(out))
+    cluster.run("scancel", job)
+    assert cluster.wait(job, "CANCELLED", "PENDING") == "CANCELLED"
+    wait_until(lambda: status_of(out)["state"] != "running")
+    assert status_of(out)["state"] == "preempted"
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_does_not_queue_again(cluster: slurm.Cluster, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    job = submit(cluster, out, "--train.batch_size", "33")
+    assert cluster.wait(job, "FAILED", "COMPLETED") == "FAILED"
+    assert cluster.facts(job)["Restarts"] == "0"
+    said = Path(f"{out}.txt").read_text()
+    assert "error: train.batch_size 33 does not divide among 2 processes" in said
+    assert "not queueing again; status: none" in said
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "code", "requeued"),
+    [
+        ("", "finished", 0, False),
+        ("", "preempted", 0, True),
+        ("preempted", "preempted", 1, False),  # of an earlier start: this one got nowhere
+        ("", "failed", 1, False),
+        ("", "", 1, False),
+    ],
+)
+def test_what_srun_is_told_and_how_the_job_ends(
+    before: str, after: str, code: int, requeued: bool, tmp_path: Path
+) -> None:
+    status, run = tmp_path / "my run" / "status.json", '"state": "{}"'
+    status.parent.mkdir()
+    if before:
+        status.write_text(run.format(before))
+    shims = {
+        # Each task has its own number, as in Slurm; in the batch script it is 0.
+        "srun": f"""while [ "$1" != bash ]; do shift; done
+          for task in 0 1; do SLURM_PROCID=$task "$@"; done
+          [ -z "{after}" ] || echo '{run.format(after)}' > '{status}'; exit 1""",
+        "scontrol": 'case $1 in show) echo n1; echo n2 ;; requeue) echo "requeued $2" ;; esac',
+        "torchrun": 'echo "task $SLURM_PROCID:" "$@"',
+        "python": "echo 4",  # GPUs
+    }
+    for name, lines in shims.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    slurms = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--config", "cifar10", "--out", str(status.parent)],
+        env={**slurms, "SLURM_RESTART_COUNT": "2", "SLURM_PROCID": "0", "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=tmp_path,
+    )
+    assert done.returncode == code, done.stderr
+    assert ("requeued 123" in done.stdout) == requeued
+    for task in (0, 1):
+        assert (
+            f"task {task}: --nproc_per_node 4 --nnodes 2 --rdzv_backend c10d --rdzv_endpoint "
+            "n1:20123 --rdzv_id 123.2 -m cifar_dist.train --resume auto "
+            f"--out {status.parent} --config cifar10 --out {status.parent}\n"
+        ) in done.stdout
+
+
+def test_the_template_avoids_what_goes_wrong_in_others() -> None:
+    text = SCRIPT.read_text()
+    asked = set(re.findall(r"^#SBATCH (.+)$", text, re.M))
+    assert {"--ntasks-per-node=1", "--requeue", "--open-mode=append"} <= asked
+    assert "--signal=TERM@120" in asked  # with "B:" only the shell would get it
+    outside = re.sub(r"'[^']*'", "", text)  # there every node would be the first one
+    assert not re.search(r"SLURM_(PROCID|NODEID|LOCALID)", outside)
+
+
+SCRIPTS = [
+    path for path in sorted((ROOT / "launch").iterdir()) if path.suffix in (".sh", ".sbatch")
+]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_the_scripts_pass_shellcheck(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True, timeout=30)
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    # Single quotes where expansion is for later (2016), one file opened at both ends (2094).
+    command = ["shellcheck", "--shell=bash", "--exclude=SC2016,SC2094", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
