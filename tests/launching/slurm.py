@@ -38,7 +38,7 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, job: str, *states: str) -> str:
-        """Wait until the job is in one of the states and nothing of it is left; return which."""
+        """Wait until the job is in one of the states, and return which."""
         end = time.monotonic() + 150
         while (state := self.facts(job)["JobState"]) not in states:
             assert time.monotonic() < end, state

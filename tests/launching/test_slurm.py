@@ -53,11 +53,12 @@ def test_a_preempted_job_queues_again_and_continues(
     job = submit(cluster, out, *LONG)
     wait_until(lambda: (out / "metrics.jsonl").exists() and integers_of(out))
     cluster.run("scancel", "--signal", "TERM", job)  # as --signal=TERM@120 does
-    cluster.wait(job, "PENDING")
+    wait_until(lambda: cluster.facts(job)["Restarts"] == "1")  # pending, and all of it has ended
     status = status_of(out)
-    assert (status["state"], cluster.facts(job)["Restarts"]) == ("preempted", "1")
+    assert (cluster.facts(job)["JobState"], status["state"]) == ("PENDING", "preempted")
     assert 10 <= status["step"] < 400
-    cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now")  # else in two minutes
+    # Not in two minutes; but in the second of its end slurmd would still refuse it.
+    cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now+3")
     state = cluster.wait(job, "COMPLETED", "FAILED")
     said = Path(f"{out}.txt").read_text()
     assert state == "COMPLETED", said
