@@ -20,6 +20,7 @@ from tests.helpers import JOB, TINY, Integers, free_port, run_command, tested
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+DISTINCT = ("cpu", "cpu_two_processes", "multi_node")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -47,7 +48,14 @@ def launch_line(path: Path) -> tuple[dict[str, str], list[str]]:
     return environment, words
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        # Without GPUs some do the same here.
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem not in DISTINCT))
+        for path in CONFIGS
+    ],
+)
 def test_every_configuration_trains(
     path: Path, tmp_path: Path, alone: Callable[..., Integers]
 ) -> None:
@@ -111,7 +119,9 @@ def by_default(path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("write", "processes"), [(answered, 2), (by_default, 1)])
+@pytest.mark.parametrize(
+    ("write", "processes"), [(answered, 2), pytest.param(by_default, 1, marks=pytest.mark.slow)]
+)
 def test_what_accelerate_config_writes_is_used_as_it_is(
     write: Callable[[Path], None],
     processes: int,

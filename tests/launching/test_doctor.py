@@ -94,7 +94,9 @@ def test_a_slurm_script_is_looked_into(tmp_path: Path) -> None:
     assert (code, codes(found)) == (2, {"tasks", "not-requeued"})
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)]
+)
 def test_two_processes_measure_what_lies_between_them(launcher: str, tmp_path: Path) -> None:
     start = command(2, launcher, MODULE)
     done = run_command([*start, *TINY, "--out", str(tmp_path / "run"), "--json"])

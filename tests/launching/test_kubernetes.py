@@ -92,6 +92,7 @@ def command(runs: Path) -> list[str]:
     return words
 
 
+@pytest.mark.slow
 def test_two_pods_train_as_one_process_does(tmp_path: Path, alone: Callable[..., Integers]) -> None:
     assert "2 processes" in run_on_nodes(command(tmp_path), pods())
     assert tested(tmp_path / "cifar10") == alone()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -82,6 +83,47 @@ def test_torchrun_says_what_it_could_not_reach(
             assert process.returncode == 1, output
     assert re.search(rf"time.*{first}.*29500", output), output  # the second machine's
     assert not (tmp_path / "run").exists()
+
+
+def examine(machine: Machine, rank: int, first: Machine, folder: Path) -> tuple[int, str]:
+    """Run the doctor by itself on one of two machines that are to meet on the first."""
+    config = folder / f"{rank}.yaml"
+    config.write_text(
+        "distributed_type: MULTI_GPU\nnum_machines: 2\nnum_processes: 2\nmain_process_port: 29500\n"
+        f"machine_rank: {rank}\nmain_process_ip: {first.name}\n"
+    )
+    doctor = ["python", "-m", "cifar_dist", "doctor", "--accelerate-config", str(config), *JOB]
+    with _popen(machine.command(*doctor), SETTINGS) as process:
+        output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+@pytest.mark.slow
+def test_the_doctor_names_the_machine_that_cannot_be_reached(
+    machines: tuple[Machine, Machine], tmp_path: Path
+) -> None:
+    first, second = machines
+    code, said = examine(second, 1, first, tmp_path)
+    assert f"note: {first.name} answers, and nothing listens on port 29500 yet" in said
+    assert "export GLOO_SOCKET_IFNAME=cable" in said  # its name is on 127.0.1.1
+    assert code == 1
+    cut_cable()
+    code, said = examine(second, 1, first, tmp_path)
+    assert f"error: machine 1 cannot reach {first.name}:29500 (" in said
+    assert code == 2
+
+
+@pytest.mark.slow
+def test_the_doctor_meets_itself_on_two_machines(
+    machines: tuple[Machine, Machine], tmp_path: Path
+) -> None:
+    module = "cifar_dist.launching.doctor"
+    with _torchrun("static", machines, tmp_path / "run", module=module) as processes:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    said = "".join(outputs)
+    assert re.search(r"^rank 0: cifar-a-\d+, cpu\nrank 1: cifar-b-\d+, cpu$", said, re.M)
+    assert re.search(r"^all reduce: right; latency \d+ us, [\d.]+ GB/s", said, re.M)
 
 
 @pytest.mark.slow
@@ -171,7 +213,10 @@ def test_what_each_machine_is_told_and_how_it_ends(fails: str, tmp_path: Path) -
         (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
         (tmp_path / name).chmod(0o755)
     settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOSTS": "me@a me@b"}
-    command = ["bash", SCRIPT, "--config", "my own.yaml", "--out", "SHARED/run"]
+    checkout = tmp_path / "checkout"  # without a .venv, whose torchrun would come first
+    (checkout / "launch").mkdir(parents=True)
+    script = shutil.copy(SCRIPT, checkout / "launch")
+    command = ["bash", str(script), "--config", "my own.yaml", "--out", "SHARED/run"]
     with _popen(command, settings) as process:
         output, _ = process.communicate(timeout=20)
     assert process.returncode == (7 if fails else 0), output
@@ -203,7 +248,11 @@ def test_the_interface_is_that_of_the_way_to_a_host(monkeypatch: pytest.MonkeyPa
 
 @contextmanager
 def _torchrun(
-    rendezvous: str, machines: tuple[Machine, Machine], out: Path, *options: str
+    rendezvous: str,
+    machines: tuple[Machine, Machine],
+    out: Path,
+    *options: str,
+    module: str = "cifar_dist.train",
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """Start torchrun with JOB on each machine, and end what is left of it."""
     place = f"{machines[0].name}:29500"
@@ -215,8 +264,8 @@ def _torchrun(
         }[rendezvous]
         seconds = {"static": "timeout=15", "c10d": "join_timeout=15,read_timeout=15"}[rendezvous]
         launch = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1", *meet]
-        module = ["-m", "cifar_dist.train", *JOB, *options, "--resume", "auto", "--out", str(out)]
-        command = machine.command(*launch, "--rdzv_conf", seconds, *module)
+        train = ["-m", module, *JOB, *options, "--resume", "auto", "--out", str(out)]
+        command = machine.command(*launch, "--rdzv_conf", seconds, *train)
         processes.append(_popen(command, SETTINGS))
     try:
         yield processes

@@ -47,8 +47,14 @@ RUNS = {
     ),
 }
 
+LONG = "adamw and BatchNorm on two"
+CASES = [
+    pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name == LONG))
+    for name, case in RUNS.items()
+]
 
-@pytest.mark.parametrize(("processes", "options"), RUNS.values(), ids=RUNS)
+
+@pytest.mark.parametrize(("processes", "options"), CASES)
 def test_a_plan_says_what_a_run_records(
     processes: int, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,7 +85,7 @@ def test_a_plan_says_what_a_run_records(
         assert sizes == expected["checkpoint"]
 
 
-@pytest.mark.parametrize("network", ["tutorial", "resnet18"])
+@pytest.mark.parametrize("network", ["tutorial", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_what_a_step_sends_is_what_was_planned(network: str, tmp_path: Path) -> None:
     options = [*TINY, "--model.name", network, "--data.limit_train", "128"]
     worker = [*command(2, module="tests.worker"), "count_bytes", str(tmp_path / "sent.json")]
@@ -122,6 +128,7 @@ def test_plans_for_gpus(
         assert line.endswith("-m cifar_dist.train --config resnet18 --train.batch_size 128")
 
 
+@pytest.mark.slow
 def test_the_planned_command_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = [*TINY, "--train.epochs", "1", "--out", str(tmp_path / "run")]
     line = planned(capsys, *own, "--processes-per-machine", "2")["on machine 0"]

