@@ -13,7 +13,7 @@ if [ ! -e .venv/installed-test ] || [ pyproject.toml -nt .venv/installed-test ];
   touch .venv/installed .venv/installed-test
 fi
 
-for script in launch/*.sh tests/*.sh .ci/run; do bash -n "$script"; done
+for script in launch/*.sh launch/*.sbatch tests/*.sh .ci/run; do bash -n "$script"; done
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy

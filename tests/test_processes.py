@@ -46,6 +46,7 @@ def test_the_number_of_processes_does_not_change_the_maths(tmp_path: Path) -> No
     assert digest_of(tmp_path / "2") == digest_of(tmp_path / "3")
 
 
+@pytest.mark.slow
 def test_gradients_sent_in_bfloat16_differ_in_the_third_digit(tmp_path: Path) -> None:
     options = ["--data.limit_train", "800", "--optim.lr", "0.01", "--train.epochs", "1"]
     compressed = [*options, "--train.compress_gradients", "true"]
@@ -61,7 +62,7 @@ def test_gradients_sent_in_bfloat16_differ_in_the_third_digit(tmp_path: Path) ->
 
 @pytest.mark.fault(32)
 @pytest.mark.parametrize(
-    ("before", "after"), [(1, 2), (2, 1), pytest.param(2, 3, marks=pytest.mark.slow)]
+    ("before", "after"), [(1, 2), *(pytest.param(2, n, marks=pytest.mark.slow) for n in (1, 3))]
 )
 def test_each_sample_once_when_the_number_of_processes_changes(
     before: int, after: int, tmp_path: Path

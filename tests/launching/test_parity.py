@@ -32,14 +32,11 @@ def test_every_recipe_on_one_two_and_three(name: str, capsys: pytest.CaptureFixt
     assert normalised == any("parts" in key for key in exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        pytest.param(
-            "gradients",
-            "2 processes: the weights of rank 1 are no longer those of rank 0",
-            marks=pytest.mark.slow,
-        ),
+        ("gradients", "2 processes: the weights of rank 1 are no longer those of rank 0"),
         ("loss", "2 processes against 1: the loss differs first at step 1, by"),
     ],
 )

@@ -14,6 +14,7 @@ from cifar_dist.config import parse_recipe
 from cifar_dist.launching import plan
 from cifar_dist.launching.predict import predict, step_seconds
 from tests.helpers import TINY, command, read_lines, run_command, write_folder
+from tests.launching.test_kubernetes import understood
 
 
 def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
@@ -209,3 +210,37 @@ def test_bad_requests_are_one_line(
 def test_a_batch_that_does_not_divide_is_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["--config", "tutorial", "--processes-per-machine", "3"]) == 2
     assert "the nearest that work: 63, 66 [batch]" in capsys.readouterr().out
+
+
+def test_engines_get_what_they_take(capsys: pytest.CaptureFixture[str]) -> None:
+    def filled(engine: str) -> str:
+        size = ["--machines", "2", "--processes-per-machine", "4"]
+        own = ["--config", "tutorial", "--optim.lr", "0.02"]
+        return str(planned(capsys, *own, *size, "--engine", engine)[f"for {engine}"])
+
+    recipe = "--config tutorial --optim.lr 0.02"
+    assert filled("slurm") == f"sbatch --nodes 2 --gpus-per-node 4 launch/slurm.sbatch {recipe}"
+    start = 'HOSTS="FIRST_MACHINE MACHINE_1" NPROC_PER_NODE=4 bash launch/multi_machine.sh'
+    assert filled("ssh") == f"{start} {recipe}"
+    job = yaml.safe_load(filled("kubernetes"))
+    assert understood(job) == job
+    trainer = job["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 4)
+    assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == 4
+    words = parse_recipe(trainer["args"])[0]
+    assert (words.name, words.optim.lr, words.out) == ("tutorial", 0.02, "/runs/cifar10")
+    task = yaml.safe_load(filled("skypilot"))
+    assert (task["num_nodes"], task["resources"]["accelerators"]) == (2, "L4:4")
+    assert task["envs"]["RECIPE"] == "tutorial"
+    assert task["run"].endswith(
+        '--config "$RECIPE" --resume auto --out "/runs/$NAME" --optim.lr 0.02\n'
+    )
+    assert subprocess.run(["bash", "-n", "-c", task["run"]]).returncode == 0
+
+
+def test_templates_come_with_the_checkout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "TEMPLATES", Path("/nowhere"))
+    assert plan.main(["--config", "tutorial", "--engine", "kubernetes"]) == 2
+    assert "are in the folder launch/ of the repository" in capsys.readouterr().err
