@@ -1,9 +1,13 @@
 """Where the words of each process go: a file for every rank, the console for rank 0."""
 
 import re
+import sys
 from pathlib import Path
 
+import pytest
+
 from cifar_dist.config import parse_recipe
+from cifar_dist.launching import doctor
 from cifar_dist.train import run
 from tests.helpers import TINY, command, run_command, status_of
 
@@ -21,18 +25,20 @@ def test_every_rank_has_a_file_and_rank_0_the_console(tmp_path: Path) -> None:
     assert done.stdout.count("output of rank 0") == done.stderr.count("errors of rank 0") == 20
     assert "of rank 1" not in done.stdout + done.stderr
     assert "finished at step 20" in words[0]
-    again = run_command([*worker, "--train.epochs", "3"])
-    assert again.returncode == 0, again.stderr
-    assert (tmp_path / "logs/rank-1.log").read_text().startswith(words[1])  # continued
 
 
-def test_the_first_failure_comes_last_with_its_traceback(tmp_path: Path) -> None:
+def test_the_first_failure_comes_last_with_its_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     worker = [*command(2, module="tests.worker"), "fail_on", "1", *TINY, "--out", str(tmp_path)]
     done = run_command(worker)
     assert done.returncode != 0
     said = done.stderr[: done.stderr.index("error: rank 1 failed at step 0: ZeroDivisionError")]
     assert said.rstrip().endswith("ZeroDivisionError: the bug in question")
     assert said.count("Traceback (most recent call last)") == 1  # and not that of losing it
+    (tmp_path / "log").write_text(done.stdout + done.stderr)
+    assert doctor.main(["--explain", str(tmp_path / "log")]) == 2
+    assert capsys.readouterr().out.rstrip().endswith("ZeroDivisionError: the bug in question")
     log = (tmp_path / "logs/rank-1.log").read_text()
     assert "ZeroDivisionError: the bug in question" in log
     assert status_of(tmp_path)["message"].startswith("rank 1 failed at step 0: ZeroDivisionError")
@@ -43,9 +49,12 @@ def test_a_log_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     assert run(parse_recipe([*TINY, "--out", str(tmp_path)])[0]).state == "finished"
 
 
-def test_the_streams_are_given_back(tmp_path: Path) -> None:
-    import sys
-
+def test_a_continued_run_continues_its_log_and_gives_the_streams_back(tmp_path: Path) -> None:
     before = sys.stdout, sys.stderr
     run(parse_recipe([*TINY, "--out", str(tmp_path)])[0])
+    first = (tmp_path / "logs/rank-0.log").read_text()
+    run(parse_recipe([*TINY, "--train.epochs", "3", "--out", str(tmp_path)])[0])
+    whole = (tmp_path / "logs/rank-0.log").read_text()
+    assert whole.startswith(first)
+    assert "continues at step 20" in whole[len(first) :]
     assert (sys.stdout, sys.stderr) == before

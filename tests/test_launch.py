@@ -20,7 +20,6 @@ from tests.helpers import JOB, TINY, Integers, free_port, run_command, tested
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-DISTINCT = ("cpu", "cpu_two_processes", "multi_node")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -51,8 +50,7 @@ def launch_line(path: Path) -> tuple[dict[str, str], list[str]]:
 @pytest.mark.parametrize(
     "path",
     [
-        # Without GPUs some do the same here.
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem not in DISTINCT))
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * ("two" not in path.stem))
         for path in CONFIGS
     ],
 )
@@ -119,9 +117,8 @@ def by_default(path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("write", "processes"), [(answered, 2), pytest.param(by_default, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("write", "processes"), [(answered, 2), (by_default, 1)])
 def test_what_accelerate_config_writes_is_used_as_it_is(
     write: Callable[[Path], None],
     processes: int,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cifar_dist.launching import doctor
 from tests.helpers import JOB, Integers, status_of
 from tests.helpers import tested as integers_of
 from tests.launching import slurm
@@ -89,6 +90,22 @@ def test_a_job_that_fails_does_not_queue_again(cluster: slurm.Cluster, tmp_path:
     said = Path(f"{out}.txt").read_text()
     assert "error: train.batch_size 33 does not divide among 2 processes" in said
     assert "not queueing again; status: none" in said
+
+
+@pytest.mark.slow
+def test_a_rank_expanded_too_early_is_real_and_found(
+    cluster: slurm.Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, said = tmp_path / "job.sbatch", tmp_path / "said"
+    script.write_text(
+        "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1 --requeue --signal=TERM@120\n"
+        'srun bash -c "echo torchrun --node_rank $SLURM_PROCID"\n'
+    )
+    job = cluster.run("sbatch", "--parsable", "--output", str(said), str(script)).strip()
+    assert cluster.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
+    assert said.read_text() == "torchrun --node_rank 0\n" * 2  # and so both would be the first
+    assert doctor.main([*JOB, "--script", str(script)]) == 2
+    assert "every machine becomes rank 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
