@@ -23,7 +23,8 @@ class _Copy(io.TextIOBase):
     def write(self, text: str) -> int:
         """Write; progress bars, which begin lines anew, are left out of the file."""
         if self.shown:
-            self.stream.write(text)
+            with self._lost():
+                self.stream.write(text)
         if "\r" not in text:
             with self.warned.spare("the log"):
                 self.file.write(text)
@@ -31,7 +32,18 @@ class _Copy(io.TextIOBase):
 
     def flush(self) -> None:
         """Flush what is shown; the file is, after each line."""
-        self.stream.flush()
+        with self._lost():
+            self.stream.flush()
+
+    @contextmanager
+    def _lost(self) -> Iterator[None]:
+        """Within the block, if nobody reads the console any more, let it lead nowhere."""
+        try:
+            yield
+        except BrokenPipeError:  # the terminal is gone, or the connection of ssh
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
 
     def isatty(self) -> bool:
         """Say whether a person is looking."""

@@ -1,6 +1,7 @@
 """Where the words of each process go: a file for every rank, the console for rank 0."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,6 +43,17 @@ def test_the_first_failure_comes_last_with_its_traceback(
     log = (tmp_path / "logs/rank-1.log").read_text()
     assert "ZeroDivisionError: the bug in question" in log
     assert status_of(tmp_path)["message"].startswith("rank 1 failed at step 0: ZeroDivisionError")
+
+
+def test_a_console_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
+    started = [*command(), *TINY, "--out", str(tmp_path)]
+    with subprocess.Popen(started, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("cifar_dist: ")
+        process.stdout.close()  # as when the terminal or the connection is gone
+        assert process.wait(timeout=120) == 0
+    assert status_of(tmp_path)["state"] == "finished"
+    assert "finished at step 20" in (tmp_path / "logs/rank-0.log").read_text()
 
 
 def test_a_log_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:

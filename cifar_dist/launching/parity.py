@@ -98,12 +98,12 @@ def compare(argv: Sequence[str], program: Sequence[str] = ("-m", "cifar_dist.tra
         _write_rounded(network, rounded)
         noise = _differ(alone, train(1, 1, "--model.weights", str(rounded)), begun)
         told["1 process, its first weights changed in the last bit"] = noise.describe()
-        if noise.weights[noise.worst] > CHAOS:
+        if noise.whole > CHAOS:
             findings.append(
                 warning(
                     "chaotic",
                     "rounding alone changes these weights by "
-                    f"{noise.weights[noise.worst]:.1e} of how far they move: nothing smaller shows",
+                    f"{noise.whole:.1e} of how far they move: nothing smaller shows",
                     "take fewer --steps, or a lower --optim.lr",
                 )
             )
@@ -241,11 +241,13 @@ class Difference:
     Attributes:
         losses, norms: relative, by step.
         weights: by name, as a share of how far each has moved since the start.
+        whole: of all weights together.
     """
 
     losses: list[float]
     norms: list[float]
     weights: dict[str, float]
+    whole: float
 
     @property
     def worst(self) -> str:
@@ -282,14 +284,13 @@ class Difference:
 
 def _differ(expected: Run, found: Run, begun: Mapping[str, torch.Tensor]) -> Difference:
     """Compare two runs that began with the weights `begun`."""
+    apart = {n: float((found.weights[n] - expected.weights[n]).norm()) for n in begun}
+    moved = {n: float((expected.weights[n] - w).norm()) for n, w in begun.items()}
     return Difference(
         [_relative(a, b) for a, b in zip(expected.losses, found.losses, strict=True)],
         [_relative(a, b) for a, b in zip(expected.norms, found.norms, strict=True)],
-        {
-            name: float((found.weights[name] - expected.weights[name]).norm())
-            / max(float((expected.weights[name] - before).norm()), 1e-12)
-            for name, before in begun.items()
-        },
+        {name: distance / max(moved[name], 1e-12) for name, distance in apart.items()},
+        math.hypot(*apart.values()) / math.hypot(*moved.values()),
     )
 
 

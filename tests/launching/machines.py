@@ -117,6 +117,9 @@ def ssh_servers(folder: Path) -> Iterator[Path]:
         for machine in MACHINES
     ]
     try:
+        for machine in MACHINES:
+            probe = machine.command("bash", "-c", f"exec 3<> /dev/tcp/{machine.address}/22")
+            wait_until(lambda probe=probe: _works(probe))
         yield ssh.parent
     finally:
         for server in servers:
@@ -135,6 +138,10 @@ def wait_until(happened: Callable[[], object]) -> None:
 def run(*arguments: str) -> None:
     """Run a command that is soon done."""
     subprocess.run(arguments, check=True, timeout=30)
+
+
+def _works(command: list[str]) -> bool:
+    return subprocess.run(command, capture_output=True, timeout=30).returncode == 0
 
 
 def _remove() -> None:

@@ -169,7 +169,7 @@ def test_a_signal_to_the_script_saves_the_run(
         assert process.wait(timeout=60) in (128 + number, -number)
     if number == signal.SIGKILL:  # it could not wait for the machines
         wait_until(lambda: status_of(tmp_path / "run")["state"] != "running")
-    assert status_of(tmp_path / "run")["state"] == "preempted"
+    assert status_of(tmp_path / "run")["state"] == "preempted", status_of(tmp_path / "run")
     wait_until(lambda: not _workers(tmp_path / "run"))
     _finish(start, alone, tmp_path / "run")
 

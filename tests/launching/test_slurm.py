@@ -54,7 +54,8 @@ def test_a_preempted_job_queues_again_and_continues(
     job = submit(cluster, out, *LONG)
     wait_until(lambda: (out / "metrics.jsonl").exists() and integers_of(out))
     cluster.run("scancel", "--signal", "TERM", job)  # as --signal=TERM@120 does
-    wait_until(lambda: cluster.facts(job)["Restarts"] == "1")  # pending, and all of it has ended
+    wait_until(lambda: cluster.facts(job)["Restarts"] == "1")  # all of it has ended
+    cluster.wait(job, "PENDING")
     status = status_of(out)
     assert (cluster.facts(job)["JobState"], status["state"]) == ("PENDING", "preempted")
     assert 10 <= status["step"] < 400
