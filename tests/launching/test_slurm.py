@@ -94,6 +94,19 @@ def test_a_job_that_fails_does_not_queue_again(cluster: slurm.Cluster, tmp_path:
 
 
 @pytest.mark.slow
+def test_the_doctor_is_started_as_the_training_is(cluster: slurm.Cluster, tmp_path: Path) -> None:
+    script, said = tmp_path / "doctor.sbatch", tmp_path / "said"
+    text = SCRIPT.read_text()
+    script.write_text(text.replace("-m cifar_dist.train", "-m cifar_dist.launching.doctor"))
+    before = ["--parsable", "--nodes", "2", "--output", str(said)]
+    after = [*JOB, "--out", str(tmp_path / "run")]
+    job = cluster.run("sbatch", *before, str(script), *after).strip()
+    cluster.wait(job, "COMPLETED", "FAILED")
+    assert re.search(r"^all reduce: right; latency \d+ us", said.read_text(), re.M)
+    assert re.search(r"^rank 1: cifar-b-\d+, cpu", said.read_text(), re.M)
+
+
+@pytest.mark.slow
 def test_a_rank_expanded_too_early_is_real_and_found(
     cluster: slurm.Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
