@@ -1,11 +1,14 @@
 """Convolutions in fewer multiplications: torch's own results, where they apply and only there."""
 
 import copy
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.tensorboard import SummaryWriter
 
 from cifar_dist.config import ModelConfig
 from cifar_dist.models import build_model
@@ -89,3 +92,11 @@ def test_a_network_keeps_its_names_weights_and_results():
     assert not torch.equal(ours, plain)
     torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
     assert functional.cosine_similarity(ours.flatten(), plain.flatten(), dim=0) > 0.999999
+
+
+@pytest.mark.parametrize("name", ["deep", "residual", "vgg16", "resnet18", "speednet"])
+def test_tensorboard_can_draw_the_network(name: str, tmp_path: Path) -> None:
+    network = build_model(ModelConfig(name=name), 10).eval()
+    with warnings.catch_warnings(), SummaryWriter(str(tmp_path)) as writer:
+        warnings.simplefilter("ignore")  # it has no other tracer than torch.jit
+        writer.add_graph(network, torch.zeros(1, 3, 32, 32))

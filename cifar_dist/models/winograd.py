@@ -70,9 +70,10 @@ class WinogradConv2d(nn.Conv2d):
         plain = images.device.type == "cpu" and images.dtype == self.weight.dtype == torch.float32
         height, width = images.shape[2:]
         wasteful = 2 * height * width < _tiles(height) * _tiles(width) * TILE * TILE
-        # Compiled, the transforms gain nothing on what the compiler has for the definition.
-        other = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        if not plain or wasteful or other:
+        # Compiled, the transforms gain nothing on what the compiler has for the definition; traced,
+        # as for TensorBoard's graph, a function of ours could not be drawn.
+        whole = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not plain or wasteful or whole or torch.is_autocast_enabled("cpu"):
             return super().forward(images)
         outputs: torch.Tensor = _Winograd.apply(images, self.weight)
         return outputs if self.bias is None else outputs + self.bias[:, None, None]
