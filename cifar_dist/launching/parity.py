@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-ROUNDING = 1e-6  # of float32: less than this tells nothing
+ROUNDING = 1e-5  # relative: a maximum or a ReLU that turns over makes that much at once
 ALLOWED = 20.0  # times what rounding alone has made
 CHAOS = 0.1  # of how far the weights moved: rounding alone has made that much
 TESTED = 256  # test images
