@@ -56,9 +56,12 @@ def test_a_console_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
     assert "finished at step 20" in (tmp_path / "logs/rank-0.log").read_text()
 
 
-def test_a_log_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "logs").write_text("a file where the folder should be")
     assert run(parse_recipe([*TINY, "--out", str(tmp_path)])[0]).state == "finished"
+    assert "warning: the log failed, training goes on" in capsys.readouterr().out
 
 
 def test_a_continued_run_continues_its_log_and_gives_the_streams_back(tmp_path: Path) -> None:

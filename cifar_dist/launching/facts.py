@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -214,10 +215,10 @@ def _try_out(recipe: Recipe) -> None:
         check_out(recipe, lock)
 
 
-def _refusal(function: object) -> str:
+def _refusal(function: Callable[[], object]) -> str:
     """Return the message with which a function refuses, or ""."""
     try:
-        function()  # type: ignore[operator]
+        function()
     except UsageError as error:
         return str(error)
     return ""
