@@ -140,8 +140,13 @@ class Subject:
 Rounds = dict[str, list[dict[str, float]]]
 
 
-def measure(subjects: Sequence[Subject], rounds: int) -> Rounds:
-    """Run `rounds` rounds of all subjects, forwards and backwards in turn; report by name."""
+def measure(
+    subjects: Sequence[Subject], rounds: int, after_round: Callable[[Rounds], None] = lambda _: None
+) -> Rounds:
+    """Run `rounds` rounds of all subjects, forwards and backwards in turn; report by name.
+
+    `after_round` is called with all reports so far, for rounds that take an hour.
+    """
     found: Rounds = {subject.name: [] for subject in subjects}
     try:
         for subject in subjects:  # one after the other: warming up is work too
@@ -152,6 +157,7 @@ def measure(subjects: Sequence[Subject], rounds: int) -> Rounds:
                 found[subject.name].append(subject.go())
             newest = {name: reports[-1] for name, reports in found.items()}
             print(f"round {number + 1} of {rounds}: {newest}", file=sys.stderr, flush=True)
+            after_round(found)
     finally:
         for subject in subjects:
             subject.stop()

@@ -24,7 +24,6 @@ from cifar_dist.config import Recipe, UsageError, parse_recipe, require
 from cifar_dist.launching.findings import Finding, error, note, show, warning
 from cifar_dist.launching.networks import describe_network
 from cifar_dist.launching.options import Options
-from cifar_dist.launching.predict import count_images
 from cifar_dist.runfolder import read_metrics
 from cifar_dist.runtime import run_verb
 
@@ -80,59 +79,88 @@ def compare(argv: Sequence[str], program: Sequence[str] = ("-m", "cifar_dist.tra
     several = [number for number in numbers if number > 1]
     require(bool(several), "--processes names no number above 1 to compare with")
     shortened, remarks = _shorten(recipe, several, options.steps)
-    told: dict[str, Any] = {}
-    findings: list[Finding] = [note("changed", what, "see docs/launching.md") for what in remarks]
     short, _ = parse_recipe([*own, *shortened])
-    weights = describe_network(short.model, len(count_images(short.data).classes)).weights()
-    normalised = any(weight.statistics for weight in weights) and not short.train.sync_batchnorm
     with tempfile.TemporaryDirectory() as folder:
+        comparison = Comparison(short, [*own, *shortened], Path(folder), program)
+        comparison.findings += [note("changed", what, "see docs/launching.md") for what in remarks]
+        for number in several:
+            comparison.judge(number)
+    return show(comparison.findings, comparison.told, options.json)
 
-        def train(processes: int, parts: int = 1, *more: str) -> Run:
-            out = Path(folder) / f"{processes}-{parts}{len(more)}"
-            accumulated = ["--train.accumulate", str(recipe.train.accumulate * parts)]
-            return _train(processes, [*own, *shortened, *accumulated, *more], out, program)
 
-        alone = train(1)
-        network, rounded = _begin(short, alone), Path(folder) / "rounded.safetensors"
-        begun = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
+class Comparison:
+    """Trains one process twice, for the yardstick; then as many as it is asked to judge.
+
+    Args:
+        recipe: a short run's.
+        options: the command line that gives this recipe.
+        folder: for the runs.
+        program: arguments for Python that start the training.
+
+    Attributes:
+        told: what each comparison found, in words.
+        findings: what follows from it.
+    """
+
+    def __init__(
+        self, recipe: Recipe, options: Sequence[str], folder: Path, program: Sequence[str]
+    ) -> None:
+        self.recipe, self.options, self.folder, self.program = recipe, options, folder, program
+        self.told: dict[str, Any] = {}
+        self.findings: list[Finding] = []
+        self.alone = self._train(1)
+        weights = describe_network(recipe.model, len(self.alone.facts["classes"])).weights()
+        has_statistics = any(weight.statistics for weight in weights)
+        self.normalised = has_statistics and not recipe.train.sync_batchnorm
+        network, rounded = _begin(recipe, self.alone), folder / "rounded.safetensors"
+        self.begun = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
         _write_rounded(network, rounded)
-        noise = _differ(alone, train(1, 1, "--model.weights", str(rounded)), begun)
-        told["1 process, its first weights changed in the last bit"] = noise.describe()
-        if noise.whole > CHAOS:
-            findings.append(
+        again = self._train(1, 1, "--model.weights", str(rounded))
+        self.noise = _differ(self.alone, again, self.begun)
+        self.told["1 process, its first weights changed in the last bit"] = self.noise.describe()
+        if self.noise.whole > CHAOS:
+            self.findings.append(
                 warning(
                     "chaotic",
                     "rounding alone changes these weights by "
-                    f"{noise.whole:.1e} of how far they move: nothing smaller shows",
+                    f"{self.noise.whole:.1e} of how far they move: nothing smaller shows",
                     "take fewer --steps, or a lower --optim.lr",
                 )
             )
-        for number in several:
-            try:
-                together = train(number)
-            except TrainingFailed as failure:
-                told[f"{number} processes"] = "failed"
-                remedy = "see what it says; the first failing rank is the cause"
-                findings.append(error("failed", f"{number} processes: {failure}", remedy))
-                continue
-            exact = train(1, number) if normalised else alone
-            name = f"{number} processes against 1" + f" in {number} parts" * normalised
-            difference = _differ(exact, together, begun)
-            told[name] = difference.describe()
-            for what in difference.beyond(noise):
-                findings.append(error("differs", f"{name}: {what}", "that is a bug"))
-            if normalised:
-                name = f"{number} processes against 1"
-                told[name] = _differ(alone, together, begun).describe()
-                findings.append(
-                    note(
-                        "batchnorm",
-                        f"{name}: each process normalises its own share of the batch, so this "
-                        "difference is expected",
-                        "on GPUs --train.sync_batchnorm true takes it away",
-                    )
+
+    def judge(self, number: int) -> None:
+        """Train on `number` processes, and compare."""
+        try:
+            together = self._train(number)
+        except TrainingFailed as failure:
+            self.told[f"{number} processes"] = "failed"
+            remedy = "see what it says; the first failing rank is the cause"
+            self.findings.append(error("failed", f"{number} processes: {failure}", remedy))
+            return
+        plain = f"{number} processes against 1"
+        name = f"{plain} in {number} parts" if self.normalised else plain
+        exact = self._train(1, number) if self.normalised else self.alone
+        difference = _differ(exact, together, self.begun)
+        self.told[name] = difference.describe()
+        self.findings += [
+            error("differs", f"{name}: {what}", "that is a bug")
+            for what in difference.beyond(self.noise)
+        ]
+        if self.normalised:
+            self.told[plain] = _differ(self.alone, together, self.begun).describe()
+            self.findings.append(
+                note(
+                    "batchnorm",
+                    f"{plain}: each process normalises its own share of the batch, so this "
+                    "difference is expected",
+                    "on GPUs --train.sync_batchnorm true takes it away",
                 )
-    return show(findings, told, options.json)
+            )
+
+    def _train(self, processes: int, parts: int = 1, *more: str) -> Run:
+        out = self.folder / f"{processes}-{parts}{len(more)}"
+        accumulated = ["--train.accumulate", str(self.recipe.train.accumulate * parts)]
+        return _train(processes, [*self.options, *accumulated, *more], out, self.program)
 
 
 def _shorten(recipe: Recipe, several: Sequence[int], steps: int) -> tuple[list[str], list[str]]:
