@@ -1,6 +1,7 @@
 """Every test gets a cache folder of its own and no settings of this machine."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -15,6 +16,9 @@ from tests.server import Server, running
 # Two tests run at a time, and their networks are too small to gain from a second thread. Set before
 # anything runs: another number of threads rounds otherwise.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell's background jobs ignore Ctrl-C, and so would every launcher that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
