@@ -212,10 +212,10 @@ def evaluate(
     """
     network.eval()
     device = accelerator.device
-    # A process may have no batch at all; then each of these stays empty.
-    integers = torch.empty(0, dtype=torch.long, device=device)
-    numbers = torch.empty(0, device=device)
-    outcomes = [Outcome(integers, integers, integers, numbers, numbers)]
+    expected = len(loader.dataset)  # type: ignore[arg-type]
+    # Made at once: small results kept from each batch would lie between the large buffers of the
+    # next ones, which then need new memory every time.
+    outcome, counted = Outcome.empty(expected, device), 0
     batches = iter(loader)
     for _ in range(len(loader)):  # some processes may have one batch less
         batch = next(batches, None)
@@ -229,12 +229,14 @@ def evaluate(
             logits = torch.stack(parts).sum(dim=0)
             confidence, predicted = logits.softmax(dim=1).max(dim=1)
             losses = functional.cross_entropy(logits, batch.labels, reduction="none")
-            outcomes.append(Outcome(batch.positions, batch.labels, predicted, confidence, losses))
+            new = Outcome(batch.positions, batch.labels, predicted, confidence, losses)
+            for kept, values in zip(outcome, new, strict=True):
+                kept[counted : counted + len(values)] = values
+            counted += len(batch.labels)
         if stop():
             return None
-    mine = Outcome(*(torch.cat(parts).cpu() for parts in zip(*outcomes, strict=True)))
+    mine = Outcome(*(values[:counted].cpu() for values in outcome))
     result = summarise(accelerator, mine, classes)
-    expected = len(loader.dataset)  # type: ignore[arg-type]
     if result.totals.count != expected:
         raise RuntimeError(f"evaluation counted {result.totals.count} images of {expected}")
     return result

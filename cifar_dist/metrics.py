@@ -108,6 +108,12 @@ class Outcome(NamedTuple):
     confidence: torch.Tensor
     losses: torch.Tensor
 
+    @classmethod
+    def empty(cls, images: int, device: torch.device) -> "Outcome":
+        """Return room for the outcome of so many images."""
+        kinds = [torch.long] * 3 + [torch.float] * 2
+        return cls(*(torch.empty(images, dtype=kind, device=device) for kind in kinds))
+
 
 def summarise(accelerator: Accelerator, outcome: Outcome, classes: int) -> Evaluation:
     """Build an Evaluation from the outcome of this process's images, which may be none.

@@ -1,5 +1,7 @@
 """One step and one evaluation against plain PyTorch."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cifar_dist.config import AugmentConfig, TrainConfig
+from cifar_dist.data import batches
 from cifar_dist.data.augment import Pixels
 from cifar_dist.data.batches import build_evaluation_loader, build_loader
 from cifar_dist.data.images import Images
@@ -143,6 +146,21 @@ def test_evaluation_equals_a_count_by_hand(accelerator: Accelerator, images: Ima
             gap = (predicted == labels)[chosen].double().mean() - confidence[chosen].double().mean()
             error += float(chosen.double().mean() * gap.abs())
     assert result.calibration_error == pytest.approx(error)
+
+
+def test_an_evaluation_holds_nothing_of_a_batch(
+    accelerator: Accelerator, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Small results that stay lie between the large buffers of the batches, which then never fit
+    # where the last ones were: ten times the test images took 150 MB more.
+    monkeypatch.setattr(batches, "EVALUATION_BATCH", 8)
+    held, network = [], small_network()
+    network.register_forward_hook(
+        lambda *_: held.append(sum(type(thing) is torch.Tensor for thing in gc.get_objects()))
+    )
+    evaluate(accelerator, network, build_evaluation_loader(accelerator, images), PLAIN, classes=10)
+    assert len(held) == 12
+    assert len(set(held[1:-1])) == 1  # the first has none before it, the last none to prefetch
 
 
 def test_a_class_without_images_has_no_accuracy(accelerator: Accelerator, images: Images) -> None:
