@@ -99,6 +99,9 @@ class AugmentConfig:
         require(0 <= self.grayscale <= 1, f"augment.grayscale is {self.grayscale}; give 0 to 1")
 
 
+OF_ITS_OWN = "begin with another recipe, such as --config tutorial, or set them to null"
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The network.
@@ -143,7 +146,8 @@ class ModelConfig:
         )
         require(
             self.name == "speednet" or not (self.widths or self.depth or self.stride),
-            f"model.widths, depth and stride are of speednet; model.name is {self.name}",
+            "model.widths, depth and stride are of speednet; model.name is "
+            f"{self.name}: {OF_ITS_OWN}",
         )
 
 
@@ -155,8 +159,8 @@ class OptimConfig:
         name: sgd, adamw, or muon, which trains convolution filters by orthogonal updates and all
             else by sgd.
         lr: learning rate for the global batch; the schedule scales it.
-        bias_lr: of muon: for biases and normalisation; null means lr. The schedule scales it too.
-        head_lr: of muon: for linear layers; null means lr. The schedule scales it too.
+        bias_lr: of muon and speednet: for biases; null means lr. The schedule scales it too.
+        head_lr: of muon and speednet: for the head; null means lr. The schedule scales it too.
         momentum: of sgd, and of muon for the filters.
         nesterov: look-ahead momentum, of sgd; muon always has it.
         weight_decay: as the optimizer defines it, on every parameter; with muon on all but filters.
@@ -176,7 +180,7 @@ class OptimConfig:
             require(value is None or value > 0, f"optim.{name} is {value}; give a number above 0")
         require(
             self.name == "muon" or (self.bias_lr is None and self.head_lr is None),
-            f"optim.bias_lr and optim.head_lr are of muon; optim.name is {self.name}",
+            f"optim.bias_lr and optim.head_lr are of muon; optim.name is {self.name}: {OF_ITS_OWN}",
         )
         require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; give 0 to 0.99")
         require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; give >= 0")
@@ -324,6 +328,14 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+
+    def __post_init__(self) -> None:
+        own_rates = self.optim.bias_lr or self.optim.head_lr
+        require(
+            self.model.name == "speednet" or not own_rates,
+            "optim.bias_lr and optim.head_lr are of speednet, whose head divides by its width; "
+            f"model.name is {self.model.name}: {OF_ITS_OWN}",
+        )
 
 
 # Keys that may differ between a run and its continuation: they say where files are and what is
