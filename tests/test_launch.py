@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pexpect
 import pytest
 import yaml
-from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.config.config_args import load_config_from_file
 
 import cifar_dist.__main__
 from cifar_dist.launching import plan
@@ -93,21 +94,33 @@ def test_nothing_is_wrong_with_a_configuration(
     assert code == 0, capsys.readouterr().out
 
 
-def answered(path: Path) -> None:
-    """Write what `accelerate config` does for two GPUs on this machine and no further wishes."""
-    ClusterConfig(
-        compute_environment="LOCAL_MACHINE",
-        distributed_type="MULTI_GPU",
-        mixed_precision="no",
-        use_cpu=False,
-        debug=False,
-        num_processes=2,
-        gpu_ids="all",
-        rdzv_backend="static",
-        same_network=True,
-        enable_cpu_affinity=False,
-        downcast_bf16="no",
-    ).to_yaml_file(path)
+CPU_ONLY = {"on CPU only": "yes"}
+TWO_GPUS = {"type of machine": "4", "be used for distributed training": "2"}
+TWO_CPUS = {"type of machine": "1", "be used for distributed training": "2"}
+TWO_MACHINES = {
+    "type of machine": "4",
+    "How many different machines": "2",
+    "IP address": "10.0.0.1",
+    "port you will use": "29500",
+    "be used for distributed training": "4",
+}
+MENU, QUESTION = r"\[\?25l", r"\]: ?|process\? "  # a menu hides the cursor when it is drawn
+
+
+def answer(path: Path, answers: dict[str, str]) -> None:
+    """Answer `accelerate config` at a terminal, with Enter alone where nothing is said.
+
+    Args:
+        answers: what is typed, by words of the question; in a menu the number of a row.
+    """
+    script = str(Path(sys.executable).with_name("accelerate"))
+    dialogue = pexpect.spawn(script, ["config", "--config_file", str(path)], encoding="utf-8")
+    left = dict(answers)
+    while dialogue.expect([MENU, QUESTION, pexpect.EOF], timeout=60) < 2:
+        asked = next((words for words in left if words in dialogue.before), None)
+        dialogue.send((left.pop(asked) if asked else "") + "\r")
+    dialogue.close()
+    assert (dialogue.exitstatus, left) == (0, {}), dialogue.before
 
 
 def by_default(path: Path) -> None:
@@ -118,9 +131,9 @@ def by_default(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("write", "processes"), [(answered, 2), (by_default, 1)])
+@pytest.mark.parametrize(("answers", "processes"), [(None, 1), (CPU_ONLY, 1), (TWO_GPUS, 2)])
 def test_what_accelerate_config_writes_is_used_as_it_is(
-    write: Callable[[Path], None],
+    answers: dict[str, str] | None,
     processes: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -128,7 +141,11 @@ def test_what_accelerate_config_writes_is_used_as_it_is(
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     (tmp_path / "accelerate").mkdir()
-    write(tmp_path / "accelerate/default_config.yaml")
+    path = tmp_path / "accelerate/default_config.yaml"
+    if answers is None:
+        by_default(path)
+    else:
+        answer(path, answers)
     assert plan.main(["--config", "tutorial", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["world_size"] == processes
@@ -138,6 +155,28 @@ def test_what_accelerate_config_writes_is_used_as_it_is(
     done = run_command([*words, *TINY, "--train.epochs", "1", "--out", str(tmp_path / "run")])
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/run.json").read_text())["world_size"] == processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("answers", "code", "processes", "found"),
+    [(TWO_MACHINES, 0, 4, []), (TWO_CPUS, 2, 1, ["alone"])],
+)
+def test_plan_knows_what_a_persons_answers_start(
+    answers: dict[str, str],
+    code: int,
+    processes: int,
+    found: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "answers.yaml"
+    answer(path, answers)
+    arguments = ["--config", "tutorial", "--accelerate-config", str(path), "--json"]
+    assert plan.main(arguments) == code
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["world_size"] == processes
+    assert [finding["code"] for finding in planned["findings"]] == found
 
 
 def test_console_script_lists_and_reaches_the_verbs() -> None:
