@@ -225,11 +225,25 @@ def asked_world_size() -> int:
     env = os.environ
     size = next((int(env[name]) for name in SIZE_VARIABLES if name in env), 1)
     by_mpi = any(name in env for name in SIZE_VARIABLES[1:])
-    if by_mpi:  # as Accelerate will do for itself
+    if by_mpi and size > 1:
         from accelerate.utils import get_cpu_distributed_information
 
         found = get_cpu_distributed_information()
-        env.setdefault("RANK", str(found.rank))
+        require(
+            "MASTER_ADDR" in env or found.local_world_size == size,
+            f"mpirun started {size} processes on several machines, and none knows where the first "
+            "one is; add -x MASTER_ADDR=HOST -x MASTER_PORT=29500 to mpirun",
+        )
+        missing = {
+            "RANK": found.rank,
+            "WORLD_SIZE": size,
+            "LOCAL_RANK": found.local_rank,
+            "LOCAL_WORLD_SIZE": found.local_world_size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": 29500,
+        }
+        for name, value in missing.items():
+            env.setdefault(name, str(value))
     if "LOCAL_RANK" in env or by_mpi:
         return size
     # `accelerate launch --num_processes 2` starts a single process where it finds no GPUs, or

@@ -97,6 +97,7 @@ def test_nothing_is_wrong_with_a_configuration(
 CPU_ONLY = {"on CPU only": "yes"}
 TWO_GPUS = {"type of machine": "4", "be used for distributed training": "2"}
 TWO_CPUS = {"type of machine": "1", "be used for distributed training": "2"}
+BY_MPI = {**TWO_CPUS, "launch mpirun": "yes"}
 TWO_MACHINES = {
     "type of machine": "4",
     "How many different machines": "2",
@@ -160,7 +161,7 @@ def test_what_accelerate_config_writes_is_used_as_it_is(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("answers", "code", "processes", "found"),
-    [(TWO_MACHINES, 0, 4, []), (TWO_CPUS, 2, 1, ["alone"])],
+    [(TWO_MACHINES, 0, 4, []), (TWO_CPUS, 2, 1, ["alone"]), (BY_MPI, 0, 2, [])],
 )
 def test_plan_knows_what_a_persons_answers_start(
     answers: dict[str, str],

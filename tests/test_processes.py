@@ -152,6 +152,10 @@ def test_all_cores_are_used_unless_the_user_chose(
         ({"RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_RANK is not set"),
         ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks"),
         (
+            {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+            "on several machines, and none knows where the first one is; add -x MASTER_ADDR",
+        ),
+        (
             {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"},
             "started only this one",
         ),

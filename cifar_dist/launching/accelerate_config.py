@@ -61,7 +61,15 @@ class AccelerateConfig:
     @property
     def per_machine(self) -> int:
         """How many processes accelerate launch starts on each machine; 0 is none at all."""
-        return self.processes // max(1, self.machines) if self.kind in SEVERAL else 1
+        several = self.kind in SEVERAL or self.by_mpi
+        return self.processes // max(1, self.machines) if several else 1
+
+    @property
+    def by_mpi(self) -> bool:
+        """Whether the first machine's accelerate launch calls mpirun, which starts all others."""
+        section = self.values.get("mpirun_config")
+        named = isinstance(section, dict) and section.get("mpirun_hostfile")
+        return bool(named) and self.kind not in SEVERAL
 
     def _number(self, key: str, default: int) -> int:
         found = self.values.get(key, default)

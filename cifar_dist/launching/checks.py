@@ -109,14 +109,16 @@ def alone(facts: Facts) -> Iterator[Finding]:
     config = facts.config
     if facts.alone:
         yield error("alone", facts.alone, "see docs/launching.md")
-    if config.path and config.processes > config.machines and config.kind not in SEVERAL:
+    if not config.path or config.kind in SEVERAL or config.by_mpi:
+        return
+    if config.processes > config.machines:
         yield error(
             "alone",
             f"{config.path} asks for {config.processes} processes, but with distributed_type "
             f"{config.kind} accelerate launch starts one on each machine, without a word",
             "write distributed_type: MULTI_GPU, also for several processes on CPUs",
         )
-    elif config.path and config.machines > 1 and config.kind not in SEVERAL:
+    elif config.machines > 1:
         yield error(
             "alone",
             f"{config.path} names {config.machines} machines, but with distributed_type "

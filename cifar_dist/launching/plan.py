@@ -103,7 +103,8 @@ def commands(facts: Facts, options: argparse.Namespace, own: Sequence[str]) -> d
         return {"for ssh": f"{start} {shlex.join(own)}".rstrip()}
     if engine != "torchrun" and facts.config.path:
         named = f"--config_file {facts.config.path} " if facts.config.chosen else ""
-        ranks = [f"--machine_rank {rank} " for rank in range(machines)] if machines > 1 else [""]
+        each = machines > 1 and not facts.config.by_mpi
+        ranks = [f"--machine_rank {rank} " for rank in range(machines)] if each else [""]
         starts = [f"accelerate launch {named}{rank}" for rank in ranks]
     elif engine == "torchrun" or machines > 1:
         meeting = f"--master_addr {FIRST} --master_port {PORT} --nproc_per_node {per_machine}"

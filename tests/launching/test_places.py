@@ -1,7 +1,9 @@
 """The same job, started in the ways of one machine: the same test integers each time."""
 
 import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,12 +19,36 @@ def c10d() -> list[str]:
     return [TORCHRUN, *meet, f"--rdzv_endpoint=localhost:{free_port()}", "-m", "cifar_dist.train"]
 
 
+def mpirun() -> list[str]:
+    """Start two processes with the variables that Open MPI sets; no MPI is needed for that."""
+    own = ("SIZE=2", "RANK=$rank", "LOCAL_SIZE=2", "LOCAL_RANK=$rank")
+    variables = " ".join(f"OMPI_COMM_WORLD_{value}" for value in own)
+    script = f'for rank in 0 1; do {variables} "$@" & done; wait -n && wait -n'
+    return ["env", f"MASTER_PORT={free_port()}", "bash", "-c", script, "mpirun", *command()]
+
+
+def accelerate_by_mpirun() -> list[str]:
+    """Have `accelerate launch` call mpirun, as it does after the answers multi-CPU and mpirun."""
+    if shutil.which("mpirun") is None:
+        pytest.skip("no mpirun")
+    hosts = Path(tempfile.mkdtemp()) / "hostfile"
+    hosts.write_text("localhost slots=2\n")
+    launch = [str(Path(TORCHRUN).with_name("accelerate")), "launch", "--cpu"]
+    counts = ["--num_machines", "1", "--num_processes", "2", "--mixed_precision", "no"]
+    as_root = ["OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"]
+    variables = [f"MASTER_PORT={free_port()}", *as_root]
+    named = ["--mpirun_hostfile", str(hosts)]
+    return ["env", *variables, *launch, *counts, *named, "-m", "cifar_dist.train"]
+
+
 PLACES: dict[str, tuple[int, Callable[[], list[str]]]] = {
     "python": (1, command),
     "accelerate launch": (1, lambda: command(1, "accelerate")),
     "accelerate launch on two": (2, lambda: command(2, "accelerate")),
     "torchrun": (2, lambda: command(2)),
     "torchrun by c10d": (2, c10d),
+    "mpirun": (2, mpirun),
+    "accelerate launch by mpirun": (2, accelerate_by_mpirun),
 }
 
 
