@@ -171,10 +171,11 @@ def paired(rounds: Rounds, name: str, reference: str, key: str = "wall") -> list
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Return the median with its quartiles: "0.974 (0.961 to 0.988)"."""
+    """Return the median with its quartiles, or its ends if few: "0.974 (0.961 to 0.988)"."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}"
-    low, middle, high = statistics.quantiles(values, n=4)
+    few = [min(values), statistics.median(values), max(values)]
+    low, middle, high = few if len(values) < 4 else statistics.quantiles(values, n=4)
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 

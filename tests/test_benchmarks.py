@@ -37,6 +37,7 @@ def test_a_subject_that_ends_is_named(capfd: pytest.CaptureFixture[str]) -> None
 
 def test_spread() -> None:
     assert spread([1.0]) == "1.000"
+    assert spread([1.0, 2.0], 1) == "1.5 (1.0 to 2.0)"  # no further than what was seen
     assert spread([1.0, 2.0, 3.0], 1) == "2.0 (1.0 to 3.0)"
 
 
