@@ -158,19 +158,29 @@ def count_bytes(out: str, *arguments: str) -> None:
 
 
 def train_without(what: str, *arguments: str) -> None:
-    """Train with one all-reduce removed: that of the gradients, or that of the training loss."""
+    """Train without the all-reduce of gradients, without its mean, or without that of the loss."""
     from cifar_dist import metrics, session
     from cifar_dist.train import main
 
-    if what == "gradients":
+    if what in ("gradients", "mean"):
         open_session = session.open_session
 
-        def apart(*arguments: Any) -> Any:
+        def summed(buffer: torch.Tensor) -> Any:
+            work: Any = torch.distributed.all_reduce(buffer, async_op=True)
+            return work.get_future().then(lambda done: done.value()[0])
+
+        def changed(*arguments: Any) -> Any:
             opened = open_session(*arguments)
-            opened.state.model.require_backward_grad_sync = False  # type: ignore[assignment]
+            model: Any = opened.state.model
+            if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+                return opened  # the single process, with which they are compared
+            if what == "mean":
+                model.register_comm_hook(None, lambda state, bucket: summed(bucket.buffer()))
+            else:
+                model.require_backward_grad_sync = False
             return opened
 
-        session.open_session = apart
+        session.open_session = changed
     else:
         totals = metrics.Tally.totals
 

@@ -5,13 +5,15 @@ gradients and weights are compared. With BatchNorm each process normalises its o
 share of a batch, so the exact reference is one process that takes the batch in as many parts.
 
 Training amplifies rounding, with BatchNorm and high rates a hundredfold a step. So the yardstick is
-a run of one process that begins with weights whose last bit is another one.
+what happens to one process that begins with weights whose last bits are other ones. Whether a ReLU
+or a maximum turns over is a matter of luck, so that is tried several times.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-ROUNDING = 1e-5  # relative: a maximum or a ReLU that turns over makes that much at once
+CONTROLS = 3  # runs of one process with other last bits
+ROUNDING = 1e-6  # relative, of a sum in another order
 ALLOWED = 20.0  # times what rounding alone has made
 CHAOS = 0.1  # of how far the weights moved: rounding alone has made that much
 TESTED = 256  # test images
@@ -43,13 +46,13 @@ class Run:
 
     Attributes:
         losses, norms: training loss and gradient norm of each step.
-        weights: the trained ones, after the last step.
+        weights: after each step.
         facts: run.json.
     """
 
     losses: list[float]
     norms: list[float]
-    weights: Mapping[str, torch.Tensor]
+    weights: list[Mapping[str, torch.Tensor]]
     facts: Mapping[str, Any]
 
 
@@ -89,7 +92,7 @@ def compare(argv: Sequence[str], program: Sequence[str] = ("-m", "cifar_dist.tra
 
 
 class Comparison:
-    """Trains one process twice, for the yardstick; then as many as it is asked to judge.
+    """Trains one process, and again for the yardstick; then as many as it is asked to judge.
 
     Args:
         recipe: a short run's.
@@ -112,19 +115,22 @@ class Comparison:
         weights = describe_network(recipe.model, len(self.alone.facts["classes"])).weights()
         has_statistics = any(weight.statistics for weight in weights)
         self.normalised = has_statistics and not recipe.train.sync_batchnorm
-        network, rounded = _begin(recipe, self.alone), folder / "rounded.safetensors"
+        network = _begin(recipe, self.alone)
         self.begun = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
-        _write_rounded(network, rounded)
-        again = self._train(1, 1, "--model.weights", str(rounded))
-        self.noise = _differ(self.alone, again, self.begun)
-        self.told["1 process, its first weights changed in the last bit"] = self.noise.describe()
-        if self.noise.whole > CHAOS:
+        self.noise = _largest([self._control(network, number) for number in range(CONTROLS)])
+        self.told[f"1 process, the last bits of its first weights changed, {CONTROLS} runs"] = (
+            self.noise.describe()
+        )
+        chaotic = [step for step, whole in enumerate(self.noise.whole) if whole > CHAOS]
+        if chaotic:
+            level = note if chaotic[0] else warning
+            whole = f"{self.noise.whole[chaotic[0]]:.1e} of how far they moved"
             self.findings.append(
-                warning(
+                level(
                     "chaotic",
-                    "rounding alone changes these weights by "
-                    f"{self.noise.whole:.1e} of how far they move: nothing smaller shows",
-                    "take fewer --steps, or a lower --optim.lr",
+                    f"rounding alone changes the weights by {whole} after step {chaotic[0] + 1}: "
+                    "nothing smaller shows from there on",
+                    "a lower --optim.lr shows more",
                 )
             )
 
@@ -157,10 +163,21 @@ class Comparison:
                 )
             )
 
-    def _train(self, processes: int, parts: int = 1, *more: str) -> Run:
-        out = self.folder / f"{processes}-{parts}{len(more)}"
+    def _control(self, network: nn.Module, number: int) -> Difference:
+        """Train one process that begins with other last bits."""
+        rounded = self.folder / f"rounded-{number}.safetensors"
+        _write_rounded(network, rounded)
+        out = self.folder / f"control-{number}"
+        return _differ(
+            self.alone,
+            _train(1, [*self.options, "--model.weights", str(rounded)], out, self.program),
+            self.begun,
+        )
+
+    def _train(self, processes: int, parts: int = 1) -> Run:
+        out = self.folder / f"{processes}-{parts}"
         accumulated = ["--train.accumulate", str(self.recipe.train.accumulate * parts)]
-        return _train(processes, [*self.options, *accumulated, *more], out, self.program)
+        return _train(processes, [*self.options, *accumulated], out, self.program)
 
 
 def _shorten(recipe: Recipe, several: Sequence[int], steps: int) -> tuple[list[str], list[str]]:
@@ -182,8 +199,8 @@ def _shorten(recipe: Recipe, several: Sequence[int], steps: int) -> tuple[list[s
         "model.dropout": 0,
         "track.every_steps": 1,
         "track.log_with": "[]",
-        "checkpoint.keep": 1,
-        "checkpoint.every_steps": 0,
+        "checkpoint.keep": steps,
+        "checkpoint.every_steps": 1,
         "resume": "never",
     }
     return [word for key, value in options.items() for word in (f"--{key}", str(value))], remarks
@@ -210,6 +227,8 @@ def _train(processes: int, options: Sequence[str], out: Path, program: Sequence[
     """
     from safetensors.torch import load_file
 
+    from cifar_dist.checkpoint import checkpoints_in
+
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     start = [sys.executable, *launcher * (processes > 1), *program]
     done = subprocess.run(
@@ -222,13 +241,14 @@ def _train(processes: int, options: Sequence[str], out: Path, program: Sequence[
             raise UsageError(words.removeprefix("error: "))
         raise TrainingFailed(words.removeprefix("error: "))
     steps = [line for line in read_metrics(out) if line["split"] == "train_window"]
-    newest = max((out / "checkpoints").iterdir())
-    return Run(
+    run = Run(
         [line["loss"] for line in steps],
         [line["gradient_norm"] for line in steps],
-        load_file(newest / "model.safetensors"),
+        [load_file(path / "model.safetensors") for path in checkpoints_in(out / "checkpoints")],
         json.loads((out / "run.json").read_text()),
     )
+    shutil.rmtree(out)  # a network's weights and momenta, once a step
+    return run
 
 
 def _begin(recipe: Recipe, run: Run) -> nn.Module:
@@ -245,7 +265,7 @@ def _begin(recipe: Recipe, run: Run) -> nn.Module:
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if not parameter.requires_grad:  # set from the data, and never changed
-                parameter.copy_(run.weights[name])
+                parameter.copy_(run.weights[0][name])
     return network
 
 
@@ -268,60 +288,86 @@ class Difference:
 
     Attributes:
         losses, norms: relative, by step.
-        weights: by name, as a share of how far each has moved since the start.
-        whole: of all weights together.
+        weights: by step and name, as a share of how far each has moved since the start.
+        whole: of all weights together, by step.
     """
 
     losses: list[float]
     norms: list[float]
-    weights: dict[str, float]
-    whole: float
-
-    @property
-    def worst(self) -> str:
-        """The name of the weights that are furthest apart."""
-        return max(self.weights, key=lambda name: self.weights[name])
+    weights: list[dict[str, float]]
+    whole: list[float]
 
     def describe(self) -> str:
-        """Return the largest differences in words."""
+        """Return the largest differences in words; of weights after the first and last step."""
         loss, norm = max(self.losses), max(self.norms)
+        ends = sorted({0, len(self.weights) - 1})
+        weights = [
+            f"{self.weights[step][name]:.1e} after step {step + 1} ({name})"
+            for step, name in ((step, _furthest(self.weights[step])) for step in ends)
+        ]
         return (
             f"loss within {loss:.1e} (step {self.losses.index(loss) + 1}), gradient norm within "
             f"{norm:.1e} (step {self.norms.index(norm) + 1}), weights within "
-            f"{self.weights[self.worst]:.1e} of how far they moved ({self.worst})"
+            f"{', '.join(weights)} of how far they moved"
         )
 
     def beyond(self, noise: Difference) -> list[str]:
         """Say what is more than rounding makes, which `noise` shows; and where it begins."""
         wrong = []
-        # A gradient is judged where the weights are still the same; later on the weights tell, and
-        # the norm of one step is too uneven for a yardstick.
-        first = (self.norms[:1], noise.norms[:1])
-        pairs = {"loss": (self.losses, noise.losses), "gradient norm": first}
+        pairs = {
+            "loss": (self.losses, noise.losses),
+            "gradient norm": (self.norms, noise.norms),
+        }
         for what, (mine, rounded) in pairs.items():
             for step, value in enumerate(mine):
                 if value > ALLOWED * max(ROUNDING, *rounded[: step + 1]):
                     wrong.append(f"the {what} differs first at step {step + 1}, by {value:.1e}")
                     break
-        largest = ALLOWED * max(ROUNDING, *noise.weights.values())
-        names = [name for name, value in self.weights.items() if value > largest]
-        if names:
-            wrong.append(
-                f"{len(names)} of {len(self.weights)} weights differ, most of all {self.worst}: by "
-                f"{self.weights[self.worst]:.1e} of how far it moved"
-            )
+        largest = ROUNDING
+        for step, weights in enumerate(self.weights):
+            largest = max(largest, *noise.weights[step].values())
+            names = [name for name, value in weights.items() if value > ALLOWED * largest]
+            if names:
+                worst = _furthest(weights)
+                wrong.append(
+                    f"{len(names)} of {len(weights)} weights differ first after step {step + 1}, "
+                    f"most of all {worst}: by {weights[worst]:.1e} of how far it moved"
+                )
+                break
         return wrong
+
+
+def _furthest(weights: Mapping[str, float]) -> str:
+    """Return the name of the weights that are furthest apart."""
+    return max(weights, key=lambda name: weights[name])
 
 
 def _differ(expected: Run, found: Run, begun: Mapping[str, torch.Tensor]) -> Difference:
     """Compare two runs that began with the weights `begun`."""
-    apart = {n: float((found.weights[n] - expected.weights[n]).norm()) for n in begun}
-    moved = {n: float((expected.weights[n] - w).norm()) for n, w in begun.items()}
+    weights, whole = [], []
+    for mine, theirs in zip(expected.weights, found.weights, strict=True):
+        apart = {name: float((theirs[name] - mine[name]).norm()) for name in begun}
+        moved = {name: float((mine[name] - start).norm()) for name, start in begun.items()}
+        weights.append({name: apart[name] / max(moved[name], 1e-12) for name in begun})
+        whole.append(math.hypot(*apart.values()) / math.hypot(*moved.values()))
     return Difference(
         [_relative(a, b) for a, b in zip(expected.losses, found.losses, strict=True)],
         [_relative(a, b) for a, b in zip(expected.norms, found.norms, strict=True)],
-        {name: distance / max(moved[name], 1e-12) for name, distance in apart.items()},
-        math.hypot(*apart.values()) / math.hypot(*moved.values()),
+        weights,
+        whole,
+    )
+
+
+def _largest(found: Sequence[Difference]) -> Difference:
+    """Return the largest difference of each kind."""
+    return Difference(
+        [max(values) for values in zip(*(one.losses for one in found), strict=True)],
+        [max(values) for values in zip(*(one.norms for one in found), strict=True)],
+        [
+            {name: max(weights[name] for weights in same) for name in same[0]}
+            for same in zip(*(one.weights for one in found), strict=True)
+        ],
+        [max(values) for values in zip(*(one.whole for one in found), strict=True)],
     )
 
 

@@ -15,6 +15,7 @@ BATCH = 24  # what a CPU does in seconds
 def test_two_processes_equal_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert parity.main([*TINY, "--train.batch_size", "33"]) == 0
     told = capsys.readouterr().out
+    assert "changed, 3 runs: loss within" in told
     assert "2 processes against 1: loss within" in told
     assert "note: batches are of 34 images here, which divide among 2" in told
     assert "batchnorm" not in told
@@ -41,6 +42,7 @@ def test_every_recipe_on_one_two_and_three(name: str, capsys: pytest.CaptureFixt
     ("what", "message"),
     [
         ("gradients", "2 processes: the weights of rank 1 are no longer those of rank 0"),
+        ("mean", "2 processes against 1: the gradient norm differs first at step 1, by 1.0e+00"),
         ("loss", "2 processes against 1: the loss differs first at step 1, by"),
     ],
 )
@@ -50,6 +52,19 @@ def test_a_missing_all_reduce_is_found(
     program = ["-m", "tests.worker", "train_without", what]
     assert parity.compare([*TINY, "--steps", "2"], program) == 2
     assert f"error: {message}" in capsys.readouterr().out
+
+
+def test_what_is_beyond_rounding_is_told_where_it_begins() -> None:
+    shares = [{"a": 1e-5, "b": 1e-4}, {"a": 1e-5, "b": 1e-3}]
+    rounding = parity.Difference([1e-9, 1e-7], [1e-9, 1e-5], shares, [1e-4, 1e-3])
+    shares = [{"a": 1e-4, "b": 1e-3}, {"a": 1e-4, "b": 1e-1}]
+    found = parity.Difference([1e-6, 1e-4], [1e-6, 1e-3], shares, [1e-3, 1e-1])
+    assert found.beyond(rounding) == [
+        "the loss differs first at step 2, by 1.0e-04",
+        "the gradient norm differs first at step 2, by 1.0e-03",
+        "1 of 2 weights differ first after step 2, most of all b: by 1.0e-01 of how far it moved",
+    ]
+    assert rounding.beyond(rounding) == []
 
 
 def test_what_fails_on_one_process_is_no_matter_of_parity(
