@@ -14,6 +14,19 @@ from typing import TextIO
 from cifar_dist.runfolder import Warned
 
 
+def is_unread(stream: TextIO) -> bool:
+    """Say whether nobody reads a stream any more; it leads nowhere from then on."""
+    try:
+        stream.write("\n")  # an unbuffered one has nothing left to flush
+        stream.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        return True
+    return False
+
+
 class _Copy(io.TextIOBase):
     """A stream that writes to a file, and to the stream it stands for if that is to be shown."""
 
@@ -41,9 +54,7 @@ class _Copy(io.TextIOBase):
         try:
             yield
         except BrokenPipeError:  # the terminal is gone, or the connection of ssh
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
-            os.close(nowhere)
+            is_unread(self.stream)
 
     def isatty(self) -> bool:
         """Say whether a person is looking."""

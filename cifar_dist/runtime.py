@@ -8,6 +8,7 @@ import ctypes
 import ipaddress
 import os
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cifar_dist.config import TrainConfig, UsageError, require
+from cifar_dist.console import is_unread
 from cifar_dist.peers import Peers, PeersMissing, describe_process
 from cifar_dist.preemption import is_launched
 
@@ -28,19 +30,30 @@ T = TypeVar("T")
 
 SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
+NOBODY_READS = 128 + signal.SIGPIPE  # as a shell counts it
 TWO_ON_CPU = "accelerate launch --multi_gpu --num_processes 2 -m cifar_dist.train ..."
 
 
 def run_verb(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
-    """Run a command and return its exit code; a UsageError becomes one line and code 2."""
+    """Run a command and return its exit code; a UsageError becomes one line and code 2.
+
+    Where the reader of its output has seen enough, as `head` has, it ends without a word.
+    """
     try:
-        return verb(sys.argv[1:] if argv is None else argv)
+        try:
+            return verb(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
     except UsageError as error:
         # The others of this machine found the same, unless they are those that are missing.
         first = int(os.environ.get("LOCAL_RANK", "0")) == 0
         if error.reporter if isinstance(error, PeersMissing) else first:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not is_unread(sys.stdout):
+            raise
+        return NOBODY_READS
 
 
 def start_processes(

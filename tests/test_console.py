@@ -1,5 +1,6 @@
 """Where the words of each process go: a file for every rank, the console for rank 0."""
 
+import os
 import re
 import subprocess
 import sys
@@ -54,6 +55,15 @@ def test_a_console_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
         assert process.wait(timeout=120) == 0
     assert status_of(tmp_path)["state"] == "finished"
     assert "finished at step 20" in (tmp_path / "logs/rank-0.log").read_text()
+
+
+@pytest.mark.parametrize("environment", [{}, {"PYTHONUNBUFFERED": "1"}])
+def test_a_reader_that_has_seen_enough_hears_no_more(environment: dict[str, str]) -> None:
+    line = f"{sys.executable} -m cifar_dist plan | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", line], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("141\n", "")
 
 
 def test_a_log_that_cannot_be_written_is_a_warning(
