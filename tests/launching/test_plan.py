@@ -162,6 +162,20 @@ def test_the_accelerate_configuration_is_followed(
     assert [finding["code"] for finding in found["findings"]] == ["port-zero"]
 
 
+def test_mpirun_starts_the_processes_of_all_machines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mpi.yaml"
+    values: dict[str, Any] = {"distributed_type": "MULTI_CPU", "use_cpu": True}
+    values |= {"num_machines": 2, "num_processes": 4, "mpirun_config": {"mpirun_hostfile": "hosts"}}
+    values |= {"main_process_ip": "10.1.1.1", "main_process_port": 29500}
+    path.write_text(yaml.safe_dump(values))
+    found = planned(capsys, "--accelerate-config", str(path), "--config", "tutorial")
+    assert found["world_size"] == 4
+    assert f"accelerate launch --config_file {path} -m" in found["on machine 0"]
+    assert "on machine 1" not in found
+
+
 def test_a_folder_of_images_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_folder(tmp_path / "set", {"train": 30, "test": 9})
     options = ["--data.name", "imagefolder", "--data.root", str(root), "--train.batch_size", "8"]
