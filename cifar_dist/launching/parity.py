@@ -117,22 +117,11 @@ class Comparison:
         self.normalised = has_statistics and not recipe.train.sync_batchnorm
         network = _begin(recipe, self.alone)
         self.begun = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
-        self.noise = _largest([self._control(network, number) for number in range(CONTROLS)])
+        self.noise = largest([self._control(network, number) for number in range(CONTROLS)])
         self.told[f"1 process, the last bits of its first weights changed, {CONTROLS} runs"] = (
             self.noise.describe()
         )
-        chaotic = [step for step, whole in enumerate(self.noise.whole) if whole > CHAOS]
-        if chaotic:
-            level = note if chaotic[0] else warning
-            whole = f"{self.noise.whole[chaotic[0]]:.1e} of how far they moved"
-            self.findings.append(
-                level(
-                    "chaotic",
-                    f"rounding alone changes the weights by {whole} after step {chaotic[0] + 1}: "
-                    "nothing smaller shows from there on",
-                    "a lower --optim.lr shows more",
-                )
-            )
+        self.findings += self.noise.blur()
 
     def judge(self, number: int) -> None:
         """Train on `number` processes, and compare."""
@@ -311,6 +300,22 @@ class Difference:
             f"{', '.join(weights)} of how far they moved"
         )
 
+    def blur(self) -> list[Finding]:
+        """Tell, of what rounding makes, from where on it hides what should be seen."""
+        chaotic = [step for step, whole in enumerate(self.whole) if whole > CHAOS]
+        if not chaotic:
+            return []
+        first = chaotic[0]
+        level = note if first else warning  # steps before it are judged sharply
+        return [
+            level(
+                "chaotic",
+                f"rounding alone changes the weights by {self.whole[first]:.1e} of how far they "
+                f"moved after step {first + 1}: nothing smaller shows from there on",
+                "a lower --optim.lr shows more",
+            )
+        ]
+
     def beyond(self, noise: Difference) -> list[str]:
         """Say what is more than rounding makes, which `noise` shows; and where it begins."""
         wrong = []
@@ -358,7 +363,7 @@ def _differ(expected: Run, found: Run, begun: Mapping[str, torch.Tensor]) -> Dif
     )
 
 
-def _largest(found: Sequence[Difference]) -> Difference:
+def largest(found: Sequence[Difference]) -> Difference:
     """Return the largest difference of each kind."""
     return Difference(
         [max(values) for values in zip(*(one.losses for one in found), strict=True)],

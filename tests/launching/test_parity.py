@@ -67,6 +67,27 @@ def test_what_is_beyond_rounding_is_told_where_it_begins() -> None:
     assert rounding.beyond(rounding) == []
 
 
+def test_the_yardstick_is_the_largest_of_all_controls() -> None:
+    one = parity.Difference([1e-7, 1e-6], [2e-7, 1e-5], [{"a": 1e-5, "b": 1e-3}], [1e-4])
+    other = parity.Difference([2e-7, 1e-8], [1e-7, 1e-4], [{"a": 1e-4, "b": 1e-5}], [1e-3])
+    assert parity.largest([one, other]) == parity.Difference(
+        [2e-7, 1e-6], [2e-7, 1e-4], [{"a": 1e-4, "b": 1e-3}], [1e-3]
+    )
+
+
+@pytest.mark.parametrize(
+    ("whole", "level"),
+    [([1e-3, 2e-2], None), ([1e-3, 0.2, 0.3], "note"), ([0.2, 0.3], "warning")],
+)
+def test_chaos_is_a_warning_where_no_step_is_judged_sharply(
+    whole: list[float], level: str | None
+) -> None:
+    same = [0.0] * len(whole)
+    found = parity.Difference(same, same, [{"a": share} for share in whole], whole).blur()
+    assert [finding.level for finding in found] == ([level] if level else [])
+    assert all("by 2.0e-01 of how far they moved" in finding.message for finding in found)
+
+
 def test_what_fails_on_one_process_is_no_matter_of_parity(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
