@@ -80,7 +80,9 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 3) -> torch.Tensor:
     """Bring all singular values of float [B, M, N] near 1, keeping the singular vectors.
 
     Newton-Schulz iteration with the quintic of Jordan et al. (2024), tuned for few steps: values
-    end between about 0.3 and 1.3. In bfloat16 on GPUs, where that is enough and faster.
+    end between about 0.3 and 1.3. Each step multiplies by a polynomial of the Gram matrix, so the
+    steps are taken on that, which is small, and only their product meets the matrices themselves.
+    The large products are in bfloat16 on GPUs, where that is enough and faster.
     """
     precision = torch.bfloat16 if matrices.device.type == "cuda" else torch.float32
     work = matrices.to(precision)
@@ -88,9 +90,14 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 3) -> torch.Tensor:
     tall = work.shape[1] > work.shape[2]
     if tall:
         work = work.mT
+    gram = (work @ work.mT).float()
+    unit = torch.eye(gram.shape[1], device=gram.device)
+    product = unit
     for _ in range(steps):
-        square = work @ work.mT
-        work = 3.4445 * work + (-4.7750 * square + 2.0315 * square @ square) @ work
+        factor = 3.4445 * unit - 4.7750 * gram + 2.0315 * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    work = product.to(precision) @ work
     return (work.mT if tall else work).to(matrices.dtype)
 
 

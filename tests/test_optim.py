@@ -34,6 +34,19 @@ def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, ...]) 
     assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 32), (2, 32, 8)])
+def test_iterating_on_the_gram_matrix_ends_where_the_definition_does(
+    shape: tuple[int, ...],
+) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    expected = matrices / matrices.norm(dim=(1, 2), keepdim=True)
+    for _ in range(3):
+        square = expected @ expected.mT
+        factor = -4.7750 * square + 2.0315 * square @ square
+        expected = 3.4445 * expected + factor @ expected
+    assert torch.allclose(orthogonalise(matrices), expected, atol=1e-5)
+
+
 def test_steps_follow_the_definition() -> None:
     """Against the published rule written out one filter bank at a time."""
     network = small_network()

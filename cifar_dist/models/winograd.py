@@ -84,7 +84,8 @@ def _tiles(side: int) -> int:
 
 
 class _Winograd(torch.autograd.Function):
-    # A leading 36 or 16 counts the places in a tile, row by row; tiles are [N, rows, columns].
+    # Tiles are [N * rows * columns, 36 or 16, channels]: the places in a tile, row by row, lie
+    # together, so that a transform finds all it needs of a tile in a core's cache.
 
     @staticmethod
     def forward(ctx: Any, images: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -94,14 +95,15 @@ class _Winograd(torch.autograd.Function):
         padded = functional.pad(images.permute(0, 2, 3, 1), (0, 0, *border)).contiguous()
         image, row, pixel, channel = padded.stride()
         windows = padded.as_strided(
-            (WINDOW, WINDOW, number, rows, columns, inputs),
-            (row, pixel, image, TILE * row, TILE * pixel, channel),
+            (number, rows, columns, WINDOW, WINDOW, inputs),
+            (image, TILE * row, TILE * pixel, row, pixel, channel),
         )
-        tiles = (INPUT @ windows.reshape(36, -1)).view(36, -1, inputs)
-        filters = (FILTER @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(36, inputs, -1)
-        products = torch.bmm(tiles, filters).view(36, -1)
-        outputs = (OUTPUT @ products).view(TILE, TILE, number, rows, columns, -1)
-        outputs = outputs.permute(2, 3, 0, 4, 1, 5).reshape(number, rows * TILE, columns * TILE, -1)
+        tiles = _of_each(INPUT, windows.reshape(-1, 36, inputs))
+        filters = (FILTER @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(36, -1, inputs)
+        products = torch.bmm(tiles.transpose(0, 1), filters.transpose(1, 2))
+        outputs = _of_each(OUTPUT, products.transpose(0, 1))
+        outputs = outputs.view(number, rows, columns, TILE, TILE, -1).transpose(2, 3)
+        outputs = outputs.reshape(number, rows * TILE, columns * TILE, -1)
         ctx.save_for_backward(tiles, filters)
         ctx.shape = images.shape
         return outputs[:, :height, :width].contiguous().permute(0, 3, 1, 2)
@@ -114,18 +116,18 @@ class _Winograd(torch.autograd.Function):
         rows, columns = _tiles(height), _tiles(width)
         border = (0, columns * TILE - width, 0, rows * TILE - height)
         padded = functional.pad(gradient.permute(0, 2, 3, 1), (0, 0, *border))
-        of_outputs = padded.unflatten(1, (rows, TILE)).unflatten(3, (columns, TILE))
-        of_outputs = of_outputs.permute(2, 4, 0, 1, 3, 5).reshape(TILE * TILE, -1)
-        of_products = (OUTPUT.T @ of_outputs).view(36, -1, filters.shape[2])
+        of_outputs = padded.unflatten(1, (rows, TILE)).unflatten(3, (columns, TILE)).transpose(2, 3)
+        of_outputs = of_outputs.reshape(-1, TILE * TILE, filters.shape[1])
+        of_products = _of_each(OUTPUT.T, of_outputs).transpose(0, 1)
 
-        of_filters = torch.bmm(tiles.transpose(1, 2), of_products)
-        of_weight = (FILTER.T @ of_filters.view(36, -1)).view(3, 3, inputs, -1).permute(3, 2, 0, 1)
+        of_filters = torch.bmm(of_products.transpose(1, 2), tiles.transpose(0, 1))
+        of_weight = (FILTER.T @ of_filters.view(36, -1)).view(3, 3, -1, inputs).permute(2, 3, 0, 1)
         if not ctx.needs_input_grad[0]:
             return None, of_weight
 
-        of_tiles = torch.bmm(of_products, filters.transpose(1, 2)).view(36, -1)
-        of_windows = (INPUT.T @ of_tiles).view(WINDOW, WINDOW, number, rows, columns, inputs)
-        of_windows = of_windows.permute(2, 3, 0, 4, 1, 5)  # [N, rows, 6, columns, 6, C]
+        of_tiles = torch.bmm(of_products, filters).transpose(0, 1)
+        of_windows = _of_each(INPUT.T, of_tiles)
+        of_windows = of_windows.view(number, rows, columns, WINDOW, WINDOW, inputs).transpose(2, 3)
         # Windows overlap by two pixels: first what lies on no other's ground, then the rest.
         of_padded = padded.new_zeros(number, (rows + 1) * TILE, (columns + 1) * TILE, inputs)
         for down in (0, TILE):
@@ -135,3 +137,8 @@ class _Winograd(torch.autograd.Function):
                 part = of_windows[:, :, down : down + TILE, :, right : right + TILE]
                 ground[:, :, : part.shape[2], :, : part.shape[4]] += part
         return of_padded[:, 1 : height + 1, 1 : width + 1].permute(0, 3, 1, 2), of_weight
+
+
+def _of_each(matrix: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Return matrix @ block for each block of [B, N, C]."""
+    return torch.bmm(matrix.expand(len(blocks), *matrix.shape), blocks)
