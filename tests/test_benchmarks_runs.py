@@ -47,6 +47,13 @@ def test_the_benchmark_of_time_to_accuracy_runs(tmp_path: Path) -> None:
         assert f"| {row} | 0." in text
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_the_arithmetic_runs(tmp_path: Path) -> None:
+    text = table_of("arithmetic", tmp_path, ["--batch", "2", "--rounds", "1"], "arithmetic-2")
+    for row in ("128 to 128 channels, 16 x 16", "resnet18", "orthogonalise 3 of 256 x 2304"):
+        assert f"| {row} | " in text
+
+
 # What benchmarks.record expects of airbench's script, with a linear model in it.
 STAND_IN = """
 import os
