@@ -25,14 +25,15 @@ def train(processes: int, launcher: str, out: Path, *options: str) -> list[dict[
     return read_lines(out)
 
 
+# A rate at which training is not chaotic: elsewhere it blows the last bit up within 50 steps.
+FIFTY = ["--data.limit_train", "800", "--optim.lr", "0.01", "--train.seed", "1"]
+
+
 def test_the_number_of_processes_does_not_change_the_maths(tmp_path: Path) -> None:
-    # A rate at which training is not chaotic: elsewhere it blows the last bit up within 50 steps.
-    fifty = ["--data.limit_train", "800", "--optim.lr", "0.01", "--train.seed", "1"]
-    alone = train(1, "torchrun", tmp_path / "1", *fifty)
+    alone = train(1, "torchrun", tmp_path / "1", *FIFTY)
     runs = {
-        "accelerate 2": train(2, "accelerate", tmp_path / "2", *fifty),
-        "torchrun 2": train(2, "torchrun", tmp_path / "3", *fifty),
-        "torchrun 2 x 2": train(2, "torchrun", tmp_path / "4", *fifty, "--train.accumulate", "2"),
+        "accelerate 2": train(2, "accelerate", tmp_path / "2", *FIFTY),
+        "torchrun 2 x 2": train(2, "torchrun", tmp_path / "3", *FIFTY, "--train.accumulate", "2"),
     }
     assert sum(line["split"] == "train_window" for line in alone) == 50
     learnt = [line["loss"] for line in alone if line["split"] == "train"]
@@ -43,7 +44,13 @@ def test_the_number_of_processes_does_not_change_the_maths(tmp_path: Path) -> No
             if expected["split"] == "test":
                 counts = (expected["correct"], expected["count"])
                 assert (line["correct"], line["count"]) == counts, name
-    assert digest_of(tmp_path / "2") == digest_of(tmp_path / "3")
+
+
+@pytest.mark.slow
+def test_the_launcher_changes_no_bit(tmp_path: Path) -> None:
+    train(2, "accelerate", tmp_path / "1", *FIFTY)
+    train(2, "torchrun", tmp_path / "2", *FIFTY)
+    assert digest_of(tmp_path / "1") == digest_of(tmp_path / "2")
 
 
 @pytest.mark.slow
@@ -90,14 +97,14 @@ def test_each_sample_once_when_the_number_of_processes_changes(
 @pytest.mark.fault(31)
 def test_evaluation_counts_every_image_once_on_any_number_of_processes(tmp_path: Path) -> None:
     results = {}
-    for processes in (1, 2, 3):
+    for processes in (1, 3):
         out = tmp_path / f"{processes}.json"
         worker = command(processes, module="tests.worker")
         done = run_command([*worker, "evaluate_sizes", str(out)])
         assert done.returncode == 0, done.stderr
         results[processes] = json.loads(out.read_text())
     assert [entry[:2] for entry in results[1]] == [[size, size] for size in range(1, 66)]
-    assert results[1] == results[2] == results[3]
+    assert results[1] == results[3]
 
 
 def test_a_launcher_that_started_one_of_two_is_refused(tmp_path: Path) -> None:
@@ -134,7 +141,11 @@ def test_one_process_of_torchrun_uses_all_cores_and_warns_of_nothing(
 @pytest.mark.parametrize(
     ("processes", "launcher", "chosen"),
     # accelerate launch tells a single process to use one thread: here the difference shows.
-    [(1, "accelerate", None), (2, "torchrun", None), (2, "accelerate", "3")],
+    [
+        (1, "accelerate", None),
+        pytest.param(2, "torchrun", None, marks=pytest.mark.slow),
+        pytest.param(2, "accelerate", "3", marks=pytest.mark.slow),
+    ],
 )
 def test_all_cores_are_used_unless_the_user_chose(
     processes: int, launcher: str, chosen: str | None, monkeypatch: pytest.MonkeyPatch
@@ -182,7 +193,8 @@ def test_accumulation_set_behind_the_recipes_back_is_refused(tmp_path: Path) -> 
 def test_a_precision_chosen_with_the_launcher_is_used(tmp_path: Path) -> None:
     launch = command(1, "accelerate")
     launch[launch.index("--mixed_precision") + 1] = "bf16"
-    done = run_command([*launch, *TINY, "--out", str(tmp_path), "--train.epochs", "1"])
+    short = ["--train.epochs", "1", "--data.limit_train", "64"]
+    done = run_command([*launch, *TINY, "--out", str(tmp_path), *short])
     assert "precision bf16" in done.stdout, done.stderr
     assert json.loads((tmp_path / "run.json").read_text())["precision"] == "bf16"
 

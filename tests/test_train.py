@@ -105,7 +105,9 @@ def test_the_best_is_chosen_by_validation(trained: Result) -> None:
     assert trained.best["test"]["step"] == best["step"]
 
 
-@pytest.mark.parametrize("step", [1, 4, 7, 10, 13])
+@pytest.mark.parametrize(
+    "step", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 10)), 7, 13]
+)
 def test_a_stopped_run_continues_as_if_it_had_not(
     step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,9 @@ from tests.faults.campaign import torment
 
 
 @pytest.mark.fault(1, 2, 3)
-@pytest.mark.parametrize(("processes", "kills"), [(1, 8), (2, 6)])
+@pytest.mark.parametrize(
+    ("processes", "kills"), [pytest.param(1, 8, marks=pytest.mark.slow), (2, 6)]
+)
 def test_killed_runs_end_with_the_same_weights(processes: int, kills: int, tmp_path: Path) -> None:
     tally = torment(processes, kills, tmp_path, seed=processes)
     assert tally.wrong == []

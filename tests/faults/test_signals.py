@@ -42,7 +42,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     ("number", "phase", "target", "processes"),
     [
         (signal.SIGTERM, "evaluating", "launcher", 1),
-        (signal.SIGUSR1, "decoding", "one rank", 2),
         *(
             pytest.param(*row, marks=pytest.mark.slow)
             for row in itertools.product(SIGNALS, PHASES, TARGETS, (1, 2))
@@ -63,7 +62,7 @@ def test_a_signal_to_a_launched_run(
 @pytest.mark.parametrize(
     ("number", "rank", "phase"),
     [
-        (signal.SIGTERM, None, "training"),
+        pytest.param(signal.SIGTERM, None, "training", marks=pytest.mark.slow),
         (signal.SIGUSR1, 1, "training"),
         (signal.SIGTERM, 0, "evaluating"),
     ],

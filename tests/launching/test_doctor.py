@@ -141,6 +141,7 @@ def test_processes_with_different_configurations_are_named(tmp_path: Path) -> No
     assert "on rank 1" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_launcher_that_started_one_of_two_is_said() -> None:
     launch = command(2, "accelerate", MODULE)
     launch[launch.index("--multi_gpu")] = "--cpu"
