@@ -1,5 +1,6 @@
 """Optimizers by name, all fused: faster, and able to skip a step without asking the host."""
 
+import inspect
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any
@@ -10,7 +11,31 @@ from torch import nn
 from cifar_dist.config import OptimConfig
 
 
-class Muon(torch.optim.SGD):
+class _Bare(torch.optim.Optimizer):
+    """Without torch's wrappers around these methods, which tell its compiler to leave them alone.
+
+    They import it for that, which takes a second of every start, also where nothing is compiled.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class SGD(_Bare, torch.optim.SGD):
+    """torch's."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
+class AdamW(_Bare, torch.optim.AdamW):
+    """torch's (Loshchilov and Hutter, 2019, "Decoupled Weight Decay Regularization")."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(SGD):
     """Momentum whose updates are made orthogonal for convolution filters; SGD for all else.
 
     The direction of a filter bank, seen as a matrix with a row a filter, is replaced by the nearest
@@ -102,7 +127,7 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 3) -> torch.Tensor:
 
 
 def _sgd(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
+    return SGD(
         model.parameters(),
         lr=config.lr,
         momentum=config.momentum,
@@ -113,14 +138,12 @@ def _sgd(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
 
 
 def _adamw(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-    )
+    return AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, OptimConfig], torch.optim.Optimizer]] = {
     "sgd": _sgd,
-    "adamw": _adamw,  # Loshchilov and Hutter, 2019
+    "adamw": _adamw,
     "muon": Muon,
 }
 

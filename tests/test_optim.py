@@ -1,4 +1,8 @@
-"""Muon: directions, lengths, and a step that is skipped."""
+"""Optimizers: torch's steps, Muon's directions and lengths, and a step that is skipped."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +11,7 @@ from torch import nn
 from cifar_dist.config import ModelConfig, OptimConfig
 from cifar_dist.models import build_model
 from cifar_dist.optim import Muon, build_optimizer, orthogonalise
+from tests.helpers import TINY
 
 CONFIG = OptimConfig(name="muon", lr=0.2, bias_lr=0.4, head_lr=2.0, momentum=0.6, weight_decay=0.01)
 
@@ -21,6 +26,38 @@ def give_gradients(network: nn.Module, seed: int) -> None:
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_steps_are_those_of_torch(name: str) -> None:
+    config = OptimConfig(name=name, lr=0.1, momentum=0.9, weight_decay=0.01)
+    ours, theirs = small_network(), small_network()
+    optimizer = build_optimizer(ours, config)
+    reference: torch.optim.Optimizer = (
+        torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, fused=True)
+        if name == "sgd"
+        else torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.01, fused=True)
+    )
+    for seed in range(3):
+        for network, either in ((ours, optimizer), (theirs, reference)):
+            either.zero_grad()
+            give_gradients(network, seed)
+            either.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    for mine, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_a_run_imports_no_compiler(name: str, tmp_path: Path) -> None:
+    arguments = [*TINY, "--optim.name", name, "--optim.lr", "0.001", "--train.epochs", "1"]
+    arguments += ["--model.name", "speednet", "--model.widths", "[8, 16]"]
+    code = (
+        "import sys; from cifar_dist.train import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or 10 * ('torch._dynamo' in sys.modules))"
+    )
+    command = [sys.executable, "-c", code, *arguments, "--out", str(tmp_path)]
+    assert subprocess.run(command, capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 32), (2, 32, 8), (1, 16, 16)])
