@@ -150,6 +150,7 @@ def test_a_launcher_that_started_one_of_two_is_said() -> None:
     assert "error: accelerate launch was asked for several processes" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_named(tmp_path: Path) -> None:
     worker = [*command(2, module="tests.worker"), "hang_in_doctor", "1"]
     began = time.monotonic()

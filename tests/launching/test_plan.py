@@ -85,7 +85,8 @@ def test_a_plan_says_what_a_run_records(
         assert sizes == expected["checkpoint"]
 
 
-@pytest.mark.parametrize("network", ["tutorial", pytest.param("resnet18", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["tutorial", "resnet18"])
 def test_what_a_step_sends_is_what_was_planned(network: str, tmp_path: Path) -> None:
     options = [*TINY, "--model.name", network, "--data.limit_train", "128"]
     worker = [*command(2, module="tests.worker"), "count_bytes", str(tmp_path / "sent.json")]
