@@ -97,14 +97,14 @@ def test_each_sample_once_when_the_number_of_processes_changes(
 @pytest.mark.fault(31)
 def test_evaluation_counts_every_image_once_on_any_number_of_processes(tmp_path: Path) -> None:
     results = {}
-    for processes in (1, 3):
+    for processes in (1, 2, 3):
         out = tmp_path / f"{processes}.json"
         worker = command(processes, module="tests.worker")
         done = run_command([*worker, "evaluate_sizes", str(out)])
         assert done.returncode == 0, done.stderr
         results[processes] = json.loads(out.read_text())
     assert [entry[:2] for entry in results[1]] == [[size, size] for size in range(1, 66)]
-    assert results[1] == results[3]
+    assert results[1] == results[2] == results[3]
 
 
 def test_a_launcher_that_started_one_of_two_is_refused(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_all_processes_fall_back_to_the_same_and_end_as_before(copy: Path, tmp_p
 
 
 @pytest.mark.fault(10, 11)
-@pytest.mark.parametrize("times", [5, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_whatever_the_damage_both_processes_load_the_one_before(times: int, copy: Path) -> None:
     worker = command(2, "torchrun", "tests.worker")
     done = run_command([*worker, "fall_back", str(copy / "checkpoints"), str(times)])
