@@ -96,7 +96,8 @@ def train_epoch(
             loss_sum = functional.cross_entropy(
                 logits, batch.labels, reduction="sum", label_smoothing=config.label_smoothing
             )
-            backward(loss_sum, gradient=scale_showing(loss_sum, scale))
+            # Not by `gradient=`, for which torch imports what compares symbolic shapes.
+            backward(loss_sum * scale_showing(loss_sum, scale))
         state.tally.add(loss_sum, logits, batch.labels)
         if not last:
             continue

@@ -150,7 +150,8 @@ def open_session(
         _restore(start, network, average, optimizer, accelerator)
     # What is compiled shares all weights with the network, which is what is measured and saved.
     called = torch.compile(network) if recipe.train.compile else network
-    model, prepared = accelerator.prepare(called, optimizer)
+    # Not told where they go, Accelerate imports torch's sharded tensors to see that there are none.
+    model, prepared = accelerator.prepare(called, optimizer, device_placement=[True, True])
     if accelerator.scaler is not None:
         optimizer = prepared
     if accelerator.num_processes > 1:

@@ -68,7 +68,9 @@ class Tracker:
             if tracker.name == "tensorboard":
                 with warnings.catch_warnings():  # TensorBoard has no other tracer than torch.jit
                     warnings.simplefilter("ignore")
-                    tracker.writer.add_graph(network.eval(), images)
+                    # Traced here: TensorBoard would trace it twice more, to compare.
+                    traced = torch.jit.trace(network.eval(), images, check_trace=False)
+                    tracker.writer.add_graph(traced, images)
 
         self._each(record)
 
