@@ -185,6 +185,25 @@ def test_folders_that_cannot_be_right(tmp_path: Path) -> None:
         load_dataset(folder_config(tmp_path / "c"))
 
 
+def test_folders_below_a_class_and_links(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", {"train": 12, "test": 6})
+    disc = root / "train" / "disc"
+    first, *others = sorted(disc.iterdir())
+    (disc / "more.png").mkdir()  # a folder whatever its name
+    first.rename(disc / "more.png" / "deep.PNG")
+    (disc / "linked.png").symlink_to(others[0])
+    (disc / "notes.txt").write_text("not an image")
+    (disc / "loop").symlink_to(root)  # would never end
+    (disc / "gone").symlink_to(root / "absent")
+    train = load_dataset(folder_config(root)).train
+    assert np.bincount(train.labels).tolist() == [5, 4, 4]
+    linked = np.asarray(Image.open(others[0]))
+    assert sum(np.array_equal(image, linked) for image in train.images) == 2
+    (disc / "gone.jpg").symlink_to(root / "absent")
+    with pytest.raises(UsageError, match=r"disc/gone\.jpg: .*No such file"):
+        load_dataset(folder_config(root))
+
+
 def test_the_cache_notices_a_changed_file(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "set", {"train": 12, "test": 6})
     before = load_dataset(folder_config(root))

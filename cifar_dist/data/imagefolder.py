@@ -2,8 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+import stat
+from itertools import chain
 from pathlib import Path
+
+import numpy as np
 
 from cifar_dist.config import DataConfig, cache_folder, require
 from cifar_dist.data.cache import CacheWriter, load_or_build
@@ -14,8 +17,9 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 VALIDATION = ("val", "valid", "validation")
 FORMAT = "1"  # change it whenever decode_image gives other pixels for the same file
 
-# path, label, bytes, time of change in nanoseconds
-Files = dict[str, list[tuple[str, int, int, int]]]
+# "path/bytes/nanoseconds of change". Strings, as so many tuples would occupy the garbage collector.
+Found = list[str]
+Files = dict[str, list[Found]]  # of each part, by label
 
 
 def load_imagefolder(config: DataConfig) -> Source:
@@ -32,22 +36,28 @@ def load_imagefolder(config: DataConfig) -> Source:
 
     def build(writer: CacheWriter) -> None:
         writer.classes = classes
-        for split, entries in files.items():
-            target = writer.create(split, [label for _, label, *_ in entries], size)
-            failures = decode_files([path for path, *_ in entries], target, f"decoding {split}")
+        for split, found in files.items():
+            labels = labels_of(found).tolist()
+            target = writer.create(split, labels, size)
+            paths = [os.path.join(root, path_of(image)) for image in chain(*found)]
+            failures = decode_files(paths, target, f"decoding {split}")
             if not failures:
                 continue
-            reasons = [f"{entries[row][0]}: {why}" for row, why in failures.items()]
+            reasons = [f"{paths[row]}: {why}" for row, why in failures.items()]
             require(
                 config.bad_images == "skip",
                 f"{len(failures)} of the {split} images cannot be decoded, the first {reasons[0]}; "
                 "mend or remove them, or leave them out with --data.bad_images skip",
             )
-            _refuse_emptied_class(split, entries, set(failures), classes)
+            left = set(np.delete(labels, list(failures)))
+            for label, name in enumerate(classes):
+                require(label in left, f"no image of class '{name}' in {split} can be decoded")
             writer.drop(split, list(failures))
             writer.skipped += reasons
 
-    key = f"imagefolder-{_fingerprint(root, files, config, size)}"
+    # The decoded pixels are known by every file's place, size and time of change.
+    asked = repr((FORMAT, size, config.bad_images, files)).encode()
+    key = f"imagefolder-{hashlib.blake2b(asked, digest_size=16).hexdigest()}"
     return load_or_build(cache_folder(config), key, build)
 
 
@@ -59,8 +69,8 @@ def find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
             class folders directly, which are then all "train".
 
     Returns:
-        {"train" | "test" | "val": [(path, label, bytes, time of change), ...]} and the class names,
-        sorted. With one of test and val only, it is called "test".
+        {"train" | "test" | "val": [["path below root/bytes/time of change", ...], ...]}, a list a
+        class, and the class names, all sorted. With one of test and val only, it is called "test".
     """
     parts = {name: root / name for name in ("train", "test") if (root / name).is_dir()}
     for name in VALIDATION:
@@ -85,37 +95,57 @@ def find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
         len(names[first]) >= 2,
         f"{parts[first]} holds {len(names[first])} class folders; at least 2 are needed",
     )
-    files: Files = {}
+    files: Files = {split: [] for split in parts}
     for split, folder in parts.items():
-        files[split] = []
-        for label, name in enumerate(names[split]):
-            images = sorted(_scan(os.fspath(folder / name)))
+        for name in names[split]:
+            below = (folder / name).relative_to(root)
+            found = sorted(_scan(os.fspath(folder / name), f"{below}/"))
             require(
-                bool(images),
+                bool(found),
                 f"class folder {folder / name} holds no image; add some "
                 f"({', '.join(sorted(SUFFIXES))}) or remove the folder",
             )
-            files[split] += [(path, label, size, changed) for path, size, changed in images]
+            files[split].append(found)
     return files, tuple(names[first])
+
+
+def labels_of(found: list[Found]) -> np.ndarray:
+    """Return the labels of a part, int64 [N]."""
+    return np.repeat(np.arange(len(found)), [len(images) for images in found])
 
 
 def list_images(folder: Path) -> list[Path]:
     """Return the image files in and below a folder, sorted."""
-    return [Path(path) for path, _, _ in sorted(_scan(os.fspath(folder)))]
+    return [folder / path for path in sorted(map(path_of, _scan(os.fspath(folder), "")))]
 
 
-def _scan(folder: str) -> Iterator[tuple[str, int, int]]:
-    """Find image files with their size and time of change; at each start, so as fast as it goes."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _scan(entry.path)
-            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-                try:
-                    stat = entry.stat()
-                    yield entry.path, stat.st_size, stat.st_mtime_ns
-                except OSError:  # a broken link: decoding will say so
-                    yield entry.path, 0, 0
+def path_of(image: str) -> str:
+    """Return the path that was found."""
+    return image.rsplit("/", 2)[0]
+
+
+def _scan(folder: str, prefix: str) -> Found:
+    """Find image files and say what changes with them; at each start, so as fast as it goes."""
+    found: Found = []
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        for name in os.listdir(descriptor):
+            is_image = name[name.rfind(".") :].lower() in SUFFIXES
+            try:
+                status = os.stat(name, dir_fd=descriptor)
+            except OSError:  # a broken link: decoding will say so
+                if is_image:
+                    found.append(f"{prefix}{name}/0/0")
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                below = os.path.join(folder, name)
+                if not os.path.islink(below):
+                    found += _scan(below, f"{prefix}{name}/")
+            elif is_image:
+                found.append(f"{prefix}{name}/{status.st_size}/{status.st_mtime_ns}")
+    finally:
+        os.close(descriptor)
+    return found
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -124,22 +154,3 @@ def _class_names(folder: Path) -> list[str]:
         for entry in folder.iterdir()
         if entry.is_dir() and not entry.name.startswith(".")
     )
-
-
-def _refuse_emptied_class(
-    split: str, entries: list[tuple[str, int, int, int]], failed: set[int], classes: tuple[str, ...]
-) -> None:
-    left = {label for row, (_, label, *_) in enumerate(entries) if row not in failed}
-    for label, name in enumerate(classes):
-        require(label in left, f"no image of class '{name}' in {split} can be decoded")
-
-
-def _fingerprint(root: Path, files: Files, config: DataConfig, size: int) -> str:
-    """Identify the decoded pixels by every file's place, size and time of change."""
-    digest = hashlib.sha256(f"{FORMAT} {size} {config.bad_images}".encode())
-    outside = len(os.fspath(root))
-    for split, entries in files.items():
-        for path, label, length, changed in entries:
-            line = f"{split} {label} {path[outside:]} {length} {changed}\n"
-            digest.update(line.encode(errors="surrogateescape"))
-    return digest.hexdigest()[:32]

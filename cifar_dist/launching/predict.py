@@ -10,7 +10,7 @@ import numpy as np
 
 from cifar_dist.config import DataConfig, Recipe, require
 from cifar_dist.data import Dataset, arrange
-from cifar_dist.data.imagefolder import find_images
+from cifar_dist.data.imagefolder import find_images, labels_of
 from cifar_dist.data.images import Images, Source
 from cifar_dist.data.synthetic import SHAPES, counts
 from cifar_dist.launching.networks import Features, Tape, Weight, describe_network
@@ -147,10 +147,7 @@ def count_images(config: DataConfig) -> Dataset:
             root.is_dir(), f"data.root '{config.root}' is not a folder; name one of class folders"
         )
         files, classes = find_images(root)
-        splits = {
-            name: of([label for _, label, *_ in entries], classes)
-            for name, entries in files.items()
-        }
+        splits = {name: of(labels_of(found), classes) for name, found in files.items()}
     elif config.name == "synthetic":
         splits = {
             name: of(np.arange(count) % len(SHAPES), tuple(SHAPES))
