@@ -3,8 +3,10 @@
 import hashlib
 import os
 import stat
+from array import array
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,9 +19,20 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 VALIDATION = ("val", "valid", "validation")
 FORMAT = "1"  # change it whenever decode_image gives other pixels for the same file
 
-# "path/bytes/nanoseconds of change". Strings, as so many tuples would occupy the garbage collector.
-Found = list[str]
-Files = dict[str, list[Found]]  # of each part, by label
+
+class Listing(NamedTuple):
+    """The image files of a folder, in an order of their own.
+
+    Attributes:
+        files: of each part, "train", "test" or "val", the paths below the folder, a list a class.
+        classes: names, sorted.
+        stamps: bytes and time of change (nanoseconds) of every file in turn. An array, as so many
+            tuples would occupy the garbage collector.
+    """
+
+    files: dict[str, list[list[str]]]
+    classes: tuple[str, ...]
+    stamps: array
 
 
 def load_imagefolder(config: DataConfig) -> Source:
@@ -32,14 +45,14 @@ def load_imagefolder(config: DataConfig) -> Source:
     root = Path(config.root).expanduser()
     require(root.is_dir(), f"data.root '{config.root}' is not a folder; name one of class folders")
     size = config.image_size or 32
-    files, classes = find_images(root)
+    files, classes, stamps = find_images(root)
 
     def build(writer: CacheWriter) -> None:
         writer.classes = classes
         for split, found in files.items():
-            labels = labels_of(found).tolist()
+            labels = labels_of(found)
             target = writer.create(split, labels, size)
-            paths = [os.path.join(root, path_of(image)) for image in chain(*found)]
+            paths = [os.path.join(root, path) for path in chain(*found)]
             failures = decode_files(paths, target, f"decoding {split}")
             if not failures:
                 continue
@@ -56,21 +69,20 @@ def load_imagefolder(config: DataConfig) -> Source:
             writer.skipped += reasons
 
     # The decoded pixels are known by every file's place, size and time of change.
-    asked = repr((FORMAT, size, config.bad_images, files)).encode()
-    key = f"imagefolder-{hashlib.blake2b(asked, digest_size=16).hexdigest()}"
+    digest = hashlib.blake2b(
+        repr((FORMAT, size, config.bad_images, files)).encode(), digest_size=16
+    )
+    digest.update(stamps)
+    key = f"imagefolder-{digest.hexdigest()}"
     return load_or_build(cache_folder(config), key, build)
 
 
-def find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
-    """List the image files of each part with their labels.
+def find_images(root: Path) -> Listing:
+    """List the image files of each part by class. With one of test and val only, it is "test".
 
     Args:
         root: holds train and test (or val, valid, validation) with class folders in each, or
             class folders directly, which are then all "train".
-
-    Returns:
-        {"train" | "test" | "val": [["path below root/bytes/time of change", ...], ...]}, a list a
-        class, and the class names, all sorted. With one of test and val only, it is called "test".
     """
     parts = {name: root / name for name in ("train", "test") if (root / name).is_dir()}
     for name in VALIDATION:
@@ -95,54 +107,53 @@ def find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
         len(names[first]) >= 2,
         f"{parts[first]} holds {len(names[first])} class folders; at least 2 are needed",
     )
-    files: Files = {split: [] for split in parts}
+    files: dict[str, list[list[str]]] = {split: [] for split in parts}
+    stamps = array("q")
     for split, folder in parts.items():
         for name in names[split]:
             below = (folder / name).relative_to(root)
-            found = sorted(_scan(os.fspath(folder / name), f"{below}/"))
+            found = _scan(os.fspath(folder / name), f"{below}/", stamps)
             require(
                 bool(found),
                 f"class folder {folder / name} holds no image; add some "
                 f"({', '.join(sorted(SUFFIXES))}) or remove the folder",
             )
             files[split].append(found)
-    return files, tuple(names[first])
+    return Listing(files, tuple(names[first]), stamps)
 
 
-def labels_of(found: list[Found]) -> np.ndarray:
-    """Return the labels of a part, int64 [N]."""
-    return np.repeat(np.arange(len(found)), [len(images) for images in found])
+def labels_of(found: list[list[str]]) -> list[int]:
+    """Return the label of each file of a part."""
+    return [label for label, images in enumerate(found) for _ in images]
 
 
 def list_images(folder: Path) -> list[Path]:
     """Return the image files in and below a folder, sorted."""
-    return [folder / path for path in sorted(map(path_of, _scan(os.fspath(folder), "")))]
+    return [folder / path for path in _scan(os.fspath(folder), "", array("q"))]
 
 
-def path_of(image: str) -> str:
-    """Return the path that was found."""
-    return image.rsplit("/", 2)[0]
-
-
-def _scan(folder: str, prefix: str) -> Found:
-    """Find image files and say what changes with them; at each start, so as fast as it goes."""
-    found: Found = []
+def _scan(folder: str, prefix: str, stamps: array) -> list[str]:
+    """Find image files, and add what changes with them to `stamps`. At each start: be quick."""
+    found: list[str] = []
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        for name in os.listdir(descriptor):
+        for name in sorted(os.listdir(descriptor)):
             is_image = name[name.rfind(".") :].lower() in SUFFIXES
             try:
                 status = os.stat(name, dir_fd=descriptor)
             except OSError:  # a broken link: decoding will say so
                 if is_image:
-                    found.append(f"{prefix}{name}/0/0")
+                    found.append(prefix + name)
+                    stamps.extend((0, 0))
                 continue
             if stat.S_ISDIR(status.st_mode):
                 below = os.path.join(folder, name)
                 if not os.path.islink(below):
-                    found += _scan(below, f"{prefix}{name}/")
+                    found += _scan(below, f"{prefix}{name}/", stamps)
             elif is_image:
-                found.append(f"{prefix}{name}/{status.st_size}/{status.st_mtime_ns}")
+                found.append(prefix + name)
+                stamps.append(status.st_size)
+                stamps.append(status.st_mtime_ns)
     finally:
         os.close(descriptor)
     return found

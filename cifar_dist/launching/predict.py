@@ -146,7 +146,7 @@ def count_images(config: DataConfig) -> Dataset:
         require(
             root.is_dir(), f"data.root '{config.root}' is not a folder; name one of class folders"
         )
-        files, classes = find_images(root)
+        files, classes, _ = find_images(root)
         splits = {name: of(labels_of(found), classes) for name, found in files.items()}
     elif config.name == "synthetic":
         splits = {
