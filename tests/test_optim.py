@@ -52,6 +52,7 @@ def test_steps_are_those_of_torch(name: str) -> None:
 def test_a_run_imports_no_compiler(name: str, tmp_path: Path) -> None:
     arguments = [*TINY, "--optim.name", name, "--optim.lr", "0.001", "--train.epochs", "1"]
     arguments += ["--model.name", "speednet", "--model.widths", "[8, 16]"]
+    arguments += ["--track.log_with", "[tensorboard]"]
     code = (
         "import sys; from cifar_dist.train import main; code = main(sys.argv[1:]); "
         "heavy = {'torch._dynamo', 'torch.distributed.tensor', 'sympy'}; "

@@ -8,8 +8,6 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from cifar_dist.config import DataConfig, cache_folder, require
 from cifar_dist.data.cache import CacheWriter, load_or_build
 from cifar_dist.data.decode import decode_files
@@ -21,7 +19,7 @@ FORMAT = "1"  # change it whenever decode_image gives other pixels for the same 
 
 
 class Listing(NamedTuple):
-    """The image files of a folder, in an order of their own.
+    """The image files of a folder, always in the same order.
 
     Attributes:
         files: of each part, "train", "test" or "val", the paths below the folder, a list a class.
@@ -62,7 +60,7 @@ def load_imagefolder(config: DataConfig) -> Source:
                 f"{len(failures)} of the {split} images cannot be decoded, the first {reasons[0]}; "
                 "mend or remove them, or leave them out with --data.bad_images skip",
             )
-            left = set(np.delete(labels, list(failures)))
+            left = {label for row, label in enumerate(labels) if row not in failures}
             for label, name in enumerate(classes):
                 require(label in left, f"no image of class '{name}' in {split} can be decoded")
             writer.drop(split, list(failures))
