@@ -263,7 +263,14 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
 def pack_optimizer(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     """Split an optimizer's state_dict into tensors and plain values."""
     tensors: Tensors = {}
-    plain: dict[str, Any] = {"param_groups": state["param_groups"], "state": {}}
+    groups = [  # a learning rate may be a tensor, for steps that are replayed
+        {
+            name: value.item() if isinstance(value, torch.Tensor) else value
+            for name, value in group.items()
+        }
+        for group in state["param_groups"]
+    ]
+    plain: dict[str, Any] = {"param_groups": groups, "state": {}}
     for index, values in state["state"].items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor):

@@ -23,6 +23,7 @@ from cifar_dist.guard import (
     scale_showing,
 )
 from cifar_dist.metrics import Evaluation, Outcome, Tally, summarise
+from cifar_dist.recorded import Recorded
 
 # Views of an image for test-time augmentation: weight, mirrored, shift down, shift right.
 SHIFTS = ((1 / 4, 0, 0), (1 / 8, -1, -1), (1 / 8, 1, 1))
@@ -47,6 +48,7 @@ class TrainState:
         tally: loss and accuracy of this epoch so far, on this process.
         step: optimizer steps done since the start of the run.
         gradient_norm: of the last step, before clipping; float [] on the device.
+        recorded: a whole step, where it can be replayed.
     """
 
     network: nn.Module
@@ -57,6 +59,7 @@ class TrainState:
     tally: Tally
     step: int
     gradient_norm: torch.Tensor
+    recorded: Recorded | None = None
 
     @property
     def evaluated(self) -> nn.Module:
@@ -84,25 +87,17 @@ def train_epoch(
     parameters = list(state.network.parameters())
     # Accelerate's divides by its own number of accumulation steps first, which is 1.
     backward = accelerator.backward if accelerator.scaler else torch.Tensor.backward
-    state.model.train()
-    for number, batch in enumerate(loader):
-        part = number % config.accumulate
-        last = part == config.accumulate - 1
-        if part == 0:
-            state.optimizer.zero_grad()
-        seed_step(accelerator, config, state.step, part)
-        with nullcontext() if last else accelerator.no_sync(state.model):
-            logits = state.model(pixels.for_training(batch, epoch))
-            loss_sum = functional.cross_entropy(
-                logits, batch.labels, reduction="sum", label_smoothing=config.label_smoothing
-            )
-            # Not by `gradient=`, for which torch imports what compares symbolic shapes.
-            backward(loss_sum * scale_showing(loss_sum, scale))
-        state.tally.add(loss_sum, logits, batch.labels)
-        if not last:
-            continue
-        for group in state.optimizer.param_groups:
-            group["lr"] = schedule(state.step) * group.get("share", 1.0)
+
+    def add_gradients(images: torch.Tensor, labels: torch.Tensor) -> None:
+        logits = state.model(images)
+        loss_sum = functional.cross_entropy(
+            logits, labels, reduction="sum", label_smoothing=config.label_smoothing
+        )
+        # Not by `gradient=`, for which torch imports what compares symbolic shapes.
+        backward(loss_sum * scale_showing(loss_sum, scale))
+        state.tally.add(loss_sum, logits, labels)
+
+    def update() -> None:
         accelerator.unscale_gradients(state.optimizer)
         state.gradient_norm = gradient_norm(parameters)
         if config.clip_norm:
@@ -111,8 +106,56 @@ def train_epoch(
             state.optimizer.step()
         if state.average is not None:
             state.average.update_parameters(state.network)
+
+    def whole_step(images: torch.Tensor, labels: torch.Tensor) -> None:
+        state.optimizer.zero_grad()
+        add_gradients(images, labels)
+        update()
+
+    if state.recorded is None and can_record(accelerator, config):
+        state.recorded = Recorded(whole_step)
+        for group in state.optimizer.param_groups:  # a replayed step finds its rate there
+            group["lr"] = torch.zeros((), device=accelerator.device)
+            group["capturable"] = True  # as AdamW asks to know
+    state.model.train()
+    for number, batch in enumerate(loader):
+        part = number % config.accumulate
+        last = part == config.accumulate - 1
+        seed_step(accelerator, config, state.step, part)
+        images = pixels.for_training(batch, epoch)
+        if part == 0:
+            set_learning_rate(state, schedule(state.step))
+        if state.recorded is not None:
+            state.recorded(images, batch.labels)
+        else:
+            if part == 0:
+                state.optimizer.zero_grad()
+            with nullcontext() if last else accelerator.no_sync(state.model):
+                add_gradients(images, batch.labels)
+            if not last:
+                continue
+            update()
         state.step += 1
         yield
+
+
+def can_record(accelerator: Accelerator, config: TrainConfig) -> bool:
+    """Say whether a step is the same sequence of kernels each time, and of this process alone.
+
+    Loss scaling in fp16 decides on the host; accumulation has steps of several kinds.
+    """
+    alone = accelerator.num_processes == 1 and config.accumulate == 1
+    return alone and accelerator.device.type == "cuda" and accelerator.scaler is None
+
+
+def set_learning_rate(state: TrainState, rate: float) -> None:
+    """Set the rate of every group: the schedule's times the group's share."""
+    for group in state.optimizer.param_groups:
+        own = rate * group.get("share", 1.0)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(own)
+        else:
+            group["lr"] = own
 
 
 def settle_buckets(state: TrainState, image_size: int) -> None:

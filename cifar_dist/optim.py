@@ -1,8 +1,7 @@
 """Optimizers by name, all fused: faster, and able to skip a step without asking the host."""
 
 import inspect
-from collections.abc import Callable
-from itertools import groupby
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,56 +73,69 @@ class Muon(SGD):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take a step, or change nothing if `found_inf` is 1, as torch's fused optimizers."""
-        skip = getattr(self, "found_inf", None)
+        found: torch.Tensor | None = getattr(self, "found_inf", None)
+        skip = None if found is None else found > 0
         banks = [p for p in self.filters if p.grad is not None]
-        for (rows, columns), same in groupby(sorted(banks, key=_shape), key=_shape):
-            group = list(same)
-            updates = torch.stack([self._direction(p, skip).reshape(rows, columns) for p in group])
-            for filters, update in zip(group, orthogonalise(updates), strict=True):
-                length = rows**0.5 / filters.norm()
-                filters.mul_(length if skip is None else torch.where(skip > 0, 1.0, length))
-                filters.grad.copy_(update.view(filters.shape))  # type: ignore[union-attr]
+        gradients = [p.grad for p in banks if p.grad is not None]
+        for filters in banks:
+            if "momentum_buffer" not in self.state[filters]:
+                self.state[filters]["momentum_buffer"] = torch.zeros_like(filters)
+        averages = [self.state[p]["momentum_buffer"] for p in banks]
+        changed = torch._foreach_mul(averages, self.filter_momentum)
+        torch._foreach_add_(changed, gradients)
+        _replace(averages, changed, skip)
+        # Where the average leads, ahead by one step.
+        ahead = torch._foreach_add(gradients, averages, alpha=self.filter_momentum)
+        # As matrices with a row a filter, in the order of channels-last memory.
+        updates = orthogonalise([a.permute(0, 2, 3, 1).flatten(1) for a in ahead])
+        lengths = torch._foreach_norm(list[torch.Tensor](banks))
+        longer = [p * (len(p) ** 0.5 / n) for p, n in zip(banks, lengths, strict=True)]
+        _replace(banks, longer, skip)
+        for gradient, update in zip(gradients, updates, strict=True):
+            there = gradient.permute(0, 2, 3, 1)
+            there.copy_(update.view(there.shape))
         super().step()
 
-    def _direction(self, filters: nn.Parameter, skip: torch.Tensor | None) -> torch.Tensor:
-        """Update the momentum of a filter bank and return where it leads, ahead by one step."""
-        state, gradient = self.state[filters], filters.grad
-        assert gradient is not None
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(filters)
-        average = state["momentum_buffer"]
-        changed = average * self.filter_momentum + gradient
-        average.copy_(changed if skip is None else torch.where(skip > 0, average, changed))
-        return gradient + self.filter_momentum * average
+
+def _replace(
+    old: Sequence[torch.Tensor], new: Sequence[torch.Tensor], skip: torch.Tensor | None
+) -> None:
+    """Put new values in the place of old ones, unless `skip` says to leave them."""
+    for kept, values in zip(old, new, strict=True):
+        kept.copy_(values if skip is None else torch.where(skip, kept, values))
 
 
-def _shape(filters: torch.Tensor) -> tuple[int, int]:
-    return len(filters), filters.numel() // len(filters)
-
-
-def orthogonalise(matrices: torch.Tensor, steps: int = 3) -> torch.Tensor:
-    """Bring all singular values of float [B, M, N] near 1, keeping the singular vectors.
+def orthogonalise(matrices: Sequence[torch.Tensor], steps: int = 3) -> list[torch.Tensor]:
+    """Bring all singular values of each float [M, N] near 1, keeping the singular vectors.
 
     Newton-Schulz iteration with the quintic of Jordan et al. (2024), tuned for few steps: values
     end between about 0.3 and 1.3. Each step multiplies by a polynomial of the Gram matrix, so the
-    steps are taken on that, which is small, and only their product meets the matrices themselves.
-    The large products are in bfloat16 on GPUs, where that is enough and faster.
+    steps are taken on that, which is small, for all matrices of a height at once, and only their
+    product meets the matrices themselves. In bfloat16 on GPUs, where that is enough and faster.
     """
-    precision = torch.bfloat16 if matrices.device.type == "cuda" else torch.float32
-    work = matrices.to(precision)
-    work = work / (work.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    tall = work.shape[1] > work.shape[2]
-    if tall:
-        work = work.mT
-    gram = (work @ work.mT).float()
-    unit = torch.eye(gram.shape[1], device=gram.device)
-    product = unit
-    for _ in range(steps):
-        factor = 3.4445 * unit - 4.7750 * gram + 2.0315 * gram @ gram
-        product = factor @ product
-        gram = factor @ gram @ factor
-    work = product.to(precision) @ work
-    return (work.mT if tall else work).to(matrices.dtype)
+    precision = torch.bfloat16 if matrices[0].device.type == "cuda" else torch.float32
+    scales = [1 / (norm + 1e-7) for norm in torch._foreach_norm(list(matrices))]
+    wide = [m.mT if m.shape[0] > m.shape[1] else m for m in matrices]
+    wide = [m.to(precision) for m in wide]
+    results = wide.copy()
+    for rows in sorted({len(m) for m in wide}):
+        places = [place for place, m in enumerate(wide) if len(m) == rows]
+        scale = torch.stack([scales[place] for place in places])[:, None, None]
+        gram = torch.stack([wide[place] @ wide[place].mT for place in places])
+        gram = (gram * scale**2).to(precision)
+        unit = torch.eye(rows, device=gram.device, dtype=precision)
+        product = (unit * scale).to(precision)
+        for step in range(steps):
+            factor = torch.baddbmm(3.4445 * unit - 4.7750 * gram, gram, gram, alpha=2.0315)
+            product = factor @ product
+            if step + 1 < steps:
+                gram = factor @ gram @ factor
+        for place, whole in zip(places, product, strict=True):
+            results[place] = whole @ wide[place]
+    return [
+        (result if result.shape == m.shape else result.mT).to(m.dtype)
+        for result, m in zip(results, matrices, strict=True)
+    ]
 
 
 def _sgd(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

@@ -105,7 +105,7 @@ def report_window(session: Session, epoch: int) -> None:
     seconds, session.clock = time.monotonic() - session.clock, time.monotonic()
     _refuse_non_finite(window, state.step)
     values = {
-        "learning_rate": state.optimizer.param_groups[0]["lr"],
+        "learning_rate": float(state.optimizer.param_groups[0]["lr"]),
         "gradient_norm": state.gradient_norm.item(),
         "images_per_second": window.count / seconds,
         "memory_mb": _memory_used(session.accelerator),

@@ -135,7 +135,7 @@ def open_session(
     if isinstance(network, SpeedNet) and not beginning:
         images = dataset.train
         first = torch.from_numpy(images.images[images.selected[:WHITENED_IMAGES]])
-        network.whiten(pixels.for_evaluation(first))
+        network.whiten(pixels.for_evaluation(first.to(accelerator.device)))
     if recipe.train.channels_last:
         network = network.to(memory_format=torch.channels_last)
     if recipe.train.sync_batchnorm:

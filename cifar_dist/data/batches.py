@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cifar_dist.data.images import Images
 
-EVALUATION_BATCH = 256  # images per process and forward pass; no effect on the result
+# Images per process and forward pass of an evaluation. On a GPU one by which CIFAR's 10,000 divide,
+# as cuDNN measures its algorithms anew for every batch size.
+EVALUATION_BATCH, EVALUATION_BATCH_ON_GPU = 256, 1000
 RESIDENT_BYTES = 4 << 30  # datasets up to this size are kept on the accelerator
 
 
@@ -42,8 +44,12 @@ class ImageDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the images are; positions must be there too."""
+        return self.rows.device
+
     def __getitems__(self, positions: torch.Tensor) -> Batch:
-        positions = positions.to(self.rows.device)
         rows = self.rows[positions]
         return Batch(
             self.images.index_select(0, rows), self.labels.index_select(0, rows), positions
@@ -59,10 +65,19 @@ class GlobalBatches(Sampler[torch.Tensor]):
         seed: shuffles each epoch and drops the tail that does not fill a batch; None keeps the
             order and the tail.
         together: batches of an optimizer step; a tail that does not fill a step is dropped too.
+        device: of the positions. They are sent there once an epoch: to send each batch's would have
+            the host wait for the device at every step.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int | None, together: int = 1) -> None:
-        self.size, self.batch_size, self.seed = size, batch_size, seed
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int | None,
+        together: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.size, self.batch_size, self.seed, self.device = size, batch_size, seed, device
         self.drop_last, self.together = seed is not None, together
         self.epoch = self.first = 0
 
@@ -78,6 +93,7 @@ class GlobalBatches(Sampler[torch.Tensor]):
         order = torch.arange(self.size)
         if self.seed is not None:
             order = permutation(self.size, self.seed, self.epoch)
+        order = order.to(self.device)
         for batch in range(self.first, len(self)):
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
@@ -92,9 +108,10 @@ def build_loader(
     accelerator: Accelerator, images: Images, batch_size: int, seed: int | None, together: int = 1
 ) -> tuple[DataLoader, GlobalBatches]:
     """Return the loader of this process's shards, and the sampler that says where it starts."""
-    sampler = GlobalBatches(len(images), batch_size, seed, together)
+    dataset = ImageDataset(images, accelerator.device)
+    sampler = GlobalBatches(len(images), batch_size, seed, together, dataset.device)
     loader: DataLoader = DataLoader(
-        ImageDataset(images, accelerator.device),
+        dataset,
         batch_sampler=sampler,  # type: ignore[arg-type]  # batches of positions as tensors
         collate_fn=_as_it_is,
     )
@@ -103,7 +120,8 @@ def build_loader(
 
 def build_evaluation_loader(accelerator: Accelerator, images: Images) -> DataLoader:
     """Return a loader over every image exactly once, over all processes."""
-    return build_loader(accelerator, images, EVALUATION_BATCH * accelerator.num_processes, None)[0]
+    each = EVALUATION_BATCH if accelerator.device.type == "cpu" else EVALUATION_BATCH_ON_GPU
+    return build_loader(accelerator, images, each * accelerator.num_processes, None)[0]
 
 
 def _as_it_is(batch: Any) -> Any:

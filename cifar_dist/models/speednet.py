@@ -6,6 +6,8 @@ hlb-CIFAR10 (Balsam, 2023) and to Page's ResNet-9 (2018).
 """
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -51,7 +53,13 @@ class SpeedNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map float [N, 3, H, W] to logits [N, classes]."""
-        features = self.stages(self.whitening(images))
+        if _fuses(images):
+            from cifar_dist.models.fused import whiten_activate
+
+            filters, stride = self.whitening.weight, self.whitening.stride[0]
+            features = self.stages[1:](whiten_activate(images, filters, stride))
+        else:
+            features = self.stages(self.whitening(images))
         pooled = functional.max_pool2d(features, features.shape[2:]).flatten(1)
         logits: torch.Tensor = self.head(self.dropout(pooled)) / pooled.shape[1]
         return logits
@@ -69,9 +77,9 @@ class SpeedNet(nn.Module):
         products, count = torch.zeros((), dtype=torch.double), 0
         for part in images.split(500):
             patches = functional.unfold(part, PATCH).transpose(1, 2).flatten(0, 1)
-            # On the CPU in double precision, for the same filters on any device.
-            patches = patches.double().cpu()
-            products, count = products + patches.T @ patches, count + len(patches)
+            # In double precision, for the same filters on any device; MPS has none.
+            patches = (patches.cpu() if patches.device.type == "mps" else patches).double()
+            products, count = products + (patches.T @ patches).cpu(), count + len(patches)
         variances, directions = torch.linalg.eigh(products / count)
         filters = (directions / (variances + WHITENING_EPSILON).sqrt()).T
         filters = torch.cat([filters, -filters]).view_as(self.whitening.weight)
@@ -85,21 +93,58 @@ class _Stage(nn.Module):
         super().__init__()
         self.convolution = _convolution(inputs, outputs)
         self.first = nn.Sequential(_normalisation(outputs), nn.GELU())
-        self.second = _block(outputs) if depth > 1 else nn.Identity()
-        self.bridged = nn.ModuleList(_block(outputs) for _ in range(depth - 2))
+        self.second = _Block(outputs) if depth > 1 else None
+        self.bridged = nn.ModuleList(_Block(outputs) for _ in range(depth - 2))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.convolution(images)
-        if min(features.shape[2:]) > 1:  # small images are a single pixel before the last stage
-            features = functional.max_pool2d(features, 2)
-        features = self.second(self.first(features))
+        normalisation, activation = self.first
+        pool = min(features.shape[2:]) > 1  # small images are a single pixel before the last stage
+        features = _finish(features, normalisation, activation, pool)
+        if self.second is not None:
+            features = self.second(features)
         for block in self.bridged:
             features = features + block(features)
         return features
 
 
-def _block(channels: int) -> nn.Sequential:
-    return nn.Sequential(_convolution(channels, channels), _normalisation(channels), nn.GELU())
+class _Block(nn.Sequential):
+    """Convolution, normalisation, activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(_convolution(channels, channels), _normalisation(channels), nn.GELU())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        convolution, normalisation, activation = self
+        return _finish(convolution(images), normalisation, activation, pool=False)
+
+
+def _finish(
+    features: torch.Tensor, normalisation: nn.Module, activation: nn.Module, pool: bool
+) -> torch.Tensor:
+    """Do what follows a convolution: pool 2x2 if asked to, normalise, activate."""
+    if type(normalisation) is nn.BatchNorm2d and _fuses(features):  # not one over all processes
+        from cifar_dist.models.fused import pool_normalise_activate
+
+        return pool_normalise_activate(features, normalisation, pool)
+    finished: torch.Tensor = activation(
+        normalisation(functional.max_pool2d(features, 2) if pool else features)
+    )
+    return finished
+
+
+def _fuses(tensor: torch.Tensor) -> bool:
+    """Say whether layers are computed together by kernels of our own, as on NVIDIA GPUs.
+
+    A compiler has its own, and traced, as for TensorBoard's graph, they could not be drawn.
+    """
+    whole = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not whole and tensor.is_cuda and _triton_is_installed()
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def _convolution(inputs: int, outputs: int) -> nn.Conv2d:

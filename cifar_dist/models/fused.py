@@ -1,0 +1,421 @@
+"""Pooling, normalisation and activation in a few passes over memory, for a GPU.
+
+Between its convolutions a network like `speednet` only moves numbers, and on a GPU that takes as
+long as the convolutions. Done layer by layer, each operation reads and writes everything once more.
+Here training takes two passes forwards (pool and sum, then normalise and activate) and two
+backwards; the gradient of a pooled layer is written once, with its zeros. Unlike a compiled network
+these kernels, in Triton, are ready in seconds.
+
+All arithmetic within a pass is float32. Sums go over blocks in a fixed order: the same bits each
+time.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import nn
+from torch.autograd.function import once_differentiable
+from triton import language as tl
+
+CHANNELS = 64  # of a program's tile; 128 bytes of bfloat16, a cache line
+ROWS = 32
+PROGRAMS = 512  # that share the sums over all pixels
+
+
+def pool_normalise_activate(
+    features: torch.Tensor, normalisation: nn.BatchNorm2d, pool: bool
+) -> torch.Tensor:
+    """Return gelu(normalisation(features)), of 2x2 max-pooled features if `pool`.
+
+    As the three layers one after the other, running statistics included.
+
+    Args:
+        features: [N, C, H, W] on a GPU; channels-last, else they are copied.
+        normalisation: with running statistics.
+    """
+    features = features.contiguous(memory_format=torch.channels_last)
+    if normalisation.training:
+        assert normalisation.num_batches_tracked is not None
+        normalisation.num_batches_tracked.add_(1)
+        outputs: torch.Tensor = _Fused.apply(
+            features, normalisation.weight, normalisation.bias, normalisation, pool
+        )
+        return outputs
+    assert normalisation.running_mean is not None
+    return _normalise_activate(
+        features, normalisation.running_mean, normalisation.running_var, normalisation, pool
+    )
+
+
+def whiten_activate(images: torch.Tensor, filters: torch.Tensor, stride: int) -> torch.Tensor:
+    """Return gelu(conv2d(images, filters)) without gradients, in the type autocast asks for.
+
+    Libraries are slow at a convolution of three channels.
+
+    Args:
+        images: float [N, 3, H, W] on a GPU.
+        filters: float [C, 3, 2, 2], C at most 32.
+        stride: of the patches.
+    """
+    device = images.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
+    number, _, height, width = images.shape
+    rows, columns = (height - 2) // stride + 1, (width - 2) // stride + 1
+    outputs = _empty(images, len(filters), rows, columns, kind)
+    patches = number * rows * columns
+    _whiten[(triton.cdiv(patches, 128),)](
+        *(images, filters, outputs, patches, rows, columns, stride, len(filters)),
+        *(*images.stride(), *filters.stride()),
+        ROWS=128,
+        CHANNELS=32,
+    )
+    return outputs
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        normalisation: nn.BatchNorm2d,
+        pool: bool,
+    ) -> torch.Tensor:
+        channels, height, width = features.shape[1:]
+        pooled, chosen = features, None
+        if pool:
+            pooled = _empty(features, channels, height // 2, width // 2)
+            chosen = torch.empty_like(pooled, dtype=torch.uint8)
+        pixels = pooled.numel() // channels
+        loops, programs = _shares(pixels, channels)
+        parts = features.new_empty((2, programs, channels), dtype=torch.float32)
+        _pool_and_sum[(programs, triton.cdiv(channels, CHANNELS))](
+            *(features, pooled, chosen, parts[0], parts[1], pixels, channels, loops),
+            *(height, width, height // 2, width // 2),
+            POOL=pool,
+            ROWS=ROWS,
+            CHANNELS=CHANNELS,
+        )
+        mean, variance = features.new_empty((2, channels), dtype=torch.float32)
+        _finish_statistics[(triton.cdiv(channels, 16),)](
+            *(parts[0], parts[1], mean, variance),
+            *(normalisation.running_mean, normalisation.running_var, normalisation.momentum),
+            *(pixels, programs, loops * ROWS, channels),
+            PROGRAMS=64,
+            CHANNELS=16,
+        )
+        ctx.save_for_backward(pooled, chosen, mean, variance, weight, bias)
+        ctx.eps, ctx.shape = normalisation.eps, features.shape
+        return _normalise_activate(pooled, mean, variance, normalisation, pool=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        pooled, chosen, mean, variance, weight, bias = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        number, channels, height, width = ctx.shape
+        pixels = pooled.numel() // channels
+        loops, programs = _shares(pixels, channels)
+        blocks = triton.cdiv(channels, CHANNELS)
+        layer = (mean, variance, weight, bias, ctx.eps)
+        parts = gradient.new_empty((2, programs, channels), dtype=torch.float32)
+        _sum_gradients[(programs, blocks)](
+            *(gradient, pooled, *layer, parts[0], parts[1], pixels, channels, loops),
+            ROWS=ROWS,
+            CHANNELS=CHANNELS,
+        )
+        of_bias, of_weight = parts.sum(dim=1)
+        of_features = _empty(pooled, channels, height, width)
+        pool = chosen is not None
+        # Where a side is odd, its last pixels belong to no window; they get zeros.
+        rows, columns = (-(-height // 2), -(-width // 2)) if pool else (height, width)
+        windows = number * rows * columns
+        _pass_back[(triton.cdiv(windows, ROWS), blocks)](
+            *(gradient, pooled, chosen, *layer, of_bias, of_weight, of_features),
+            *(windows, pixels, channels, height, width, rows, columns),
+            POOL=pool,
+            ROWS=ROWS,
+            CHANNELS=CHANNELS,
+        )
+        needed = ctx.needs_input_grad
+        return (
+            of_features,
+            of_weight if needed[1] else None,
+            of_bias if needed[2] else None,
+            None,
+            None,
+        )
+
+
+def _normalise_activate(
+    features: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor | None,
+    normalisation: nn.BatchNorm2d,
+    pool: bool,
+) -> torch.Tensor:
+    channels, height, width = features.shape[1:]
+    outputs = (
+        _empty(features, channels, height // 2, width // 2) if pool else torch.empty_like(features)
+    )
+    pixels = outputs.numel() // channels
+    _normalise[(triton.cdiv(pixels, ROWS), triton.cdiv(channels, CHANNELS))](
+        *(features, mean, variance, normalisation.weight, normalisation.bias, normalisation.eps),
+        *(outputs, pixels, channels, height, width, height // 2, width // 2),
+        POOL=pool,
+        ROWS=ROWS,
+        CHANNELS=CHANNELS,
+    )
+    return outputs
+
+
+def _empty(
+    like: torch.Tensor, channels: int, height: int, width: int, kind: torch.dtype | None = None
+) -> torch.Tensor:
+    return torch.empty(
+        (len(like), channels, height, width),
+        dtype=kind or like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def _shares(pixels: int, channels: int) -> tuple[int, int]:
+    """Return how many tiles a program adds up, and how many programs that makes."""
+    programs = max(1, PROGRAMS // triton.cdiv(channels, CHANNELS))
+    loops = triton.cdiv(pixels, programs * ROWS)
+    return loops, triton.cdiv(pixels, loops * ROWS)
+
+
+@triton.jit
+def _gelu(z):  # type: ignore[no-untyped-def]
+    return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+
+
+@triton.jit
+def _slope_of_gelu(z):  # type: ignore[no-untyped-def]
+    density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    return 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * density
+
+
+@triton.jit
+def _corner(pixel, height, width, rows, columns, channels):  # type: ignore[no-untyped-def]
+    """Return where the window of a pooled pixel begins in the features."""
+    image, place = pixel // (rows * columns), pixel % (rows * columns)
+    row, column = 2 * (place // columns), 2 * (place % columns)
+    return ((image.to(tl.int64) * height + row) * width + column) * channels
+
+
+@triton.jit
+def _largest(features, first, width, channels, mask):  # type: ignore[no-untyped-def]
+    """Return the largest value of each 2x2 window and which it is; the first, or not a number."""
+    best = tl.load(features + first, mask=mask, other=0.0).to(tl.float32)
+    chosen = tl.zeros_like(best).to(tl.uint8)
+    for place in tl.static_range(1, 4):
+        offset = (place // 2 * width + place % 2) * channels
+        value = tl.load(features + first + offset, mask=mask, other=0.0).to(tl.float32)
+        better = (value > best) | (value != value)
+        best = tl.where(better, value, best)
+        chosen = tl.where(better, place, chosen).to(tl.uint8)
+    return best, chosen
+
+
+@triton.jit
+def _pool_and_sum(  # type: ignore[no-untyped-def]
+    features, pooled, chosen, means, squares, pixels, channels, loops,
+    height, width, rows, columns,
+    POOL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Pool, and give each program's mean and sum of squared deviations for each channel."""
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    mean = tl.zeros([CHANNELS], tl.float32)
+    square = tl.zeros([CHANNELS], tl.float32)
+    count = 0.0
+    for loop in range(loops):
+        pixel = (tl.program_id(0) * loops + loop) * ROWS + tl.arange(0, ROWS)
+        mask = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+        at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+        if POOL:
+            corner = _corner(pixel, height, width, rows, columns, channels)
+            value, place = _largest(
+                features, corner[:, None] + channel[None, :], width, channels, mask
+            )
+            tl.store(pooled + at, value, mask=mask)
+            tl.store(chosen + at, place, mask=mask)
+            value = value.to(pooled.dtype.element_ty).to(tl.float32)
+        else:
+            value = tl.load(features + at, mask=mask, other=0.0).to(tl.float32)
+        new = tl.sum((pixel < pixels).to(tl.float32))
+        if new > 0:  # Chan, Golub and LeVeque, 1979: sums of squares that do not cancel
+            centre = tl.sum(tl.where(mask, value, 0.0), axis=0) / new
+            deviation = tl.where(mask, value - centre[None, :], 0.0)
+            change = centre - mean
+            square += tl.sum(deviation * deviation, axis=0)
+            square += change * change * (count * new / (count + new))
+            mean += change * (new / (count + new))
+            count += new
+    at = tl.program_id(0) * channels + channel
+    tl.store(means + at, mean, mask=channel < channels)
+    tl.store(squares + at, square, mask=channel < channels)
+
+
+@triton.jit
+def _finish_statistics(  # type: ignore[no-untyped-def]
+    means, squares, mean_of_all, variance_of_all, running_mean, running_variance, momentum,
+    pixels, programs, share, channels,
+    PROGRAMS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Put the programs' sums together and update the running statistics."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < channels
+    mean = tl.zeros([CHANNELS], tl.float32)
+    for first in range(0, programs, PROGRAMS):
+        program = first + tl.arange(0, PROGRAMS)
+        mask = (program < programs)[:, None] & inside[None, :]
+        at = program[:, None] * channels + channel[None, :]
+        count = tl.minimum(share, pixels - program * share).to(tl.float32)
+        part = tl.load(means + at, mask=mask, other=0.0)
+        mean += tl.sum(count[:, None] * part, axis=0)
+    mean = mean / pixels
+    square = tl.zeros([CHANNELS], tl.float32)
+    for first in range(0, programs, PROGRAMS):
+        program = first + tl.arange(0, PROGRAMS)
+        mask = (program < programs)[:, None] & inside[None, :]
+        at = program[:, None] * channels + channel[None, :]
+        count = tl.minimum(share, pixels - program * share).to(tl.float32)
+        change = tl.load(means + at, mask=mask, other=0.0) - mean[None, :]
+        part = tl.load(squares + at, mask=mask, other=0.0)
+        square += tl.sum(tl.where(mask, part + count[:, None] * change * change, 0.0), axis=0)
+    tl.store(mean_of_all + channel, mean, mask=inside)
+    tl.store(variance_of_all + channel, square / pixels, mask=inside)
+    before = tl.load(running_mean + channel, mask=inside)
+    tl.store(running_mean + channel, before + momentum * (mean - before), mask=inside)
+    before = tl.load(running_variance + channel, mask=inside)
+    unbiased = square / tl.maximum(pixels - 1, 1)
+    tl.store(running_variance + channel, before + momentum * (unbiased - before), mask=inside)
+
+
+@triton.jit
+def _normalise(  # type: ignore[no-untyped-def]
+    features, mean, variance, weight, bias, eps,
+    outputs, pixels, channels, height, width, rows, columns,
+    POOL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Normalise with given statistics and activate, pooling before that if asked to."""
+    pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < channels
+    mask = (pixel < pixels)[:, None] & inside[None, :]
+    at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+    if POOL:
+        corner = _corner(pixel, height, width, rows, columns, channels)
+        value, _ = _largest(features, corner[:, None] + channel[None, :], width, channels, mask)
+    else:
+        value = tl.load(features + at, mask=mask, other=0.0).to(tl.float32)
+    centre = tl.load(mean + channel, mask=inside)
+    scale = tl.rsqrt(tl.load(variance + channel, mask=inside) + eps)
+    scale *= tl.load(weight + channel, mask=inside)
+    shift = tl.load(bias + channel, mask=inside)
+    z = (value - centre[None, :]) * scale[None, :] + shift[None, :]
+    tl.store(outputs + at, _gelu(z), mask=mask)
+
+
+@triton.jit
+def _sum_gradients(  # type: ignore[no-untyped-def]
+    gradients, pooled, mean, variance, weight, bias, eps,
+    sums, products, pixels, channels, loops,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Give each program's sums of the gradients before the activation, and of those times x."""
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < channels
+    centre = tl.load(mean + channel, mask=inside)
+    scale = tl.rsqrt(tl.load(variance + channel, mask=inside) + eps)
+    gain = tl.load(weight + channel, mask=inside)
+    shift = tl.load(bias + channel, mask=inside)
+    of_bias = tl.zeros([ROWS, CHANNELS], tl.float32)
+    of_weight = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for loop in range(loops):
+        pixel = (tl.program_id(0) * loops + loop) * ROWS + tl.arange(0, ROWS)
+        mask = (pixel < pixels)[:, None] & inside[None, :]
+        at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+        value = tl.load(pooled + at, mask=mask, other=0.0).to(tl.float32)
+        gradient = tl.load(gradients + at, mask=mask, other=0.0).to(tl.float32)
+        x = (value - centre[None, :]) * scale[None, :]
+        gradient = gradient * _slope_of_gelu(x * gain[None, :] + shift[None, :])
+        of_bias += tl.where(mask, gradient, 0.0)
+        of_weight += tl.where(mask, gradient * x, 0.0)
+    at = tl.program_id(0) * channels + channel
+    tl.store(sums + at, tl.sum(of_bias, axis=0), mask=inside)
+    tl.store(products + at, tl.sum(of_weight, axis=0), mask=inside)
+
+
+@triton.jit
+def _pass_back(  # type: ignore[no-untyped-def]
+    gradients, pooled, chosen, mean, variance, weight, bias, eps, of_bias, of_weight, of_features,
+    windows, pixels, channels, height, width, rows, columns,
+    POOL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of the features, at all places of each window."""
+    window = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < channels
+    full = (window < windows)[:, None] & inside[None, :]
+    mask, pixel = full, window
+    if POOL:
+        image, place = window // (rows * columns), window % (rows * columns)
+        row, column = place // columns, place % columns
+        pixel = (image * (height // 2) + row) * (width // 2) + column
+        mask = full & ((row < height // 2) & (column < width // 2))[:, None]
+    at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+    value = tl.load(pooled + at, mask=mask, other=0.0).to(tl.float32)
+    gradient = tl.load(gradients + at, mask=mask, other=0.0).to(tl.float32)
+    centre = tl.load(mean + channel, mask=inside)
+    scale = tl.rsqrt(tl.load(variance + channel, mask=inside) + eps)
+    gain = tl.load(weight + channel, mask=inside)
+    shift = tl.load(bias + channel, mask=inside)
+    x = (value - centre[None, :]) * scale[None, :]
+    gradient = gradient * _slope_of_gelu(x * gain[None, :] + shift[None, :])
+    average = (tl.load(of_bias + channel, mask=inside) / pixels)[None, :]
+    slope = (tl.load(of_weight + channel, mask=inside) / pixels)[None, :]
+    result = (gain * scale)[None, :] * (gradient - average - x * slope)
+    if POOL:
+        result = tl.where(mask, result, 0.0)
+        which = tl.load(chosen + at, mask=mask, other=0)
+        corner = _corner(window, height, width, rows, columns, channels)
+        first = corner[:, None] + channel[None, :]
+        for place in tl.static_range(4):
+            down, right = place // 2, place % 2
+            exists = full & ((2 * row + down < height) & (2 * column + right < width))[:, None]
+            offset = (down * width + right) * channels
+            there = tl.where(which == place, result, 0.0)
+            tl.store(of_features + first + offset, there, mask=exists)
+    else:
+        tl.store(of_features + at, result, mask=mask)
+
+
+@triton.jit
+def _whiten(  # type: ignore[no-untyped-def]
+    images, filters, outputs, patches, rows, columns, stride, channels,
+    of_image, of_color, of_row, of_column, of_filter, of_color_there, of_row_there, of_column_there,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Multiply each 2x2 patch with all filters and activate."""
+    patch = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, CHANNELS)
+    real, inside = patch < patches, channel < channels
+    image, place = patch // (rows * columns), patch % (rows * columns)
+    row, column = place // columns * stride, place % columns * stride
+    first = image.to(tl.int64) * of_image + row * of_row + column * of_column
+    sums = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for tap in tl.static_range(12):
+        color, down, right = tap % 3, tap // 3 // 2, tap // 3 % 2
+        offset = color * of_color + down * of_row + right * of_column
+        value = tl.load(images + first + offset, mask=real, other=0.0).to(tl.float32)
+        offset = color * of_color_there + down * of_row_there + right * of_column_there
+        weight = tl.load(filters + channel * of_filter + offset, mask=inside, other=0.0)
+        sums += value[:, None] * weight.to(tl.float32)[None, :]
+    at = patch.to(tl.int64)[:, None] * channels + channel[None, :]
+    tl.store(outputs + at, _gelu(sums), mask=real[:, None] & inside[None, :])
