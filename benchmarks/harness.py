@@ -95,11 +95,13 @@ class Subject:
         name: its row in the table.
         arguments: of its program, after `python`.
         environment: variables in addition to this process's own.
+        ready: seconds from its start until it had warmed up.
     """
 
     name: str
     arguments: Sequence[str]
     environment: Mapping[str, str] | None = None
+    ready: float = 0.0
 
     def start(self) -> None:
         """Start the program; it warms up when `wait` is called first."""
@@ -150,8 +152,10 @@ def measure(
     found: Rounds = {subject.name: [] for subject in subjects}
     try:
         for subject in subjects:  # one after the other: warming up is work too
+            began = time.perf_counter()
             subject.start()
             subject.wait()
+            subject.ready = time.perf_counter() - began
         for number in range(rounds):
             for subject in subjects if number % 2 else reversed(subjects):
                 found[subject.name].append(subject.go())
@@ -198,6 +202,9 @@ def machine() -> dict[str, Any]:
         lines = information.read_text().splitlines()
         names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
         processor = names[0] if names else processor
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        processor = f"{processor}, {torch.cuda.get_device_name()}"
     return {
         "date": date.today().isoformat(),
         "python": platform.python_version(),

@@ -1,10 +1,12 @@
-"""`cifar10-94` against airbench94 with Muon: accuracy and what it costs, on the same files.
+"""`cifar10-94` against the record holders: accuracy and what it costs, on the same files.
 
-`python -m benchmarks.record --airbench airbench94_muon.py [--runs N] [--root FOLDER]`
+`python -m benchmarks.record --airbench airbench94_muon.py [--successor cifar10_speedrun.py]
+[--runs N] [--root FOLDER]`
 
-airbench's script is not on the package index: take it from its repository. On a GPU it runs as it
-is; on a CPU it is told to use that, in float32 and without compiling. What counts is what its own
-timer counts: whitening, training, and the evaluation with test-time augmentation.
+Their scripts are not on the package index: take them from the repositories KellerJordan/
+cifar10-airbench and hiverge/cifar10-speedrun. On a GPU they run as they are; on a CPU they are told
+to use that, in float32 and without compiling. What counts is what their own timers count:
+whitening, training, and the evaluation with test-time augmentation.
 """
 
 import argparse
@@ -14,7 +16,8 @@ import tempfile
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +36,51 @@ from benchmarks.harness import (
     table,
 )
 
-OURS, THEIRS = "cifar-dist, cifar10-94", "airbench94, Muon"
+OURS = "cifar-dist, cifar10-94"
 ON_GPU = torch.cuda.is_available()
-TO_CPU = {
-    "@torch.compile": "",
-    'model.compile(mode="max-autotune")': "",
-    ".bfloat16()": ".float()",
-    ".half()": ".float()",
-    'torch.device("cuda")': 'torch.device("cpu")',
-    "torch.cuda.synchronize()": "",
+
+
+@dataclass(frozen=True)
+class Script:
+    """One of their scripts.
+
+    Attributes:
+        row: its name in the table.
+        epochs: as it writes their number where it counts its steps.
+        to_cpu: what to put in place of what, for a CPU.
+    """
+
+    row: str
+    epochs: str
+    to_cpu: dict[str, str]
+
+
+SCRIPTS = {
+    "airbench": Script(
+        "airbench94, Muon",
+        "8",
+        {
+            "@torch.compile": "",
+            ".bfloat16()": ".float()",
+            ".half()": ".float()",
+            'torch.device("cuda")': 'torch.device("cpu")',
+            "torch.cuda.synchronize()": "",
+        },
+    ),
+    "successor": Script(
+        "cifar10_speedrun",
+        "7.63",
+        {
+            "@torch.compile(fullgraph=True)": "",
+            '@torch.compile(mode="max-autotune")': "",
+            "@torch.compile": "",
+            "torch.half": "torch.float",
+            ".half()": ".float()",
+            'torch.device("cuda")': 'torch.device("cpu")',
+            "torch.cuda.synchronize()": "",
+            "torch.cuda.empty_cache()": "",
+        },
+    ),
 }
 Figures = dict[str, float]
 
@@ -117,8 +156,9 @@ def cifar_dist(options: argparse.Namespace) -> Callable[[int], Figures]:
     return one
 
 
-def airbench(options: argparse.Namespace) -> Callable[[int], Figures]:
-    """airbench94_muon.py: its `main`, once a run, in a folder with cifar10/train.pt and test.pt."""
+def theirs(options: argparse.Namespace) -> Callable[[int], Figures]:
+    """A script's `main`, once a run, in a folder with cifar10/train.pt and test.pt."""
+    script, path = SCRIPTS[options.subject], getattr(options, options.subject)
     watch, last = Stopwatch(), dict[str, Any]()
 
     class Event:
@@ -131,19 +171,21 @@ def airbench(options: argparse.Namespace) -> Callable[[int], Figures]:
             watch.add(self.at, end.at)
             return 0.0
 
-    changes = {"torch.cuda.Event(enable_timing=True)": "Event()"} | ({} if ON_GPU else TO_CPU)
+    changes = {"torch.cuda.Event(enable_timing=True)": "Event()"}
+    changes |= {} if ON_GPU else script.to_cpu
     if options.epochs:
-        changes["total_train_steps = ceil(8 *"] = f"total_train_steps = ceil({options.epochs} *"
-    source = options.airbench.read_text()
-    for theirs, ours in changes.items():
-        if theirs not in source:
-            raise SystemExit(f"{options.airbench} has no '{theirs}': is it another version?")
-        source = source.replace(theirs, ours)
-    script: Any = types.ModuleType("airbench94_muon")
-    exec(compile(source, str(options.airbench), "exec"), script.__dict__)
-    script.Event = Event
-    script.print_training_details = lambda variables, is_final_entry: last.update(variables)
-    network = script.CifarNet().to(memory_format=torch.channels_last)
+        steps = "total_train_steps = ceil({} *"
+        changes[steps.format(script.epochs)] = steps.format(options.epochs)
+    source = path.read_text()
+    for old, new in changes.items():
+        if old not in source:
+            raise SystemExit(f"{path} has no '{old}': is it another version?")
+        source = source.replace(old, new)
+    module: Any = types.ModuleType(options.subject)
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    module.Event = Event
+    module.print_training_details = lambda variables, is_final_entry: last.update(variables)
+    network = module.CifarNet().to(memory_format=torch.channels_last)
     if ON_GPU:
         network = network.cuda()
         network.compile(mode="max-autotune")
@@ -158,7 +200,7 @@ def airbench(options: argparse.Namespace) -> Callable[[int], Figures]:
     def one(seed: int) -> Figures:
         os.chdir(folder.parent)
         torch.manual_seed(seed)
-        script.main(seed, network)
+        module.main(seed, network)
         return {"accuracy": last["tta_val_acc"], "plain": last["val_acc"], **watch.take()}
 
     return one
@@ -167,7 +209,7 @@ def airbench(options: argparse.Namespace) -> Callable[[int], Figures]:
 def serve(options: argparse.Namespace) -> None:
     """Run once a round, until the harness ends this process; on a GPU once before, to warm up."""
     meter = Meter(steps=1, warmup=1)
-    one = (cifar_dist if options.subject == "cifar-dist" else airbench)(options)
+    one = (cifar_dist if options.subject == "cifar-dist" else theirs)(options)
     seed, found = 0, one(0) if ON_GPU else Figures()
     while True:
         meter.tick(**found)
@@ -179,32 +221,35 @@ def main() -> None:
     """Measure, and write results/record."""
     parser = argparse.ArgumentParser("benchmarks.record", description=__doc__)
     parser.add_argument("--airbench", type=Path, required=True, help="airbench94_muon.py")
+    parser.add_argument("--successor", type=Path, help="cifar10_speedrun.py")
     parser.add_argument("--runs", type=int, default=2, help="of each")
     parser.add_argument("--epochs", type=int, help="instead of 8, to try this out")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was found")
-    parser.add_argument("--subject", choices=["cifar-dist", "airbench"], help=argparse.SUPPRESS)
+    parser.add_argument("--subject", choices=["cifar-dist", *SCRIPTS], help=argparse.SUPPRESS)
     add_options(parser)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    options.airbench = options.airbench.resolve()
-    for place in ("root", "cache"):  # a subject changes its folder
+    for place in ("root", "cache", *SCRIPTS):  # a subject changes its folder
         if getattr(options, place):
-            setattr(options, place, str(Path(getattr(options, place)).resolve()))
+            setattr(options, place, Path(getattr(options, place)).resolve())
+    options.root, options.cache = (str(p) if p else None for p in (options.root, options.cache))
     if options.subject:
         serve(options)
         return
     load(options)  # decoded before anything is measured
-    own = ["--airbench", str(options.airbench), *same_places(options)]
+    scripts = [name for name in SCRIPTS if getattr(options, name)]
+    own = same_places(options)
+    for name in scripts:
+        own += [f"--{name}", str(getattr(options, name))]
     own += ["--epochs", str(options.epochs)] if options.epochs else []
-    module = ["-m", "benchmarks.record", "--subject"]
     subjects = [
-        Subject(OURS, [*module, "cifar-dist", *own]),
-        Subject(THEIRS, [*module, "airbench", *own]),
+        Subject(row, ["-m", "benchmarks.record", "--subject", name, *own])
+        for name, row in [("cifar-dist", OURS), *((name, SCRIPTS[name].row) for name in scripts)]
     ]
-    measure(subjects, options.runs, lambda rounds: write(options, rounds))
+    measure(subjects, options.runs, lambda rounds: write(options, subjects, rounds))
 
 
-def write(options: argparse.Namespace, rounds: Rounds) -> None:
+def write(options: argparse.Namespace, subjects: Sequence[Subject], rounds: Rounds) -> None:
     """Write results/record-cpu or record-gpu."""
 
     def digits(name: str, key: str, scale: float, places: int) -> str:
@@ -214,22 +259,34 @@ def write(options: argparse.Namespace, rounds: Rounds) -> None:
 
     rows = [
         [
-            name,
-            digits(name, "accuracy", 100, 2),
-            digits(name, "plain", 100, 2),
-            *(digits(name, f"train_{clock}", 1, 1) for clock in ("wall", "cpu")),
-            *(spread(paired(rounds, THEIRS, name, f"train_{clock}")) for clock in ("wall", "cpu")),
+            subject.name,
+            digits(subject.name, "accuracy", 100, 2),
+            digits(subject.name, "plain", 100, 2),
+            digits(subject.name, "train_wall", 1, 3 if ON_GPU else 1),
+            digits(subject.name, "train_cpu", 1, 1),
+            spread(paired(rounds, subject.name, OURS, "train_wall")),
+            spread(paired(rounds, subject.name, OURS, "train_cpu")),
+            f"{subject.ready:.1f}",
         ]
-        for name in (OURS, THEIRS)
+        for subject in subjects
     ]
-    head = ["", "accuracy with TTA", "without", "seconds", "CPU seconds", "of airbench's seconds"]
+    head = ["", "accuracy with TTA", "without", "seconds", "CPU seconds"]
+    head += ["cifar-dist's seconds, of these", "its CPU seconds, of these", "ready after"]
+    ready = "importing and loading"
+    if ON_GPU:
+        ready = "importing, loading, compiling and one whole run, cifar-dist's with its checkpoint"
     record(
         options.results,
         "record-gpu" if ON_GPU else "record-cpu",
         f"94 % on CIFAR-10, {len(rounds[OURS])} runs each",
-        table([*head, "of its CPU seconds"], rows),
-        {"epochs": options.epochs or 8, "rounds": rounds},
-        "Seconds are of whitening, training and the evaluation with test-time augmentation.",
+        table(head, rows),
+        {
+            "epochs": options.epochs or 8,
+            "ready": {subject.name: subject.ready for subject in subjects},
+            "rounds": rounds,
+        },
+        "Seconds are of whitening, training and the evaluation with test-time augmentation. A "
+        f"subject was ready after the seconds of {ready}.",
     )
 
 

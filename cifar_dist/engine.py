@@ -104,8 +104,6 @@ def train_epoch(
             clip_grads_with_norm_(parameters, config.clip_norm, state.gradient_norm)
         if state.guard is None or state.guard.admits(state.gradient_norm):
             state.optimizer.step()
-        if state.average is not None:
-            state.average.update_parameters(state.network)
 
     def whole_step(images: torch.Tensor, labels: torch.Tensor) -> None:
         state.optimizer.zero_grad()
@@ -135,6 +133,8 @@ def train_epoch(
             if not last:
                 continue
             update()
+        if state.average is not None:
+            state.average.update_parameters(state.network)
         state.step += 1
         yield
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -73,9 +74,9 @@ class Muon(SGD):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take a step, or change nothing if `found_inf` is 1, as torch's fused optimizers."""
-        found: torch.Tensor | None = getattr(self, "found_inf", None)
-        skip = None if found is None else found > 0
         banks = [p for p in self.filters if p.grad is not None]
+        device = banks[0].device
+        skip = getattr(self, "found_inf", torch.zeros((), device=device)) > 0
         gradients = [p.grad for p in banks if p.grad is not None]
         for filters in banks:
             if "momentum_buffer" not in self.state[filters]:
@@ -83,26 +84,33 @@ class Muon(SGD):
         averages = [self.state[p]["momentum_buffer"] for p in banks]
         changed = torch._foreach_mul(averages, self.filter_momentum)
         torch._foreach_add_(changed, gradients)
-        _replace(averages, changed, skip)
-        # Where the average leads, ahead by one step.
+        for average, values in zip(averages, changed, strict=True):
+            torch.where(skip, average, values, out=average)
+        # Where the average leads, ahead by one step; as matrices with a row a filter, in the order
+        # of channels-last memory.
         ahead = torch._foreach_add(gradients, averages, alpha=self.filter_momentum)
-        # As matrices with a row a filter, in the order of channels-last memory.
-        updates = orthogonalise([a.permute(0, 2, 3, 1).flatten(1) for a in ahead])
-        lengths = torch._foreach_norm(list[torch.Tensor](banks))
-        longer = [p * (len(p) ** 0.5 / n) for p, n in zip(banks, lengths, strict=True)]
-        _replace(banks, longer, skip)
+        updates = orthogonalise([values.permute(0, 2, 3, 1).flatten(1) for values in ahead])
         for gradient, update in zip(gradients, updates, strict=True):
             there = gradient.permute(0, 2, 3, 1)
             there.copy_(update.view(there.shape))
+        lengths = torch.stack(torch._foreach_norm(list[torch.Tensor](banks)))
+        factors = _constants(tuple(len(p) ** 0.5 for p in banks), device) / lengths
+        for filters, factor in zip(banks, torch.where(skip, 1.0, factors), strict=True):
+            filters.mul_(factor)
         super().step()
 
 
-def _replace(
-    old: Sequence[torch.Tensor], new: Sequence[torch.Tensor], skip: torch.Tensor | None
-) -> None:
-    """Put new values in the place of old ones, unless `skip` says to leave them."""
-    for kept, values in zip(old, new, strict=True):
-        kept.copy_(values if skip is None else torch.where(skip, kept, values))
+@lru_cache
+def _constants(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Return float [N]; made once, as making them would have the host wait for a device."""
+    return torch.tensor(values, device=device)
+
+
+@lru_cache
+def _diagonal(
+    value: float, rows: int, precision: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    return value * torch.eye(rows, dtype=precision, device=device)
 
 
 def orthogonalise(matrices: Sequence[torch.Tensor], steps: int = 3) -> list[torch.Tensor]:
@@ -113,8 +121,9 @@ def orthogonalise(matrices: Sequence[torch.Tensor], steps: int = 3) -> list[torc
     steps are taken on that, which is small, for all matrices of a height at once, and only their
     product meets the matrices themselves. In bfloat16 on GPUs, where that is enough and faster.
     """
-    precision = torch.bfloat16 if matrices[0].device.type == "cuda" else torch.float32
-    scales = [1 / (norm + 1e-7) for norm in torch._foreach_norm(list(matrices))]
+    device = matrices[0].device
+    precision = torch.bfloat16 if device.type == "cuda" else torch.float32
+    scales = 1 / (torch.stack(torch._foreach_norm(list(matrices))) + 1e-7)
     wide = [m.mT if m.shape[0] > m.shape[1] else m for m in matrices]
     wide = [m.to(precision) for m in wide]
     results = wide.copy()
@@ -123,17 +132,18 @@ def orthogonalise(matrices: Sequence[torch.Tensor], steps: int = 3) -> list[torc
         scale = torch.stack([scales[place] for place in places])[:, None, None]
         gram = torch.stack([wide[place] @ wide[place].mT for place in places])
         gram = (gram * scale**2).to(precision)
-        unit = torch.eye(rows, device=gram.device, dtype=precision)
-        product = (unit * scale).to(precision)
+        unit, product = _diagonal(3.4445, rows, precision, device), None
         for step in range(steps):
-            factor = torch.baddbmm(3.4445 * unit - 4.7750 * gram, gram, gram, alpha=2.0315)
-            product = factor @ product
+            factor = torch.add(unit, gram, alpha=-4.7750).baddbmm_(gram, gram, alpha=2.0315)
+            product = factor * scale if product is None else factor @ product
+            product = product.to(precision)
             if step + 1 < steps:
                 gram = factor @ gram @ factor
+        assert product is not None
         for place, whole in zip(places, product, strict=True):
             results[place] = whole @ wide[place]
     return [
-        (result if result.shape == m.shape else result.mT).to(m.dtype)
+        result if result.shape == m.shape else result.mT
         for result, m in zip(results, matrices, strict=True)
     ]
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 
+from cifar_dist import kernels
 from cifar_dist.config import AugmentConfig
 from cifar_dist.data.batches import Batch
 
@@ -31,6 +32,18 @@ class Pixels:
 
     def for_training(self, batch: Batch, epoch: int) -> torch.Tensor:
         """Augment and normalise a training batch."""
+        if kernels.usable(batch.images):
+            from cifar_dist.kernels.augmentation import augment_normalise
+
+            device = batch.images.device
+            return augment_normalise(
+                batch.images,
+                batch.positions,
+                self.augment,
+                _epoch_keys(self.seed, epoch, self.augment.flip == "alternating", device),
+                stream_keys(GRAYSCALE + 1),
+                *_per_channel(tuple(self.mean), tuple(self.std), device),
+            )
         images, hole = augment(batch, self.augment, self.seed, epoch)
         return normalise(images, self.mean, self.std, hole)
 
@@ -131,10 +144,13 @@ def flip_and_shift(
 
 
 def to_grey(images: torch.Tensor) -> torch.Tensor:
-    """Replace uint8 [N, H, W, 3] by its luma (ITU-R BT.601) in all three channels."""
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)
-    luma = (images.float() * weights).sum(-1, keepdim=True).round()
-    return luma.to(torch.uint8).expand_as(images)
+    """Replace uint8 [N, H, W, 3] by its luma (ITU-R BT.601) in all three channels.
+
+    In whole numbers, which every device rounds alike.
+    """
+    red, green, blue = images.int().unbind(-1)
+    luma = (299 * red + 587 * green + 114 * blue + 500) // 1000
+    return luma.to(torch.uint8)[..., None].expand_as(images)
 
 
 def uniform(seed: int, epoch: int, positions: torch.Tensor, purposes: int) -> torch.Tensor:
@@ -175,22 +191,39 @@ def _mix(bits: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache
+def stream_keys(purposes: int) -> tuple[int, ...]:
+    """Return what sets the streams of random numbers apart."""
+    return tuple(mix_integers(purpose) & 0xFFFFFFFF for purpose in range(purposes))
+
+
+@lru_cache
 def _stream_keys(purposes: int, device: torch.device) -> torch.Tensor:
-    """Return what sets the streams of random numbers apart, int64 [purposes, 1]."""
-    keys = [mix_integers(purpose) & 0xFFFFFFFF for purpose in range(purposes)]
-    return torch.tensor(keys, device=device)[:, None]
+    """Return the same as a tensor, int64 [purposes, 1]."""
+    return torch.tensor(stream_keys(purposes), device=device)[:, None]
+
+
+@lru_cache(maxsize=4)
+def _epoch_keys(seed: int, epoch: int, alternates: bool, device: torch.device) -> torch.Tensor:
+    """Return what an epoch's draws depend on, as the kernel for it takes it; int64 [5]."""
+    keys = [mix_integers(seed, epoch), mix_integers(seed, 0 if alternates else epoch)]
+    halves = [half for key in keys for half in (key & 0xFFFFFFFF, key >> 32)]
+    return torch.tensor([*halves, epoch % 2 if alternates else 0], device=device)
+
+
+@lru_cache
+def _per_channel(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return centre and scale for pixels from 0 to 255, each float32 [3]."""
+    return torch.tensor(mean, device=device) * 255, 1 / (torch.tensor(std, device=device) * 255)
 
 
 @lru_cache
 def _per_pixel(
     mean: tuple[float, ...], std: tuple[float, ...], height: int, width: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return centre and scale for pixels from 0 to 255, each float32 [H, W, 3].
-
-    At full size, as broadcasting over three channels costs several times more.
-    """
-    centre = torch.tensor(mean, device=device) * 255
-    scale = 1 / (torch.tensor(std, device=device) * 255)
+    """Return the same at full size, float32 [H, W, 3]: broadcasting costs several times more."""
+    centre, scale = _per_channel(mean, std, device)
     shape = (height, width, 3)
     return centre.expand(shape).contiguous(), scale.expand(shape).contiguous()
 

@@ -6,13 +6,13 @@ hlb-CIFAR10 (Balsam, 2023) and to Page's ResNet-9 (2018).
 """
 
 from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from cifar_dist import kernels
 
 PATCH = 2  # side of the whitened patches, in pixels
 WHITENED_IMAGES = 5000
@@ -53,8 +53,8 @@ class SpeedNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map float [N, 3, H, W] to logits [N, classes]."""
-        if _fuses(images):
-            from cifar_dist.models.fused import whiten_activate
+        if kernels.usable(images):
+            from cifar_dist.kernels.layers import whiten_activate
 
             filters, stride = self.whitening.weight, self.whitening.stride[0]
             features = self.stages[1:](whiten_activate(images, filters, stride))
@@ -97,7 +97,13 @@ class _Stage(nn.Module):
         self.bridged = nn.ModuleList(_Block(outputs) for _ in range(depth - 2))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.convolution(images)
+        weight = self.convolution.weight
+        empty = images.shape[1] - weight.shape[1]  # channels that were added to please a GPU
+        if empty:
+            weight = functional.pad(weight, (0, 0, 0, 0, 0, empty))
+            features = functional.conv2d(images, weight, padding=1)
+        else:
+            features = self.convolution(images)
         normalisation, activation = self.first
         pool = min(features.shape[2:]) > 1  # small images are a single pixel before the last stage
         features = _finish(features, normalisation, activation, pool)
@@ -123,28 +129,14 @@ def _finish(
     features: torch.Tensor, normalisation: nn.Module, activation: nn.Module, pool: bool
 ) -> torch.Tensor:
     """Do what follows a convolution: pool 2x2 if asked to, normalise, activate."""
-    if type(normalisation) is nn.BatchNorm2d and _fuses(features):  # not one over all processes
-        from cifar_dist.models.fused import pool_normalise_activate
+    if type(normalisation) is nn.BatchNorm2d and kernels.usable(features):  # not SyncBatchNorm
+        from cifar_dist.kernels.layers import pool_normalise_activate
 
         return pool_normalise_activate(features, normalisation, pool)
     finished: torch.Tensor = activation(
         normalisation(functional.max_pool2d(features, 2) if pool else features)
     )
     return finished
-
-
-def _fuses(tensor: torch.Tensor) -> bool:
-    """Say whether layers are computed together by kernels of our own, as on NVIDIA GPUs.
-
-    A compiler has its own, and traced, as for TensorBoard's graph, they could not be drawn.
-    """
-    whole = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not whole and tensor.is_cuda and _triton_is_installed()
-
-
-@cache
-def _triton_is_installed() -> bool:
-    return find_spec("triton") is not None
 
 
 def _convolution(inputs: int, outputs: int) -> nn.Conv2d:

@@ -1,4 +1,4 @@
-"""Fused layers against torch's own, in Triton's interpreter where there is no GPU."""
+"""Our kernels against what they stand for, in Triton's interpreter where there is no GPU."""
 
 import os
 from collections.abc import Iterator
@@ -9,13 +9,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from cifar_dist import kernels
+from cifar_dist.config import AugmentConfig
+from cifar_dist.data.augment import Pixels
+from cifar_dist.data.batches import Batch
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 INTERPRETED = {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}
 
 with mock.patch.dict(os.environ, INTERPRETED):  # read when Triton is imported
     pytest.importorskip("triton")
-    from cifar_dist.models import fused
+    from cifar_dist.kernels import augmentation, layers
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +40,7 @@ def norm_of(channels: int) -> nn.BatchNorm2d:
     return layer
 
 
-def layers(features: torch.Tensor, layer: nn.BatchNorm2d, pool: bool) -> torch.Tensor:
+def one_by_one(features: torch.Tensor, layer: nn.BatchNorm2d, pool: bool) -> torch.Tensor:
     return functional.gelu(layer(functional.max_pool2d(features, 2) if pool else features))
 
 
@@ -52,36 +57,36 @@ CASES = [  # shape, pool: even and odd sides, channels that fill no tile, one th
 def test_training_equals_the_layers(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], pool: bool
 ) -> None:
-    monkeypatch.setattr(fused, "PROGRAMS", 5)  # so that programs add up several tiles
+    monkeypatch.setattr(layers, "PROGRAMS", 5)  # so that programs add up several tiles
     torch.manual_seed(0)
     features = (2 * torch.randn(shape, device=DEVICE) + 3).contiguous(
         memory_format=torch.channels_last
     )
     found = {}
-    for name in ("layers", "fused"):
+    for name in ("expected", "ours"):
         layer, inputs = norm_of(shape[1]), features.clone().requires_grad_()
-        function = layers if name == "layers" else fused.pool_normalise_activate
+        function = one_by_one if name == "expected" else layers.pool_normalise_activate
         outputs = function(inputs, layer, pool)
         torch.manual_seed(2)
         outputs.backward(torch.randn(outputs.shape, device=DEVICE))
         found[name] = [outputs, inputs.grad, layer.weight.grad, layer.bias.grad]
         found[name] += [layer.running_mean, layer.running_var, layer.num_batches_tracked]
-    for expected, ours in zip(found["layers"], found["fused"], strict=True):
+    for expected, ours in zip(found["expected"], found["ours"], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("shape", "pool"), CASES)
 def test_evaluation_equals_the_layers(shape: tuple[int, ...], pool: bool) -> None:
     layer, features = norm_of(shape[1]).eval(), torch.randn(shape, device=DEVICE)
-    ours = fused.pool_normalise_activate(features, layer, pool)
-    torch.testing.assert_close(ours, layers(features, layer, pool), rtol=1e-5, atol=1e-5)
+    ours = layers.pool_normalise_activate(features, layer, pool)
+    torch.testing.assert_close(ours, one_by_one(features, layer, pool), rtol=1e-5, atol=1e-5)
 
 
 def test_a_mean_far_from_zero_cancels_nothing() -> None:
     features = torch.randn(16, 8, 6, 6, device=DEVICE) + 1000
     layer, reference = norm_of(8), norm_of(8).double()
-    ours = fused.pool_normalise_activate(features, layer, False)
-    expected = layers(features.double(), reference, False)
+    ours = layers.pool_normalise_activate(features, layer, False)
+    expected = one_by_one(features.double(), reference, False)
     torch.testing.assert_close(ours.double(), expected, rtol=1e-3, atol=1e-3)
 
 
@@ -90,7 +95,7 @@ def test_what_is_not_a_number_stays_so() -> None:
         features = torch.randn(2, 4, 4, 4, device=DEVICE)
         features[1, 2, 2 + place // 2, place % 2] = torch.nan
         features = features.contiguous(memory_format=torch.channels_last).requires_grad_()
-        outputs = fused.pool_normalise_activate(features, norm_of(4), True)
+        outputs = layers.pool_normalise_activate(features, norm_of(4), True)
         outputs.sum().backward()
         for values in (outputs, features.grad):
             assert values is not None
@@ -105,7 +110,36 @@ def test_whitening_equals_a_convolution(stride: int) -> None:
     filters = torch.randn(24, 3, 2, 2, device=DEVICE)
     expected = functional.gelu(functional.conv2d(images, filters, stride=stride))
     for layout in (torch.contiguous_format, torch.channels_last):
-        ours = fused.whiten_activate(images.contiguous(memory_format=layout), filters, stride)
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+        ours = layers.whiten_activate(images.contiguous(memory_format=layout), filters, stride)
+        torch.testing.assert_close(ours[:, :24], expected, rtol=1e-4, atol=1e-4)
+        assert not ours[:, 24:].any()
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert fused.whiten_activate(images, filters, stride).dtype == torch.bfloat16
+        assert layers.whiten_activate(images, filters, stride).dtype == torch.bfloat16
+
+
+CHANGES = [
+    AugmentConfig(),
+    AugmentConfig(flip="random", translate=2),
+    AugmentConfig(flip="alternating", translate=3, padding="zero"),
+    AugmentConfig(flip="alternating", cutout=3, grayscale=0.5),
+    AugmentConfig(translate=1, padding="zero", cutout=2, grayscale=0.3),
+]
+
+
+@pytest.mark.parametrize("config", CHANGES)
+def test_augmentation_is_the_same_to_the_bit(
+    config: AugmentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(augmentation, "PIXELS", 64)  # so that an image takes two programs
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (20, 9, 9, 3), dtype=torch.uint8, device=DEVICE)
+    positions = torch.randint(0, 2**33, (20,), device=DEVICE)
+    batch = Batch(images, torch.zeros(20), positions)
+    pixels = Pixels((0.49, 0.48, 0.45), (0.25, 0.24, 0.26), config, seed=2**40 + 3)
+    for epoch in range(3):
+        monkeypatch.setattr(kernels, "usable", lambda _: False)
+        expected = pixels.for_training(batch, epoch)
+        monkeypatch.setattr(kernels, "usable", lambda _: True)
+        ours = pixels.for_training(batch, epoch)
+        assert torch.equal(ours, expected)
+        assert ours.stride() == expected.stride()

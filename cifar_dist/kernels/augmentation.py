@@ -1,0 +1,131 @@
+"""Augmentation and normalisation in one pass: dozens of short kernels otherwise, a sixth of a step.
+
+The draws, the pixels and the rounding are those of `cifar_dist.data.augment`, which says what they
+are; tests compare the two bit by bit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from triton import language as tl
+
+from cifar_dist.config import AugmentConfig
+
+PIXELS = 1024  # of a program
+
+
+def augment_normalise(
+    images: torch.Tensor,
+    positions: torch.Tensor,
+    config: AugmentConfig,
+    keys: torch.Tensor,
+    streams: Sequence[int],
+    centre: torch.Tensor,
+    scale: torch.Tensor,
+) -> torch.Tensor:
+    """Return float32 [N, 3, H, W] with channels-last strides.
+
+    Args:
+        images: uint8 [N, H, W, 3] on a GPU.
+        positions: of the samples in their set, int64 [N].
+        config: what to change.
+        keys: of the epoch's draws and of the mirroring's, each the low and the high 32 bits, and 1
+            where all are mirrored once more; int64 [5].
+        streams: what sets the draws apart, in the order of `cifar_dist.data.augment`.
+        centre, scale: per channel, for pixels from 0 to 255; float [3].
+    """
+    count, height, width, _ = images.shape
+    outputs = torch.empty(images.shape, device=images.device)
+    _augment[(count, triton.cdiv(height * width, PIXELS))](
+        *(images.contiguous(), positions, keys, outputs, centre, scale),
+        *(height, width, config.grayscale),
+        *streams,
+        FLIP=config.flip != "none",
+        REACH=config.translate,
+        REFLECT=config.padding == "reflect",
+        GREY=config.grayscale > 0,
+        CUTOUT=config.cutout,
+        PIXELS=PIXELS,
+    )
+    return outputs.permute(0, 3, 1, 2)
+
+
+@triton.jit
+def _mix(bits):  # type: ignore[no-untyped-def]
+    """Scramble 32-bit values kept in int64, as the function of the same name."""
+    bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _sample(position, low, high):  # type: ignore[no-untyped-def]
+    return _mix(_mix((position & 0xFFFFFFFF) ^ low) ^ high)
+
+
+@triton.jit
+def _uniform(sample, stream):  # type: ignore[no-untyped-def]
+    return (_mix(sample ^ stream) >> 8).to(tl.float32) / 16777216.0
+
+
+@triton.jit
+def _source(place, side, REACH: tl.constexpr, REFLECT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return where the pixel at a place, perhaps outside the image, comes from."""
+    if REFLECT:
+        last = tl.maximum(side - 1, 1)
+        place = (place + 2 * last * REACH) % (2 * last)
+        place = last - tl.abs(place - last)
+    return tl.minimum(tl.maximum(place, 0), side - 1)
+
+
+@triton.jit
+def _augment(  # type: ignore[no-untyped-def]
+    images, positions, keys, outputs, centre, scale, height, width, grayscale,
+    flip_stream: tl.constexpr, x_stream: tl.constexpr, y_stream: tl.constexpr,
+    cutout_x_stream: tl.constexpr, cutout_y_stream: tl.constexpr, grey_stream: tl.constexpr,
+    FLIP: tl.constexpr, REACH: tl.constexpr, REFLECT: tl.constexpr,
+    GREY: tl.constexpr, CUTOUT: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0)
+    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    mask = pixel < height * width
+    row, column = pixel // width, pixel % width
+    position = tl.load(positions + number)
+    sample = _sample(position, tl.load(keys), tl.load(keys + 1))
+    y, x = row, column
+    if REACH > 0:
+        y = row + (_uniform(sample, y_stream) * (2 * REACH + 1)).to(tl.int32) - REACH
+        x = column + (_uniform(sample, x_stream) * (2 * REACH + 1)).to(tl.int32) - REACH
+    seen = mask
+    if not REFLECT:
+        seen = mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    y, x = _source(y, height, REACH, REFLECT), _source(x, width, REACH, REFLECT)
+    if FLIP:
+        draw = _uniform(_sample(position, tl.load(keys + 2), tl.load(keys + 3)), flip_stream)
+        mirrored = (draw < 0.5) != (tl.load(keys + 4) != 0)
+        x = tl.where(mirrored, width - 1 - x, x)
+    first = images + ((number.to(tl.int64) * height + y) * width + x) * 3
+    red = tl.load(first, mask=seen, other=0).to(tl.int32)
+    green = tl.load(first + 1, mask=seen, other=0).to(tl.int32)
+    blue = tl.load(first + 2, mask=seen, other=0).to(tl.int32)
+    if GREY:
+        luma = (299 * red + 587 * green + 114 * blue + 500) // 1000
+        chosen = _uniform(sample, grey_stream) < grayscale
+        red = tl.where(chosen, luma, red)
+        green = tl.where(chosen, luma, green)
+        blue = tl.where(chosen, luma, blue)
+    red = (red.to(tl.float32) - tl.load(centre)) * tl.load(scale)
+    green = (green.to(tl.float32) - tl.load(centre + 1)) * tl.load(scale + 1)
+    blue = (blue.to(tl.float32) - tl.load(centre + 2)) * tl.load(scale + 2)
+    if CUTOUT > 0:
+        top = (_uniform(sample, cutout_y_stream) * height).to(tl.int32) - CUTOUT // 2
+        left = (_uniform(sample, cutout_x_stream) * width).to(tl.int32) - CUTOUT // 2
+        hole = (row >= top) & (row < top + CUTOUT) & (column >= left) & (column < left + CUTOUT)
+        red = tl.where(hole, 0.0, red)
+        green = tl.where(hole, 0.0, green)
+        blue = tl.where(hole, 0.0, blue)
+    there = outputs + (number.to(tl.int64) * height * width + pixel) * 3
+    tl.store(there, red, mask=mask)
+    tl.store(there + 1, green, mask=mask)
+    tl.store(there + 2, blue, mask=mask)
