@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -48,6 +49,7 @@ class Meter:
         self.left -= 1
         if self.left or os.environ.get("RANK", "0") != "0":
             return
+        wait_for_device()
         if self.warm:
             wall, cpu = time.perf_counter() - self._began, _processor_seconds() - self._used
             report = {"wall": wall, "cpu": cpu, "peak_mb": _peak_memory(), **found}
@@ -69,6 +71,13 @@ class Meter:
                 self.tick()
 
         engine.train_epoch = counted
+
+
+def wait_for_device() -> None:
+    """Return once the GPU, if this process uses one, has done what it was given."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _peak_memory() -> float:
@@ -102,6 +111,13 @@ class Subject:
     arguments: Sequence[str]
     environment: Mapping[str, str] | None = None
     ready: float = 0.0
+
+    def prepare(self) -> None:
+        """Start the program and wait until it has warmed up."""
+        began = time.perf_counter()
+        self.start()
+        self.wait()
+        self.ready = time.perf_counter() - began
 
     def start(self) -> None:
         """Start the program; it warms up when `wait` is called first."""
@@ -151,11 +167,11 @@ def measure(
     """
     found: Rounds = {subject.name: [] for subject in subjects}
     try:
-        for subject in subjects:  # one after the other: warming up is work too
-            began = time.perf_counter()
-            subject.start()
-            subject.wait()
-            subject.ready = time.perf_counter() - began
+        # Warming up is work too: at once only where the cores suffice for that.
+        many = (os.cpu_count() or 1) >= 4 * len(subjects)
+        pool = ThreadPoolExecutor(len(subjects) if many else 1)
+        for future in as_completed([pool.submit(subject.prepare) for subject in subjects]):
+            future.result()
         for number in range(rounds):
             for subject in subjects if number % 2 else reversed(subjects):
                 found[subject.name].append(subject.go())

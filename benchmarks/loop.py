@@ -14,7 +14,7 @@ ROWS = [
     ("bare arithmetic", "bare", False),
     ("bare arithmetic, memory kept", "bare-kept", False),
     ("cifar-dist", "cifar-dist", False),
-    ("cifar-dist, compiled", "cifar-dist", True),
+    ("cifar-dist, compiled", "cifar-dist-compiled", False),
     ("tutorials' loop", "tutorials", False),
     ("tutorials' loop, channels_last", "tutorials", True),
     ("Accelerate as documented", "accelerate", False),

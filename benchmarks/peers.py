@@ -3,7 +3,7 @@
 `python -m benchmarks.peers SUBJECT --model NAME --batch N ...` is started by the harness. Each is
 written as its project's own documentation does it, over its public interface, and calls
 `meter.tick()` after every optimizer step. The `lean` ones get their cheap best: channels_last
-memory, and whatever their options switch off.
+memory, and whatever their options switch off. On a GPU all compute in bfloat16.
 """
 
 import argparse
@@ -20,11 +20,18 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.data import add_options, as_tensors, data_options, load
-from benchmarks.harness import Meter, best_of
+from benchmarks.harness import Meter, best_of, wait_for_device
 from cifar_dist.models import MODELS
 
 LR, MOMENTUM = 0.01, 0.9
 FOREVER = 10**6  # epochs: the harness ends a subject
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = DEVICE == "cuda"
+
+
+def precision() -> torch.autocast:
+    """Return the context of a forward pass."""
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=ON_GPU)
 
 
 class PillowImages(Dataset[tuple[Any, int]]):
@@ -43,7 +50,7 @@ class PillowImages(Dataset[tuple[Any, int]]):
 def network_of(options: argparse.Namespace, lean: bool) -> nn.Module:
     """Return the network as torch computes it."""
     torch.manual_seed(0)
-    network = MODELS[options.model](10)
+    network = MODELS[options.model](10).to(DEVICE)
     return network.to(memory_format=torch.channels_last) if lean else network
 
 
@@ -62,11 +69,15 @@ def bare(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
     """Forward, backward and step on one batch that lies ready: the ceiling of every loop."""
     network = network_of(options, lean=True)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=MOMENTUM, fused=True)
-    images = torch.rand(options.batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, (options.batch,))
+    images = torch.rand(options.batch, 3, 32, 32, device=DEVICE)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (options.batch,), device=DEVICE)
+    torch.backends.cudnn.benchmark = True
     while True:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(network(images), labels).backward()
+        with precision():
+            loss = nn.functional.cross_entropy(network(images), labels)
+        loss.backward()
         optimizer.step()
         meter.tick()
 
@@ -98,6 +109,11 @@ def cifar_dist(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
         run(recipe)
 
 
+def cifar_dist_compiled(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
+    """The same with train.compile."""
+    cifar_dist(meter, options, lean=True)
+
+
 def tutorials(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
     """The single-file tutorials: Pillow, ToTensor, DataLoader, and a loop that adds up the loss."""
     network, loader = network_of(options, lean), pillow_loader(options)
@@ -106,7 +122,9 @@ def tutorials(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
     for _ in range(FOREVER):
         total = 0.0
         for images, labels in loader:
-            loss = loss_of(network(images), labels)
+            images, labels = images.to(DEVICE), labels.to(DEVICE)
+            with precision():
+                loss = loss_of(network(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -118,7 +136,7 @@ def accelerate(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
     """The loop of Accelerate's documentation, with its prepared scheduler."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=not ON_GPU, mixed_precision="bf16" if ON_GPU else "no")
     network = network_of(options, lean)
     optimizer = sgd(network)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -165,7 +183,9 @@ def lightning(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
     off: dict[str, Any] = dict.fromkeys(options_off, False)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            accelerator="cpu",
+            accelerator="gpu" if ON_GPU else "cpu",
+            precision="bf16-mixed" if ON_GPU else "32-true",
+            devices=1,
             max_epochs=FOREVER,
             callbacks=[Ticks()],
             default_root_dir=folder,
@@ -190,7 +210,7 @@ def timm(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
         num_workers=0,
         use_prefetcher=False,
         persistent_workers=False,
-        device=torch.device("cpu"),
+        device=torch.device(DEVICE),
     )
     network = network_of(options, lean)
     optimizer = create_optimizer_v2(network, opt="sgd", lr=LR, momentum=MOMENTUM)
@@ -198,9 +218,11 @@ def timm(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
     for _ in range(FOREVER):
         network.train()
         for images, labels in loader:
+            images, labels = images.to(DEVICE), labels.to(DEVICE)
             if lean:
                 images = images.contiguous(memory_format=torch.channels_last)
-            loss = loss_of(network(images), labels)
+            with precision():
+                loss = loss_of(network(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -208,14 +230,14 @@ def timm(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
 
 
 def airbench(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
-    """airbench's loader, in float32 on the CPU, and the step of its `train`."""
+    """airbench's loader, in float32, and the step of its `train`."""
     from airbench import CifarLoader
 
     images, labels = as_tensors(load(options))
     with tempfile.TemporaryDirectory() as folder:
         content = {"images": images, "labels": labels, "classes": list(range(10))}
         torch.save(content, Path(folder) / "train.pt")
-        loader = CifarLoader(folder, train=True, batch_size=options.batch, gpu="cpu")
+        loader = CifarLoader(folder, train=True, batch_size=options.batch, gpu=DEVICE)
     loader.images = loader.images.float()
     network = network_of(options, lean)
     optimizer = torch.optim.SGD(network.parameters(), lr=LR, momentum=MOMENTUM)
@@ -224,7 +246,8 @@ def airbench(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
     for _ in range(FOREVER):
         network.train()
         for inputs, targets in loader:
-            loss = loss_of(network(inputs), targets).mean()
+            with precision():
+                loss = loss_of(network(inputs), targets).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -234,13 +257,17 @@ def airbench(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
 
 def ceilings(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
     """What this machine can do in the same round: matrices, convolutions, copies; per second."""
-    side, channels = 1024, 64
-    matrix = torch.randn(side, side)
-    block = torch.randn(64, channels, 16, 16).contiguous(memory_format=torch.channels_last)
+    kind = torch.bfloat16 if ON_GPU else torch.float32
+    side, channels, images, copied = (
+        (8192, 64, 8192, 1 << 30) if ON_GPU else (1024, 64, 64, 1 << 26)
+    )
+    matrix = torch.randn(side, side, device=DEVICE, dtype=kind)
+    block = torch.randn(images, channels, 16, 16, device=DEVICE, dtype=kind)
+    block = block.contiguous(memory_format=torch.channels_last)
     convolution = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-    convolution = convolution.to(memory_format=torch.channels_last)
-    flops = 2 * 9 * channels * channels * 16 * 16 * 64
-    source = torch.empty(64 << 20, dtype=torch.uint8)
+    convolution = convolution.to(DEVICE, kind, memory_format=torch.channels_last)
+    flops = 2 * 9 * channels * channels * 16 * 16 * images
+    source = torch.empty(copied, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     gradient = torch.ones_like(block)
 
@@ -248,24 +275,27 @@ def ceilings(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
         block.requires_grad_()
         convolution(block).backward(gradient)
 
+    def seconds(function: Callable[[], object]) -> float:
+        return best_of(lambda: (function(), wait_for_device()))
+
     while True:
         with torch.no_grad():
-            product = best_of(lambda: matrix @ matrix)
-            forward = best_of(lambda: convolution(block.detach()))
-            copy = best_of(lambda: target.copy_(source))
-        both = best_of(backward)
+            product = seconds(lambda: matrix @ matrix)
+            forward = seconds(lambda: convolution(block.detach()))
+            copy = seconds(lambda: target.copy_(source))
+        both = seconds(backward)
         meter.tick(
             product_gflops=2 * side**3 / product / 1e9,
             convolution_gflops=flops / forward / 1e9,
             training_gflops=3 * flops / both / 1e9,
-            copy_gbs=2 * len(source) / copy / 1e9,
+            copy_gbs=2 * copied / copy / 1e9,
         )
 
 
 SUBJECTS: dict[str, Callable[[Meter, argparse.Namespace, bool], None]] = {
     function.__name__.replace("_", "-"): function
     for function in (
-        *(bare, bare_kept, cifar_dist, tutorials, accelerate),
+        *(bare, bare_kept, cifar_dist, cifar_dist_compiled, tutorials, accelerate),
         *(lightning, timm, airbench, ceilings),
     )
 }
@@ -275,7 +305,7 @@ def main() -> None:
     """Run one subject until its input is closed."""
     parser = argparse.ArgumentParser("benchmarks.peers")
     parser.add_argument("subject", choices=SUBJECTS)
-    parser.add_argument("--lean", action="store_true", help="for cifar-dist: compiled")
+    parser.add_argument("--lean", action="store_true")
     parser.add_argument("--model", default="tutorial")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10)

@@ -34,6 +34,7 @@ from benchmarks.harness import (
     record,
     spread,
     table,
+    wait_for_device,
 )
 
 OURS = "cifar-dist, cifar10-94"
@@ -93,8 +94,7 @@ class Stopwatch:
 
     def read(self) -> tuple[float, float]:
         """Return both clocks once the device has done what it was given."""
-        if ON_GPU:
-            torch.cuda.synchronize()
+        wait_for_device()
         return time.perf_counter(), time.process_time()
 
     def add(self, began: tuple[float, float], ended: tuple[float, float]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
+import torch
 
 from cifar_dist.config import parse_recipe
 from cifar_dist.data import download
@@ -16,6 +17,10 @@ from tests.server import Server, running
 # Two tests run at a time, and their networks are too small to gain from a second thread. Set before
 # anything runs: another number of threads rounds otherwise.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Our kernels run in Triton's interpreter then. Read when Triton is imported, by whatever does that.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # A shell's background jobs ignore Ctrl-C, and so would every launcher that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,9 +1,5 @@
 """Our kernels against what they stand for, in Triton's interpreter where there is no GPU."""
 
-import os
-from collections.abc import Iterator
-from unittest import mock
-
 import pytest
 import torch
 from torch import nn
@@ -16,18 +12,8 @@ from cifar_dist.data.batches import Batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-INTERPRETED = {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}
-
-with mock.patch.dict(os.environ, INTERPRETED):  # read when Triton is imported
-    pytest.importorskip("triton")
-    from cifar_dist.kernels import augmentation, layers
-
-
-@pytest.fixture(autouse=True)
-def interpreted() -> Iterator[None]:
-    """Triton imports some of itself at its first use."""
-    with mock.patch.dict(os.environ, INTERPRETED):
-        yield
+pytest.importorskip("triton")
+from cifar_dist.kernels import augmentation, layers  # noqa: E402
 
 
 def norm_of(channels: int) -> nn.BatchNorm2d:
@@ -111,7 +97,8 @@ def test_whitening_equals_a_convolution(stride: int) -> None:
     expected = functional.gelu(functional.conv2d(images, filters, stride=stride))
     for layout in (torch.contiguous_format, torch.channels_last):
         ours = layers.whiten_activate(images.contiguous(memory_format=layout), filters, stride)
-        torch.testing.assert_close(ours[:, :24], expected, rtol=1e-4, atol=1e-4)
+        error = 1e-4 if DEVICE == "cpu" else 1e-2  # TF32
+        torch.testing.assert_close(ours[:, :24], expected, rtol=error, atol=error)
         assert not ours[:, 24:].any()
     with torch.autocast(DEVICE, torch.bfloat16):
         assert layers.whiten_activate(images, filters, stride).dtype == torch.bfloat16

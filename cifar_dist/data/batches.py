@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cifar_dist.data.images import Images
 
-# Images per process and forward pass of an evaluation. On a GPU one by which CIFAR's 10,000 divide,
-# as cuDNN measures its algorithms anew for every batch size.
-EVALUATION_BATCH, EVALUATION_BATCH_ON_GPU = 256, 1000
+# Images of CIFAR's size per process and forward pass of an evaluation, of larger ones fewer. On a
+# GPU as many as cifar10-94 trains on: cuDNN measures its algorithms anew for every batch size.
+EVALUATION_BATCH, EVALUATION_BATCH_ON_GPU = 256, 2000
 RESIDENT_BYTES = 4 << 30  # datasets up to this size are kept on the accelerator
 
 
@@ -120,7 +120,9 @@ def build_loader(
 
 def build_evaluation_loader(accelerator: Accelerator, images: Images) -> DataLoader:
     """Return a loader over every image exactly once, over all processes."""
-    each = EVALUATION_BATCH if accelerator.device.type == "cpu" else EVALUATION_BATCH_ON_GPU
+    most = EVALUATION_BATCH if accelerator.device.type == "cpu" else EVALUATION_BATCH_ON_GPU
+    height, width = images.images.shape[1:3]
+    each = max(1, min(most, most * 32 * 32 // (height * width)))
     return build_loader(accelerator, images, each * accelerator.num_processes, None)[0]
 
 
