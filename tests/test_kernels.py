@@ -1,5 +1,8 @@
 """Our kernels against what they stand for, in Triton's interpreter where there is no GPU."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from cifar_dist import kernels
 from cifar_dist.config import AugmentConfig
 from cifar_dist.data.augment import Pixels
 from cifar_dist.data.batches import Batch
+from tests.helpers import run_command
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -102,6 +106,21 @@ def test_whitening_equals_a_convolution(stride: int) -> None:
         assert not ours[:, 24:].any()
     with torch.autocast(DEVICE, torch.bfloat16):
         assert layers.whiten_activate(images, filters, stride).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("capability", [75, 90])
+def test_kernels_compile_for_gpus_once_for_all_sizes(capability: int, tmp_path: Path) -> None:
+    done = run_command(
+        [sys.executable, "-m", "tests.absent_gpu", str(capability)],
+        TRITON_INTERPRET="0",
+        TRITON_CACHE_DIR=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    expected = {"_augment": 1, "_finish_statistics": 1, "_sum_gradients": 1, "_whiten": 1}
+    expected |= dict.fromkeys(("_normalise", "_pass_back", "_pool_and_sum"), 2)  # pooling or not
+    assert dict(line.split() for line in done.stdout.splitlines()) == {
+        name: str(times) for name, times in expected.items()
+    }
 
 
 CHANGES = [

@@ -24,6 +24,11 @@ LOOPS = 4  # tiles of a program, where it has nothing to add up
 PROGRAMS = 512  # that share the sums over all pixels
 PADDED = 32  # channels of whitened images
 
+# Sizes that kernels take as they come: compiled for each kind of number they would be ready later,
+# and run no faster. That channels are a multiple of 16 they do profit from.
+SIZES = ["pixels", "patches", "windows", "height", "width", "rows", "columns", "stride"]
+SIZES += ["loops", "programs", "share", "of_image", "of_color", "of_row", "of_column"]
+
 
 def pool_normalise_activate(
     features: torch.Tensor, normalisation: nn.BatchNorm2d, pool: bool
@@ -245,7 +250,7 @@ def _largest(features, first, width, channels, mask):  # type: ignore[no-untyped
     return best, chosen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _pool_and_sum(  # type: ignore[no-untyped-def]
     features, pooled, chosen, means, squares, pixels, channels, loops,
     height, width, rows, columns,
@@ -289,7 +294,7 @@ def _pool_and_sum(  # type: ignore[no-untyped-def]
     tl.store(squares + at, tl.sum(square, axis=0) - of_all * change, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _finish_statistics(  # type: ignore[no-untyped-def]
     means, squares, mean_of_all, variance_of_all, running_mean, running_variance, momentum,
     pixels, programs, share, channels,
@@ -325,7 +330,7 @@ def _finish_statistics(  # type: ignore[no-untyped-def]
     tl.store(running_variance + channel, before + momentum * (unbiased - before), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _normalise(  # type: ignore[no-untyped-def]
     features, mean, variance, weight, bias, eps,
     outputs, pixels, channels, height, width, rows, columns,
@@ -351,7 +356,7 @@ def _normalise(  # type: ignore[no-untyped-def]
         tl.store(outputs + at, _gelu(z), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _sum_gradients(  # type: ignore[no-untyped-def]
     gradients, pooled, mean, variance, weight, bias, eps,
     sums, products, pixels, channels, loops,
@@ -381,7 +386,7 @@ def _sum_gradients(  # type: ignore[no-untyped-def]
     tl.store(products + at, tl.sum(of_weight, axis=0) * scale, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _pass_back(  # type: ignore[no-untyped-def]
     gradients, pooled, chosen, mean, variance, weight, bias, eps, of_bias, of_weight, of_features,
     windows, pixels, channels, height, width, rows, columns,
@@ -425,7 +430,7 @@ def _pass_back(  # type: ignore[no-untyped-def]
             tl.store(of_features + at, result, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["images"])
 def _whiten(  # type: ignore[no-untyped-def]
     images, filters, outputs, patches, rows, columns, stride, channels,
     of_image, of_color, of_row, of_column, of_filter, of_color_there, of_row_there, of_column_there,

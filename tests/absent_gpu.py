@@ -1,0 +1,73 @@
+"""`python -m tests.absent_gpu CAPABILITY`: steps and evaluations of speednet, every kernel
+compiled for a GPU of that capability (90 is an H100) and none run. Prints how often each was.
+"""
+
+import sys
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from cifar_dist import kernels
+from cifar_dist.config import AugmentConfig
+from cifar_dist.data.augment import Pixels
+from cifar_dist.data.batches import Batch
+from cifar_dist.engine import VIEWS, view
+from cifar_dist.models.speednet import SpeedNet
+
+
+class AbsentGPU:
+    """What Triton asks of a driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        """Return what to compile for."""
+        return GPUTarget("cuda", int(sys.argv[1]), 32)
+
+    def get_current_device(self) -> int:
+        """Return its number."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """Return the default stream."""
+        return 0
+
+
+def main() -> None:
+    """See the module's docstring."""
+    driver.set_active(AbsentGPU())
+    run, compiled = JITFunction.run, set()
+
+    def compile_only(kernel: Any, *arguments: Any, warmup: bool, **named: Any) -> Any:
+        result = run(kernel, *arguments, warmup=True, **named)
+        compiled.add((kernel.fn.__name__, result.hash))
+        return result
+
+    network = SpeedNet(10).to(memory_format=torch.channels_last)
+    augment = AugmentConfig(flip="random", translate=2, cutout=4, grayscale=0.1)
+    pixels = Pixels((0.5,) * 3, (0.25,) * 3, augment, seed=1)
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(kernels, "usable", return_value=True),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        for count in (3, 16):
+            batch = Batch(
+                torch.zeros(count, 32, 32, 3, dtype=torch.uint8),
+                torch.zeros(count, dtype=torch.int64),
+                torch.arange(count),
+            )
+            network.train()(pixels.for_training(batch, 0)).sum().backward()
+            images = pixels.for_evaluation(batch.images)
+            with torch.no_grad():
+                for _, *how in VIEWS["flip_shift"]:
+                    network.eval()(view(images, *how))
+    for name, times in sorted(Counter(name for name, _ in compiled).items()):
+        print(name, times)
+
+
+if __name__ == "__main__":
+    main()
