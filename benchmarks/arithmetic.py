@@ -65,7 +65,7 @@ def orthogonalisation() -> Pair:
             square = work @ work.mT
             work = 3.4445 * work + (-4.7750 * square + 2.0315 * square @ square) @ work
 
-    return {"defined": defined, "here": lambda: orthogonalise(filters)}
+    return {"defined": defined, "here": lambda: orthogonalise(list(filters))}
 
 
 def measure(pair: Pair, rounds: int) -> Rounds:

@@ -75,6 +75,12 @@ class Muon(SGD):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take a step, or change nothing if `found_inf` is 1, as torch's fused optimizers."""
         banks = [p for p in self.filters if p.grad is not None]
+        if banks:
+            self._direct(banks)
+        super().step()
+
+    def _direct(self, banks: list[nn.Parameter]) -> None:
+        """Set the lengths of filter banks, and in place of their gradients where to go."""
         device = banks[0].device
         skip = getattr(self, "found_inf", torch.zeros((), device=device)) > 0
         gradients = [p.grad for p in banks if p.grad is not None]
@@ -97,7 +103,6 @@ class Muon(SGD):
         factors = _constants(tuple(len(p) ** 0.5 for p in banks), device) / lengths
         for filters, factor in zip(banks, torch.where(skip, 1.0, factors), strict=True):
             filters.mul_(factor)
-        super().step()
 
 
 @lru_cache

@@ -116,6 +116,15 @@ def test_steps_follow_the_definition() -> None:
             torch.testing.assert_close(parameter.detach(), expected[name], msg=name)
 
 
+def test_a_network_without_filters_takes_steps_too() -> None:
+    network = nn.Linear(3, 2)
+    optimizer = build_optimizer(network, CONFIG)
+    give_gradients(network, 0)
+    before = network.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(network.weight, before)
+
+
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
     network = small_network()
     optimizer = build_optimizer(network, CONFIG)
