@@ -12,6 +12,7 @@ whitening, training, and the evaluation with test-time augmentation.
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 import types
@@ -182,6 +183,7 @@ def theirs(options: argparse.Namespace) -> Callable[[int], Figures]:
             raise SystemExit(f"{path} has no '{old}': is it another version?")
         source = source.replace(old, new)
     module: Any = types.ModuleType(options.subject)
+    sys.modules[options.subject] = module  # torch.compile imports it by its name
     exec(compile(source, str(path), "exec"), module.__dict__)
     module.Event = Event
     module.print_training_details = lambda variables, is_final_entry: last.update(variables)
