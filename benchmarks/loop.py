@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.data import add_options, load, same_places
 from benchmarks.harness import RESULTS, Subject, measure, median, paired, record, spread, table
+from benchmarks.peers import ON_GPU
 
 # Row, subject, lean.
 ROWS = [
@@ -29,7 +30,7 @@ ROWS = [
 
 
 def main() -> None:
-    """Measure, and write results/loop-MODEL-BATCH."""
+    """Measure, and write results/loop-MODEL-BATCH, or loop-MODEL-BATCH-gpu."""
     parser = argparse.ArgumentParser("benchmarks.loop", description=__doc__)
     parser.add_argument("--model", default="tutorial")
     parser.add_argument("--batch", type=int, default=64)
@@ -88,7 +89,7 @@ def main() -> None:
     head = ["loop", "images/s", "of the bare arithmetic", "CPU ms an image", "peak MB"]
     record(
         options.results,
-        f"loop-{options.model}-{options.batch}",
+        f"loop-{options.model}-{options.batch}{'-gpu' if ON_GPU else ''}",
         f"{options.model} at batch {options.batch}, {options.rounds} rounds of {steps} steps",
         table(head, rows),
         {"batch": options.batch, "steps": steps, "rounds": rounds},
