@@ -1,4 +1,4 @@
-"""3x3 convolutions in a quarter of the multiplications, for a CPU.
+"""Convolutions in a quarter of the multiplications, for a CPU: here 3x3; 5x5 in winograd_rows.
 
 Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray, 2015, "Fast Algorithms for Convolutional
 Neural Networks"): 36 products give a 4x4 tile of outputs, where the definition takes 144. Tiles of
@@ -14,8 +14,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from cifar_dist.models import winograd_rows
+
 TILE, WINDOW = 4, 6  # sides of the outputs and of the inputs of one tile
-WIDE = 128  # channels from which the products outweigh the transforms; measured
+WIDE = {3: 128, 5: 32}  # channels from which the products outweigh the transforms; measured
 
 _INPUT = torch.tensor(
     [
@@ -42,7 +44,7 @@ FILTER = torch.kron(_FILTER, _FILTER).float()
 
 
 def use_winograd(network: nn.Module) -> None:
-    """Have the 3x3 convolutions of `network` that are wide enough work this way on a CPU.
+    """Have the 3x3 and 5x5 convolutions of `network` that are wide enough work this way on a CPU.
 
     Names, weights and results, but for rounding, stay as they are.
     """
@@ -52,30 +54,41 @@ def use_winograd(network: nn.Module) -> None:
 
 
 def _fits(convolution: nn.Conv2d) -> bool:
-    shape = (convolution.kernel_size, convolution.stride, convolution.dilation)
+    size = convolution.kernel_size[0]
+    shape = (convolution.kernel_size, convolution.padding, convolution.stride, convolution.dilation)
     return (
-        shape == ((3, 3), (1, 1), (1, 1))
-        and convolution.padding == (1, 1)
+        size in WIDE
+        and shape == ((size, size), (size // 2, size // 2), (1, 1), (1, 1))
         and convolution.padding_mode == "zeros"
         and convolution.groups == 1
-        and min(convolution.in_channels, convolution.out_channels) >= WIDE
+        and min(convolution.in_channels, convolution.out_channels) >= WIDE[size]
     )
 
 
 class WinogradConv2d(nn.Conv2d):
-    """nn.Conv2d of size 3, stride 1 and padding 1 that takes the short way where there is one."""
+    """nn.Conv2d of stride 1, images padded to their size, that takes the short way if there is one.
+
+    The filters are 3x3 or 5x5.
+    """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map [N, C, H, W] to [N, K, H, W]."""
         plain = images.device.type == "cpu" and images.dtype == self.weight.dtype == torch.float32
-        height, width = images.shape[2:]
-        wasteful = 2 * height * width < _tiles(height) * _tiles(width) * TILE * TILE
         # Compiled, the transforms gain nothing on what the compiler has for the definition; traced,
         # as for TensorBoard's graph, a function of ours could not be drawn.
         whole = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if not plain or wasteful or whole or torch.is_autocast_enabled("cpu"):
+        if not plain or whole or torch.is_autocast_enabled("cpu"):
             return super().forward(images)
-        outputs: torch.Tensor = _Winograd.apply(images, self.weight)
+        height, width = images.shape[2:]
+        outputs: torch.Tensor
+        if self.kernel_size == (5, 5):
+            if not winograd_rows.pays(width):
+                return super().forward(images)
+            outputs = winograd_rows.Convolution.apply(images, self.weight, self.bias)
+            return outputs
+        if 2 * height * width < _tiles(height) * _tiles(width) * TILE * TILE:
+            return super().forward(images)
+        outputs = _Winograd.apply(images, self.weight)
         return outputs if self.bias is None else outputs + self.bias[:, None, None]
 
 
@@ -101,12 +114,18 @@ class _Winograd(torch.autograd.Function):
         tiles = _of_each(INPUT, windows.reshape(-1, 36, inputs))
         filters = (FILTER @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(36, -1, inputs)
         products = torch.bmm(tiles.transpose(0, 1), filters.transpose(1, 2))
-        outputs = _of_each(OUTPUT, products.transpose(0, 1))
-        outputs = outputs.view(number, rows, columns, TILE, TILE, -1).transpose(2, 3)
-        outputs = outputs.reshape(number, rows * TILE, columns * TILE, -1)
+        # Not a view of the tiles, so that an activation may overwrite it.
+        outputs = torch.empty(
+            (number, len(weight), rows * TILE, columns * TILE), memory_format=torch.channels_last
+        )
+        ground = outputs.permute(0, 2, 3, 1).unflatten(1, (rows, TILE))
+        ground = ground.unflatten(3, (columns, TILE)).transpose(2, 3)
+        ground.copy_(_of_each(OUTPUT, products.transpose(0, 1)).view(ground.shape))
         ctx.save_for_backward(tiles, filters)
         ctx.shape = images.shape
-        return outputs[:, :height, :width].contiguous().permute(0, 3, 1, 2)
+        if outputs.shape[2:] == images.shape[2:]:
+            return outputs
+        return outputs[:, :, :height, :width].clone(memory_format=torch.channels_last)
 
     @staticmethod
     @once_differentiable
