@@ -2,7 +2,7 @@
 
 `python -m benchmarks.arithmetic [--rounds N] [--batch N]`
 
-Wide 3x3 convolutions on a CPU, the networks that have them, and Muon's orthogonalisation; forward
+Wide 3x3 and 5x5 convolutions on a CPU, the networks that have them, and Muon's orthogonalisation; forward
 and backward, each and its definition in turn.
 """
 
@@ -21,20 +21,29 @@ from cifar_dist.models.winograd import WinogradConv2d, use_winograd
 from cifar_dist.optim import orthogonalise
 from cifar_dist.runtime import keep_memory
 
-LAYERS = [(128, 128, 16), (256, 256, 8), (512, 512, 4), (64, 128, 16), (64, 64, 32)]
-NETWORKS = ["resnet18", "vgg16", "deep", "speednet"]
+# Channels in and out, side of the images, side of the filters.
+LAYERS = [
+    (128, 128, 16, 3),
+    (256, 256, 8, 3),
+    (512, 512, 4, 3),
+    (64, 128, 16, 3),
+    (64, 64, 32, 3),
+    (32, 32, 16, 5),
+    (32, 64, 8, 5),
+]
+NETWORKS = ["resnet18", "vgg16", "deep", "speednet", "tutorial"]
 BANKS = (3, 256, 2304)  # the widest filters of speednet
 
 Pair = dict[str, Callable[[], object]]
 
 
-def convolution(inputs: int, outputs: int, side: int, batch: int) -> Pair:
+def convolution(inputs: int, outputs: int, side: int, size: int, batch: int) -> Pair:
     """Return a layer's forward and backward pass, both ways."""
     images = torch.randn(batch, inputs, side, side)
     images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def passes(kind: type[nn.Conv2d]) -> Callable[[], object]:
-        layer = kind(inputs, outputs, 3, padding=1, bias=False)
+        layer = kind(inputs, outputs, size, padding=size // 2, bias=False)
         layer = layer.to(memory_format=torch.channels_last)
         gradient = torch.randn_like(layer(images))
         return lambda: layer(images).backward(gradient)
@@ -91,10 +100,10 @@ def main() -> None:
     keep_memory()
     torch.manual_seed(0)
     work: dict[str, Callable[[], Pair]] = {
-        f"{inputs} to {outputs} channels, {side} x {side}": (
-            lambda shape=(inputs, outputs, side): convolution(*shape, options.batch)
+        f"{size}x{size}, {inputs} to {outputs} channels, {side} x {side}": (
+            lambda shape=(inputs, outputs, side, size): convolution(*shape, options.batch)
         )
-        for inputs, outputs, side in LAYERS
+        for inputs, outputs, side, size in LAYERS
     }
     work |= {name: lambda name=name: network(name, options.batch) for name in NETWORKS}
     work["orthogonalise {} of {} x {}".format(*BANKS)] = orthogonalisation
