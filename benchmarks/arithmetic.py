@@ -2,8 +2,8 @@
 
 `python -m benchmarks.arithmetic [--rounds N] [--batch N]`
 
-Wide 3x3 and 5x5 convolutions on a CPU, the networks that have them, and Muon's orthogonalisation; forward
-and backward, each and its definition in turn.
+Wide 3x3 and 5x5 convolutions on a CPU, the networks that have them, and Muon's orthogonalisation;
+forward and backward, each and its definition in turn.
 """
 
 import argparse

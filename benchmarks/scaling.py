@@ -165,13 +165,15 @@ def main() -> None:
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--batch", type=int, default=128, help="of the two processes together")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=4, help="of a round")
+    parser.add_argument("--steps", type=int, default=0, help="of a round; default: a few seconds")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was found")
     hidden = ["all-reduce", "communication", "in-step"]
     parser.add_argument("--subject", choices=hidden, help=argparse.SUPPRESS)
     parser.add_argument("--pipes", type=Path, nargs=2, help=argparse.SUPPRESS)
     add_options(parser)
     options = parser.parse_args()
+    # Between rounds the second process runs ahead by a step: that has to be a small part of one.
+    options.steps = options.steps or (20 if options.model == "tutorial" else 4)
     if options.subject == "all-reduce":
         all_reduce()
     elif options.subject == "in-step":

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -138,17 +139,21 @@ def count_bytes(out: str, *arguments: str) -> None:
     train_epoch, sent = engine.train_epoch, []
 
     def counted(*arguments: Any) -> Any:
-        profile = None
-        for result in train_epoch(*arguments):
-            if profile is not None:
-                profile.stop()
-                events = [e for e in profile.events() or [] if e.name.startswith("gloo:")]
-                sizes = [4 * math.prod(shape) for e in events for shape in e.input_shapes]
-                sent.append([len(sizes), sum(sizes)])
-            profile = torch.profiler.profile(record_shapes=True)
-            profile.start()
-            yield result
-        profile.stop()  # type: ignore[union-attr]
+        with torch.profiler.profile(record_shapes=True) as profile:
+            for result in train_epoch(*arguments):
+                with torch.profiler.record_function("a step has ended"):
+                    pass
+                yield result
+        events = profile.events() or []
+        ends = sorted(e.time_range.start for e in events if e.name == "a step has ended")
+        for began, ended in pairwise(ends):
+            shapes = [
+                shape
+                for e in events
+                if e.name.startswith("gloo:") and began < e.time_range.start < ended
+                for shape in e.input_shapes
+            ]
+            sent.append([len(shapes), sum(4 * math.prod(shape) for shape in shapes)])
 
     engine.train_epoch = counted  # type: ignore[assignment]
     code = main([*arguments, "--track.every_steps", "0"])
