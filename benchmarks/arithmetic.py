@@ -33,6 +33,7 @@ LAYERS = [
 ]
 NETWORKS = ["resnet18", "vgg16", "deep", "speednet", "tutorial"]
 BANKS = (3, 256, 2304)  # the widest filters of speednet
+TURN = 0.2  # seconds at least, so that each finds in the caches what it left there itself
 
 Pair = dict[str, Callable[[], object]]
 
@@ -80,13 +81,16 @@ def orthogonalisation() -> Pair:
 def measure(pair: Pair, rounds: int) -> Rounds:
     """Run both in turn, forwards and backwards, after one turn that does not count."""
     found: Rounds = {name: [] for name in pair}
+    times = 1
     for number in range(rounds + 1):
         for name in pair if number % 2 else reversed(pair):
             began, used = time.perf_counter(), time.process_time()
-            pair[name]()
+            for _ in range(times):
+                pair[name]()
             wall, cpu = time.perf_counter() - began, time.process_time() - used
             if number:
-                found[name].append({"wall": wall, "cpu": cpu})
+                found[name].append({"wall": wall / times, "cpu": cpu / times})
+        times = max(times, round(TURN / wall))
     return found
 
 
