@@ -21,6 +21,7 @@ from cifar_dist.data.synthetic import SHAPES, draw
 
 SIDE = 32
 CHUNK = 500  # images drawn at a time
+STARTS = 3  # for each round of epochs: a start is short, and varies more
 SPEEDNET = ("--model.name", "speednet", "--model.depth", "1", "--model.stride", "2")
 
 
@@ -101,7 +102,7 @@ def main() -> None:
         commands = {case.name: case.arguments(folder, options.batch) for case in cases}
         places = {"TMPDIR": folder}
         starts = [Start(name, command, places, steps=True) for name, command in commands.items()]
-        start_up = measure(starts, options.rounds)
+        start_up = measure(starts, STARTS * options.rounds)
         subjects = [Subject(name, command, places) for name, command in commands.items()]
         epochs = measure(subjects, options.rounds)
     peaks = {name: reports[-1]["peak_mb"] for name, reports in epochs.items()}
@@ -132,7 +133,7 @@ def main() -> None:
     record(
         options.results,
         "growth",
-        f"Growth: batch {options.batch}, {options.rounds} rounds",
+        f"Growth: batch {options.batch}, {options.rounds} rounds, and {STARTS} starts in each",
         table(head, rows),
         {"images": options.images, "batch": options.batch, "start_up": start_up, "epochs": epochs},
         f"Ratios are to `{first}` or `{network}` in the same round; of the time an image it is the "

@@ -44,11 +44,20 @@ class Meter:
     def tick(self, **found: float) -> None:
         """Count a step; at the end of a round, report it with `found` and wait for the next.
 
-        Of several processes the first does; the others wait for it where they meet.
+        Of several processes the first does, and none begins the next round before the others.
         """
         self.left -= 1
-        if self.left or os.environ.get("RANK", "0") != "0":
+        if self.left:
             return
+        if os.environ.get("RANK", "0") == "0":
+            self._report(found)
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        self.warm, self.left = True, self.steps
+        self._began, self._used = time.perf_counter(), _processor_seconds()
+
+    def _report(self, found: Mapping[str, float]) -> None:
         wait_for_device()
         if self.warm:
             wall, cpu = time.perf_counter() - self._began, _processor_seconds() - self._used
@@ -58,8 +67,6 @@ class Meter:
         print(json.dumps(report), file=self._out, flush=True)
         if not sys.stdin.readline():
             os._exit(0)  # the program around this loop has more to do, and nobody waits for it
-        self.warm, self.left = True, self.steps
-        self._began, self._used = time.perf_counter(), _processor_seconds()
 
     def follow(self, engine: Any) -> None:
         """Count the steps of cifar_dist.engine from now on."""

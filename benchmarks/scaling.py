@@ -6,12 +6,14 @@ On a CPU, one thread a process. Two independent runs share the machine as two pr
 two processes lack against them is what working together costs: waiting for each other, and sending
 gradients. The first is shown by two runs that send nothing but wait at every step: where a machine
 does not run both cores evenly, whoever is slower sets the pace. From these, and from all-reduces
-alone, a model predicts the step of two processes; only where that is right does it say more.
+alone, a model predicts each round's step of two processes; only where the median of its errors is
+small does it say more.
 """
 
 import argparse
 import math
 import os
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -164,16 +166,18 @@ def main() -> None:
     parser = argparse.ArgumentParser("benchmarks.scaling", description=__doc__)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--batch", type=int, default=128, help="of the two processes together")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=0, help="of a round; default: a few seconds")
+    parser.add_argument("--rounds", type=int, default=0, help="default: 27, or 9 if a step is long")
+    parser.add_argument("--steps", type=int, default=0, help="of a round; default: 8 or 2")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was found")
     hidden = ["all-reduce", "communication", "in-step"]
     parser.add_argument("--subject", choices=hidden, help=argparse.SUPPRESS)
     parser.add_argument("--pipes", type=Path, nargs=2, help=argparse.SUPPRESS)
     add_options(parser)
     options = parser.parse_args()
-    # Between rounds the second process runs ahead by a step: that has to be a small part of one.
-    options.steps = options.steps or (20 if options.model == "tutorial" else 4)
+    # Rounds of a second or two: the shorter they are, the less a machine drifts within one.
+    small = options.model == "tutorial"
+    options.steps = options.steps or (8 if small else 2)
+    options.rounds = options.rounds or (27 if small else 9)
     if options.subject == "all-reduce":
         all_reduce()
     elif options.subject == "in-step":
@@ -204,32 +208,47 @@ def compare(options: argparse.Namespace) -> None:
     communication = Subject("communication", [*LAUNCH, *subject("communication", batch)])
     rounds = measure([communication], 1)
     with tempfile.TemporaryDirectory() as folder:
-        subjects = [Together(alone, train(batch // 2), train(batch // 2))]
+        in_step = {}
         for share, name in waiting.items():
             pipes = [f"{folder}/{share}-{side}" for side in "ab"]
             for pipe in pipes:
                 os.mkfifo(pipe)
             ways = (subject("in-step", share, "--pipes", *way) for way in (pipes, pipes[::-1]))
-            subjects.append(Together(name, *ways))
+            in_step[share] = Together(name, *ways)
         rounds |= measure(
-            [
-                *subjects,
+            [  # what is compared most closely stands side by side
+                in_step[batch // 4],
+                in_step[batch],
+                Together(alone, train(batch // 2), train(batch // 2)),
+                in_step[batch // 2],
                 Subject(both, [*LAUNCH, *train(batch)]),
-                Subject(threads, train(batch), {"OMP_NUM_THREADS": "2"}),
                 Subject("all-reduce", [*LAUNCH, *subject("all-reduce", batch)]),
+                Subject(threads, train(batch), {"OMP_NUM_THREADS": "2"}),
             ],
             options.rounds,
         )
-    steps = {name: median(rounds, name, "wall") / options.steps for name in rounds}
-    sent = {size: median(rounds, "all-reduce", f"bytes_{size}") for size in SIZES}
     counted = rounds["communication"][0]
-    model = Model(
-        {share: steps[name] for share, name in waiting.items()},
-        sent,
-        counted["collectives"],
-        counted["bytes"],
-    )
-    error = model.seconds(batch, 2) / steps[both] - 1
+    models = [
+        Model(
+            {share: rounds[name][row]["wall"] / options.steps for share, name in waiting.items()},
+            {size: rounds["all-reduce"][row][f"bytes_{size}"] for size in SIZES},
+            counted["collectives"],
+            counted["bytes"],
+        )
+        for row in range(options.rounds)
+    ]
+
+    def predicted(batch: int, processes: int) -> float:
+        return statistics.median(model.seconds(batch, processes) for model in models)
+
+    steps = [report["wall"] / options.steps for report in rounds[both]]
+    pairs = zip(models, steps, strict=True)
+    errors = [model.seconds(batch, 2) / seconds - 1 for model, seconds in pairs]
+    error = statistics.median(errors)
+    fitted = {
+        name: statistics.median(getattr(model, name) for model in models)
+        for name in ("latency", "per_byte", "constant", "per_image")
+    }
     images = {alone: batch} | {name: 2 * share for share, name in waiting.items()}
     images |= {both: batch, threads: batch}
     rows = [
@@ -246,15 +265,16 @@ def compare(options: argparse.Namespace) -> None:
     ]
     notes = [
         f"A step sends {counted['bytes'] / 1e6:.3f} MB in {counted['collectives']:.1f} "
-        f"all-reduces. Between two processes these take {1e6 * model.latency:.0f} us and "
-        f"{1e-9 / model.per_byte:.2f} GB/s; a step takes {1e3 * model.constant:.1f} ms and "
-        f"{1e3 * model.per_image:.3f} ms an image. From that a step of two processes is predicted "
-        f"to take {1e3 * model.seconds(batch, 2):.1f} ms; it took {1e3 * steps[both]:.1f} "
-        f"({100 * error:+.1f} %).",
+        f"all-reduces. Between two processes these take {1e6 * fitted['latency']:.0f} us and "
+        f"{1e-9 / fitted['per_byte']:.2f} GB/s; a step takes {1e3 * fitted['constant']:.1f} ms "
+        f"and {1e3 * fitted['per_image']:.3f} ms an image. From the same in each round a step of "
+        f"two processes is predicted to take {1e3 * predicted(batch, 2):.1f} ms; it took "
+        f"{1e3 * statistics.median(steps):.1f}. By that the prediction was off by "
+        f"{spread([100 * each for each in errors], 1)} %.",
     ]
     if abs(error) <= TOLERANCE:
-        rates = [f"{w}: {batch / model.seconds(batch, w):.0f}" for w in (1, 2, 4, 8, 16)]
-        weak = [f"{w}: {w * batch / 2 / model.seconds(w * batch // 2, w):.0f}" for w in (4, 8, 16)]
+        rates = [f"{w}: {batch / predicted(batch, w):.0f}" for w in (1, 2, 4, 8, 16)]
+        weak = [f"{w}: {w * batch / 2 / predicted(w * batch // 2, w):.0f}" for w in (4, 8, 16)]
         notes.append(
             f"With that, on processes that each have such a core and such a link, images/s at "
             f"batch {batch}: {', '.join(rates)}; at batch {batch // 2} each: {', '.join(weak)}."

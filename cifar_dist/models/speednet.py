@@ -15,7 +15,7 @@ from torch.nn import functional
 from cifar_dist import kernels
 
 PATCH = 2  # side of the whitened patches, in pixels
-WHITENED_IMAGES = 5000
+WHITENED_IMAGES = 1000
 WHITENING_EPSILON = 5e-4
 
 
