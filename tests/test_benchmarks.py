@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,14 @@ WORKER = (
     "    time.sleep(float(sys.argv[1])); meter.tick(found=7)"
 )
 
+PROCESSES = (
+    "import os, sys, torch; from benchmarks.harness import Meter\n"
+    "torch.distributed.init_process_group('gloo')\n"
+    "meter = Meter(steps=3, warmup=2)\n"
+    "for _ in range(100):\n"
+    "    open(sys.argv[1], 'a').write(os.environ['RANK']); meter.tick()"
+)
+
 
 def test_subjects_take_turns_and_ratios_are_of_one_round() -> None:
     subjects = [
@@ -27,6 +36,21 @@ def test_subjects_take_turns_and_ratios_are_of_one_round() -> None:
     assert all(report["found"] == 7 and report["peak_mb"] > 0 for report in rounds["a"])
     assert all(0.03 <= report["wall"] < 0.09 <= rounds["b"][0]["wall"] for report in rounds["a"])
     assert all(1.5 < ratio < 3.5 for ratio in paired(rounds, "a", "b"))
+
+
+@pytest.mark.slow
+def test_no_process_of_a_subject_runs_ahead_between_rounds(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(PROCESSES)
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    steps = tmp_path / "steps"
+    subject = Subject("two", [*launch, str(tmp_path / "worker.py"), str(steps)])
+    try:
+        for count, advance in [(2, subject.prepare), (5, subject.go)]:
+            advance()
+            time.sleep(0.3)
+            assert sorted(steps.read_text()) == ["0"] * count + ["1"] * count
+    finally:
+        subject.stop()
 
 
 def test_a_subject_that_ends_is_named(capfd: pytest.CaptureFixture[str]) -> None:
