@@ -47,7 +47,7 @@ def test_no_process_of_a_subject_runs_ahead_between_rounds(tmp_path: Path) -> No
     try:
         for count, advance in [(2, subject.prepare), (5, subject.go)]:
             advance()
-            time.sleep(0.3)
+            time.sleep(1)  # for the second to get as far as it can
             assert sorted(steps.read_text()) == ["0"] * count + ["1"] * count
     finally:
         subject.stop()
