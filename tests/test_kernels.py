@@ -97,15 +97,15 @@ def test_what_is_not_a_number_stays_so() -> None:
 def test_whitening_equals_a_convolution(stride: int) -> None:
     torch.manual_seed(0)
     images = torch.randn(3, 3, 9, 8, device=DEVICE)
-    filters = torch.randn(24, 3, 2, 2, device=DEVICE)
-    expected = functional.gelu(functional.conv2d(images, filters, stride=stride))
+    whitening = nn.Conv2d(3, 24, 2, stride, device=DEVICE).requires_grad_(False)
+    expected = functional.gelu(whitening(images))
     for layout in (torch.contiguous_format, torch.channels_last):
-        ours = layers.whiten_activate(images.contiguous(memory_format=layout), filters, stride)
+        ours = layers.whiten_activate(images.contiguous(memory_format=layout), whitening)
         error = 1e-4 if DEVICE == "cpu" else 1e-2  # TF32
         torch.testing.assert_close(ours[:, :24], expected, rtol=error, atol=error)
         assert not ours[:, 24:].any()
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert layers.whiten_activate(images, filters, stride).dtype == torch.bfloat16
+        assert layers.whiten_activate(images, whitening).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("capability", [75, 90])

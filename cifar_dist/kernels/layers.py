@@ -55,17 +55,17 @@ def pool_normalise_activate(
     )
 
 
-def whiten_activate(images: torch.Tensor, filters: torch.Tensor, stride: int) -> torch.Tensor:
-    """Return gelu(conv2d(images, filters)) without gradients, in the type autocast asks for.
+def whiten_activate(images: torch.Tensor, whitening: nn.Conv2d) -> torch.Tensor:
+    """Return gelu(whitening(images)) without gradients, in the type autocast asks for.
 
     Libraries are slow at a convolution of three channels, and at one of 24: the outputs have
     PADDED channels, the last of them zero, which halves the time of a convolution of these.
 
     Args:
         images: float [N, 3, H, W] on a GPU.
-        filters: float [C, 3, 2, 2], C at most PADDED.
-        stride: of the patches.
+        whitening: of 2x2 patches of three channels, with at most PADDED filters and a bias.
     """
+    filters, bias, stride = whitening.weight, whitening.bias, whitening.stride[0]
     device = images.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
     number, _, height, width = images.shape
@@ -73,7 +73,7 @@ def whiten_activate(images: torch.Tensor, filters: torch.Tensor, stride: int) ->
     outputs = _empty(images, PADDED, rows, columns, kind)
     patches = number * rows * columns
     _whiten[(triton.cdiv(patches, 128),)](
-        *(images, filters, outputs, patches, rows, columns, stride, len(filters)),
+        *(images, filters, bias, outputs, patches, rows, columns, stride, len(filters)),
         *(*images.stride(), *filters.stride()),
         ROWS=128,
         CHANNELS=PADDED,
@@ -432,11 +432,11 @@ def _pass_back(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["images"])
 def _whiten(  # type: ignore[no-untyped-def]
-    images, filters, outputs, patches, rows, columns, stride, channels,
+    images, filters, bias, outputs, patches, rows, columns, stride, channels,
     of_image, of_color, of_row, of_column, of_filter, of_color_there, of_row_there, of_column_there,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Multiply each 2x2 patch with all filters and activate."""
+    """Multiply each 2x2 patch with all filters, add their biases and activate."""
     patch = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, CHANNELS)
     real = patch < patches
@@ -454,5 +454,6 @@ def _whiten(  # type: ignore[no-untyped-def]
     weights = tl.load(filters + at, mask=mask, other=0.0)
     # As exact as cuDNN's own convolution of float32, which uses TF32 too.
     sums = tl.dot(values.to(tl.float32), weights.to(tl.float32), input_precision="tf32")
+    sums += tl.load(bias + channel, mask=channel < channels, other=0.0)[None, :]
     at = patch.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
     tl.store(outputs + at, _gelu(sums), mask=real[:, None])

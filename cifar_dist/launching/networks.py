@@ -105,7 +105,7 @@ class Conv(Layer):
         shape = (self.outputs, self.inputs, self.size, self.size)
         yield Weight(f"{prefix}weight", shape, self.trained)
         if self.bias:
-            yield Weight(f"{prefix}bias", (self.outputs,))
+            yield Weight(f"{prefix}bias", (self.outputs,), self.trained)
 
     def forward(self, features: Features, tape: Tape) -> Features:
         if self.trained:
@@ -372,7 +372,7 @@ def _speednet(
 
     stages = [stage(inputs, outputs) for inputs, outputs in pairwise([24, *widths])]
     return Chain(
-        whitening=Conv(3, 24, 2, stride, trained=False),
+        whitening=Conv(3, 24, 2, stride, bias=True, trained=False),
         stages=Chain(Layer(), *stages),  # its GELU keeps nothing: what comes before is fixed
         pooling=Chain(GlobalMax(), Dropout(dropout)),
         head=Linear(widths[-1], classes, bias=False),
