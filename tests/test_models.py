@@ -88,6 +88,7 @@ def test_whitened_outputs_are_uncorrelated_over_all_images_given() -> None:
     filtered = functional.conv2d(images, filters, stride=stride).transpose(0, 1).flatten(1)
     first, opposite = filtered.double().chunk(2)
     assert torch.equal(first, -opposite)
+    assert torch.equal(network.whitening.get_parameter("bias"), torch.ones(24))
     torch.testing.assert_close(
         first @ first.T / first.shape[1], torch.eye(12, dtype=torch.double), rtol=0, atol=0.01
     )
