@@ -74,6 +74,11 @@ class DataConfig:
             0 <= self.val_fraction < 1, f"data.val_fraction is {self.val_fraction}; give 0 to 0.99"
         )
 
+    @property
+    def side(self) -> int:
+        """Side of the images, in pixels."""
+        return self.image_size or 32
+
 
 @dataclass(frozen=True)
 class AugmentConfig:

@@ -98,7 +98,7 @@ def predict(
 
 
 def _find_files(images: Sequence[str | Path]) -> list[Path]:
-    from cifar_dist.data.imagefolder import list_images
+    from cifar_dist.listing import list_images
 
     files: list[Path] = []
     for place in map(Path, images):

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 EXIT_CODE = 75  # EX_TEMPFAIL: start the same command again
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REPEAT_SECONDS = 1.0  # a launcher forwards the Ctrl-C that the terminal has already delivered
 
 
@@ -49,10 +50,7 @@ class Preemption:
         if threading.current_thread() is not threading.main_thread():  # Python would refuse
             yield
             return
-        before = {
-            number: signal.signal(number, self._note)
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        }
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
         _follow_launcher()
         try:
             yield
@@ -118,6 +116,12 @@ def uninterrupted() -> Iterator[None]:
     if Preemption._overdue and not Preemption._holds:
         Preemption._overdue = False
         raise Preempted
+
+
+def ignore_signals() -> None:
+    """Leave the decision about signals to the process that started this one, and will end it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def is_launched() -> bool:

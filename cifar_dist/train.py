@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from cifar_dist.config import (
     parse_recipe,
     require,
 )
+from cifar_dist.listing import looking_ahead
 from cifar_dist.preemption import EXIT_CODE, Preempted, Preemption
 from cifar_dist.runtime import (
     asked_world_size,
@@ -79,9 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def verb(arguments: Sequence[str]) -> int:
         recipe, origin = parse_recipe(arguments)
-        from torch.distributed.elastic.multiprocessing.errors import record
+        with looking_ahead(recipe.data) as find_key:
+            from torch.distributed.elastic.multiprocessing.errors import record
 
-        result = record(_run)(recipe, origin, preemption)  # names a crash in the launcher's lines
+            recorded = record(_run)  # names a crash in the launcher's lines
+            result = recorded(recipe, origin, preemption, find_key)
         leave_processes()
         return EXIT_CODE if result and result.state == "preempted" else 0
 
@@ -108,17 +111,19 @@ def run(recipe: Recipe, origin: str = "Python") -> Result:
         RunFailed: anything else; status.json holds the same line.
     """
     preemption = Preemption()
-    with preemption.listen():
-        return _run(recipe, origin, preemption)
+    with preemption.listen(), looking_ahead(recipe.data) as find_key:
+        return _run(recipe, origin, preemption, find_key)
 
 
-def _run(recipe: Recipe, origin: str, preemption: Preemption) -> Result:
+def _run(
+    recipe: Recipe, origin: str, preemption: Preemption, find_key: Callable[[], str]
+) -> Result:
     from cifar_dist.console import kept
     from cifar_dist.reporting import announce, show_inputs
     from cifar_dist.runfolder import RunLock
 
     with RunLock() as lock:
-        session = _start(recipe, lock, preemption)
+        session = _start(recipe, lock, preemption, find_key)
         with kept(session.out, session.accelerator.process_index, session.warned):
             try:
                 announce(session, origin)
@@ -130,7 +135,9 @@ def _run(recipe: Recipe, origin: str, preemption: Preemption) -> Result:
                 raise _fail(session, error) from error
 
 
-def _start(recipe: Recipe, lock: RunLock, preemption: Preemption) -> Session:
+def _start(
+    recipe: Recipe, lock: RunLock, preemption: Preemption, find_key: Callable[[], str]
+) -> Session:
     """Check the request against this machine and these data, and prepare everything.
 
     When it returns, signals no longer interrupt.
@@ -146,7 +153,7 @@ def _start(recipe: Recipe, lock: RunLock, preemption: Preemption) -> Session:
     try:
         accelerator, peers = start_processes(recipe.train, recipe.track.log_with, told)
         on_main_process(accelerator, lambda: check_out(recipe, lock))
-        dataset = load_dataset(recipe.data)
+        dataset = load_dataset(recipe.data, find_key())
         _check_dataset(recipe, dataset)
         # On several machines one may have to decode for longer than the others.
         peers.compare("dataset", describe(dataset), seconds=None)

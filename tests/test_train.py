@@ -238,6 +238,17 @@ def test_bad_datasets_stop_before_anything_is_written(
     assert len(facts["skipped_images"]) == 1
 
 
+def test_a_second_start_does_not_look_through_the_images_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_folder(tmp_path / "set", {"train": 36, "test": 9})
+    folder = ["--data.name", "imagefolder", "--data.root", str(root), "--train.epochs", "1"]
+    train(tmp_path / "first", *folder)
+    monkeypatch.setattr("cifar_dist.data.imagefolder.find_images", None)
+    train(tmp_path / "second", *folder)
+    assert main([*TINY, *folder, "--out", str(tmp_path / "third")]) == 0
+
+
 @pytest.mark.fault(33)
 def test_a_folder_of_another_recipe_is_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -42,13 +42,17 @@ class Dataset:
         return self.train.classes
 
 
-def load_dataset(config: DataConfig) -> Dataset:
+def load_dataset(config: DataConfig, key: str = "") -> Dataset:
     """Load, split and limit a dataset as data.* says.
+
+    Args:
+        key: of a folder of images that has been looked through already.
 
     Raises:
         UsageError: the dataset is missing, damaged, or has no part to train or to measure on.
     """
-    return arrange(DATASETS[config.name](config), config)
+    source = load_imagefolder(config, key) if key else DATASETS[config.name](config)
+    return arrange(source, config)
 
 
 def arrange(source: Source, config: DataConfig) -> Dataset:

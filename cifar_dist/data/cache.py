@@ -64,40 +64,46 @@ def load_or_build(folder: Path, key: str, build: Callable[[CacheWriter], None]) 
     Raises:
         UsageError: the folder cannot be written.
     """
-    target = folder / key
-    if not (target / "meta.json").is_file():
+    if not is_cached(folder, key):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(folder / f"{key}.lock"):
-                if not (target / "meta.json").is_file():
-                    _build(target, build)
+                if not is_cached(folder, key):
+                    _build(folder, key, build)
         except OSError as error:
             raise UsageError(
                 f"the cache folder {folder} cannot be written ({error.strerror}); "
                 "name another with --data.cache"
             ) from error
-    return _open(target)
+    return open_cached(folder, key)
 
 
-def _build(target: Path, build: Callable[[CacheWriter], None]) -> None:
-    for abandoned in target.parent.glob(f".{target.name}-*"):  # of a process that was killed
+def is_cached(folder: Path, key: str) -> bool:
+    """Say whether `folder` holds the dataset `key`; what is there is whole."""
+    return (folder / key / "meta.json").is_file()
+
+
+def _build(folder: Path, key: str, build: Callable[[CacheWriter], None]) -> None:
+    for abandoned in folder.glob(f".{key}-*"):  # of a process that was killed
         shutil.rmtree(abandoned, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder))
     try:
         writer = CacheWriter(temporary)
         build(writer)
         meta = {"classes": writer.classes, "skipped": writer.skipped, **_measure(temporary)}
         (temporary / "meta.json").write_text(json.dumps(meta))
         temporary.chmod(0o755)
-        os.replace(temporary, target)
+        os.replace(temporary, folder / key)
     except OSError:
-        if not (target / "meta.json").is_file():  # else another machine was faster
+        if not is_cached(folder, key):  # else another machine was faster
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _open(target: Path) -> Source:
+def open_cached(folder: Path, key: str) -> Source:
+    """Open the dataset cached as `folder`/`key`, its images mapped into memory."""
+    target = folder / key
     meta = json.loads((target / "meta.json").read_text())
     classes = tuple(meta["classes"])
     splits = {}

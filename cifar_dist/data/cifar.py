@@ -111,7 +111,7 @@ def load_cifar(config: DataConfig) -> Source:
     Raises:
         UsageError: it is absent and cannot be downloaded, or its files are not the published ones.
     """
-    size = config.image_size or 32
+    size = config.side
 
     def build(writer: CacheWriter) -> None:
         archive = ARCHIVES[config.name]

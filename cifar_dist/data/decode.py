@@ -9,7 +9,6 @@ Threads would not do: for small images Pillow spends more time in Python than in
 
 import json
 import selectors
-import signal
 import subprocess
 import sys
 import warnings
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from cifar_dist.preemption import uninterrupted
+from cifar_dist.preemption import ignore_signals, uninterrupted
 from cifar_dist.runtime import usable_cores
 
 CHUNK = 128  # images between two looks at signals
@@ -136,10 +135,8 @@ def _decode_chunk(array: np.ndarray, first: int, paths: Sequence[str]) -> dict[i
 
 
 def main(target: str) -> None:
-    """Decode what comes on standard input, a chunk a line, until it is closed."""
-    # The process that asked decides about signals, and its end closes the input.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    """Decode what comes on standard input, a chunk a line, until who asked closes it, or ends."""
+    ignore_signals()
     array = np.load(target, mmap_mode="r+")
     for line in sys.stdin:
         first, paths = json.loads(line)

@@ -38,7 +38,7 @@ SIZES = {"train": 8000, "test": 2000}  # images drawn where data.limit_* says no
 
 def load_synthetic(config: DataConfig) -> Source:
     """Draw the dataset; data.limit_train and data.limit_test say how many images to use of it."""
-    size = config.image_size or 32
+    size = config.side
     splits = {
         split: draw(count, size, seed=(config.seed, number))
         for number, (split, count) in enumerate(counts(config).items())

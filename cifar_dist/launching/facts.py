@@ -194,7 +194,7 @@ def _dataset(recipe: Recipe) -> str:
         return _refusal(lambda: count_images(config))
     archive, root = ARCHIVES[config.name], Path(config.root).expanduser()
     places = (
-        cache_folder(config) / f"{config.name}-{config.image_size or 32}",
+        cache_folder(config) / f"{config.name}-{config.side}",
         root / archive.name,
         root / archive.folder,
     )

@@ -10,10 +10,10 @@ import numpy as np
 
 from cifar_dist.config import DataConfig, Recipe, require
 from cifar_dist.data import Dataset, arrange
-from cifar_dist.data.imagefolder import find_images, labels_of
 from cifar_dist.data.images import Images, Source
 from cifar_dist.data.synthetic import SHAPES, counts
 from cifar_dist.launching.networks import Features, Tape, Weight, describe_network
+from cifar_dist.listing import find_images, labels_of
 from cifar_dist.schedule import learning_rate
 
 MOMENTS = {
@@ -136,7 +136,7 @@ def count_images(config: DataConfig) -> Dataset:
     Raises:
         UsageError: the folder of images is missing or not one of class folders.
     """
-    size = config.image_size or 32
+    size = config.side
 
     def of(labels: Sequence[int] | np.ndarray, classes: tuple[str, ...]) -> Images:
         return Images(np.empty((len(labels), size, size, 0), np.uint8), np.array(labels), classes)
