@@ -19,9 +19,9 @@ def test_before_training_there_is_nothing_to_lose(
 ) -> None:
     load = data.load_dataset
 
-    def interrupted(config: Any) -> Any:
+    def interrupted(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return load(config)
+        return load(*arguments)
 
     monkeypatch.setattr(data, "load_dataset", interrupted)
     before = signal.getsignal(signal.SIGTERM)
