@@ -1,11 +1,16 @@
-"""The images that every subject of a benchmark gets."""
+"""The images that every subject of a benchmark gets. Imports torch where it is used."""
+
+from __future__ import annotations
 
 import argparse
-
-import torch
+from typing import TYPE_CHECKING
 
 from cifar_dist.config import DataConfig
-from cifar_dist.data import Dataset, load_dataset
+
+if TYPE_CHECKING:
+    import torch
+
+    from cifar_dist.data import Dataset
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +38,8 @@ def data_options(options: argparse.Namespace) -> list[str]:
 
 def load(options: argparse.Namespace) -> Dataset:
     """Return the dataset, decoded at its first use."""
+    from cifar_dist.data import load_dataset
+
     if options.root:
         config = DataConfig(name="imagefolder", root=options.root, cache=options.cache)
     else:
@@ -42,6 +49,8 @@ def load(options: argparse.Namespace) -> Dataset:
 
 def as_tensors(dataset: Dataset, split: str = "train") -> tuple[torch.Tensor, torch.Tensor]:
     """Return the images, uint8 [N, H, W, 3], and labels, int64 [N], of "train" or "test"."""
+    import torch
+
     images = dataset.train if split == "train" else dataset.evaluation[split]
     rows = images.selected
     return torch.from_numpy(images.images[rows]), torch.from_numpy(images.labels[rows])

@@ -179,6 +179,7 @@ def measure(
         pool = ThreadPoolExecutor(len(subjects) if many else 1)
         for future in as_completed([pool.submit(subject.prepare) for subject in subjects]):
             future.result()
+        os.sync()  # what preparing has written is not written back while rounds are measured
         for number in range(rounds):
             for subject in subjects if number % 2 else reversed(subjects):
                 found[subject.name].append(subject.go())

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -91,12 +92,19 @@ def _children_seconds() -> float:
 def train(steps: int, arguments: Sequence[str]) -> None:
     """`cifar-dist train` itself, stopped after its first step, and then after every `steps`."""
     meter = Meter(steps, warmup=1)
-    from cifar_dist import engine
-    from cifar_dist.train import main
+    from cifar_dist import train as program
 
-    meter.follow(engine)
+    begin = program._train
+
+    def measured(*given: Any) -> bool:
+        from cifar_dist import engine  # not before the program itself imports torch
+
+        meter.follow(engine)
+        return begin(*given)
+
+    program._train = measured
     with tempfile.TemporaryDirectory() as folder:
-        raise SystemExit(main([*arguments, "--out", f"{folder}/run"]))
+        raise SystemExit(program.main([*arguments, "--out", f"{folder}/run"]))
 
 
 def watch(launched: Subject) -> dict[str, float]:

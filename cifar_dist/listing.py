@@ -63,9 +63,8 @@ def looking_ahead(config: DataConfig) -> Iterator[Callable[[], str]]:
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
     with process:
-        assert process.stdout is not None
         try:
-            yield process.stdout.read
+            yield lambda: process.communicate()[0]
         finally:
             process.kill()
 

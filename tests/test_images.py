@@ -232,6 +232,7 @@ def test_a_folder_is_looked_through_ahead_of_its_use(
     config = folder_config(root, image_size=16, bad_images="skip")
     with looking_ahead(config) as find_key:
         key = find_key()
+        assert not psutil.Process().children()  # none is left behind while training runs
     before = load_dataset(config, key)  # not in the cache yet
     with monkeypatch.context() as patches:
         patches.setattr("cifar_dist.data.imagefolder.find_images", None)
