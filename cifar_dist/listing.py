@@ -49,11 +49,13 @@ class Listing(NamedTuple):
 def looking_ahead(config: DataConfig) -> Iterator[Callable[[], str]]:
     """Look through a folder of images in a process of its own, while this one does other things.
 
+    Of the processes that a launcher has started on a machine only the first does.
+
     Yields:
         A function that waits for the folder's `Listing.key` and returns it, or "" where that is
         not to be had: `find_images` will say why.
     """
-    if config.name != "imagefolder":
+    if config.name != "imagefolder" or os.environ.get("LOCAL_RANK", "0") != "0":
         yield lambda: ""
         return
     code = "import sys; from cifar_dist.listing import main; main(*sys.argv[1:])"

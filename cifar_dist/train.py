@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -153,9 +154,11 @@ def _start(
     try:
         accelerator, peers = start_processes(recipe.train, recipe.track.log_with, told)
         on_main_process(accelerator, lambda: check_out(recipe, lock))
-        dataset = load_dataset(recipe.data, find_key())
+        # On several machines one may have to look through its images, and then to decode them, for
+        # longer than the others.
+        key = _share_key(peers, recipe, find_key())
+        dataset = load_dataset(recipe.data, key)
         _check_dataset(recipe, dataset)
-        # On several machines one may have to decode for longer than the others.
         peers.compare("dataset", describe(dataset), seconds=None)
         start = on_main_process(accelerator, lambda: find_start(recipe, dataset))
         out = on_main_process(accelerator, lambda: claim(recipe, lock))
@@ -179,6 +182,13 @@ def _start(
         if recipe.out and peers.rank == 0:
             _note_preempted(Path(recipe.out).expanduser(), lock)
         raise Preempted from error
+
+
+def _share_key(peers: Peers, recipe: Recipe, key: str) -> str:
+    """Return the key that the first process of this machine, which alone looks, has found."""
+    place = [platform.node(), recipe.data.root]
+    told = peers.tell("images", [place, key], seconds=None)
+    return next((found for where, found in told if where == place and found), "")
 
 
 def _train(session: Session, preemption: Preemption) -> bool:

@@ -10,7 +10,8 @@ import pytest
 
 from cifar_dist import runtime
 from cifar_dist.config import UsageError
-from tests.helpers import TINY, command, digest_of, read_lines, run_command
+from cifar_dist.train import main
+from tests.helpers import TINY, command, digest_of, read_lines, run_command, write_folder
 
 RANDOM = [
     *("--model.name", "tutorial-relu", "--augment.flip", "random", "--augment.translate", "2"),
@@ -136,6 +137,17 @@ def test_one_process_of_torchrun_uses_all_cores_and_warns_of_nothing(
     monkeypatch.delenv("OMP_NUM_THREADS")
     done = run_command([*launch, "show_threads"], PYTHONWARNINGS="error")
     assert done.stdout.split() == [f"threads={runtime.usable_cores()}"], done.stderr
+
+
+def test_one_process_of_a_machine_looks_through_the_images_for_all(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", {"train": 36, "test": 9})
+    options = [*TINY, "--data.name", "imagefolder", "--data.root", str(root), "--train.epochs", "1"]
+    assert main([*options, "--out", str(tmp_path / "1")]) == 0  # decodes them
+    worker = [*command(2, "torchrun", "tests.worker"), "show_listings", *options]
+    done = run_command([*worker, "--out", str(tmp_path / "2")])
+    assert done.returncode == 0, done.stderr
+    found = [line for line in done.stdout.splitlines() if line.startswith("listings=")]
+    assert sorted(found) == ["listings=0", "listings=1"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from itertools import pairwise
@@ -116,6 +117,18 @@ def record_positions(folder: str, stop_at: str, *arguments: str) -> None:
 
     engine.train_epoch = recorded  # type: ignore[assignment]
     sys.exit(main(arguments))
+
+
+def show_listings(*arguments: str) -> None:
+    """Train on images that are cached, and print how many processes each rank had look at them."""
+    from cifar_dist.train import main
+
+    popen = mock.patch("cifar_dist.listing.subprocess.Popen", wraps=subprocess.Popen)
+    with popen as started, mock.patch("cifar_dist.data.imagefolder.find_images", None):
+        code = main(arguments)
+    listings = sum("cifar_dist.listing" in str(call.args) for call in started.mock_calls)
+    os.write(1, f"listings={listings}\n".encode())
+    sys.exit(code)
 
 
 def show_threads() -> None:
@@ -244,6 +257,6 @@ def speak(*arguments: str) -> None:
 if __name__ == "__main__":
     programs = (
         *(count_bytes, evaluate_sizes, fail_on, fall_back, hang_in_doctor, record_positions),
-        *(show_threads, speak, train_without),
+        *(show_listings, show_threads, speak, train_without),
     )
     {program.__name__: program for program in programs}[sys.argv[1]](*sys.argv[2:])
