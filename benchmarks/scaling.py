@@ -136,10 +136,9 @@ class Counter(Meter):
 class Model:
     """Seconds of a step on W processes, each with a core of its own.
 
-    T(W) = C(B / W) + n (W - 1) latency + 2 (W - 1) / W bytes / bandwidth: the computation of a
+    T(W) = c0 + c1 B / W + n (W - 1) latency + 2 (W - 1) / W bytes / bandwidth: the computation of a
     share of the batch, then n all-reduces round a ring. Nothing overlaps: on a CPU, who sends takes
-    the core from the computation. C is what was measured of that share, or the line c0 + c1 B / W
-    through all that were measured.
+    the core from the computation.
 
     Args:
         alone: seconds of a step without sending, by its batch.
@@ -151,14 +150,13 @@ class Model:
     def __init__(
         self, alone: dict[int, float], sent: dict[int, float], collectives: float, size: float
     ) -> None:
-        self.alone, (self.constant, self.per_image) = alone, fit_line(alone)
+        self.constant, self.per_image = fit_line(alone)
         self.latency, self.per_byte = fit_line(sent)  # 2 (W - 1) / W is 1 for two
         self.collectives, self.size = collectives, size
 
     def seconds(self, batch: int, processes: int) -> float:
         """Return the prediction for a global batch."""
-        share = batch / processes
-        computation = self.alone.get(share, self.constant + self.per_image * share)
+        computation = self.constant + self.per_image * batch / processes
         link = (self.latency, 1 / self.per_byte)
         return step_seconds(computation, self.collectives, self.size, processes, link)
 
