@@ -24,7 +24,7 @@ from cifar_dist.config import RunError, UsageError
 MANIFEST = "MANIFEST.json"
 FAILED_SAVES = 3  # in a row, that end a run
 NEEDED = {  # of state.json
-    **{"step": int, "epoch": int, "recipe": dict, "classes": list, "image_size": int},
+    **{"step": int, "epoch": int | float, "recipe": dict, "classes": list, "image_size": int},
     **{"mean": list, "std": list, "dataset": str, "optimizer": dict, "scaler": dict},
     **{"best": dict, "metrics": dict, "reported": dict},
 }

@@ -6,6 +6,7 @@ a misspelt key is refused in a fraction of a second.
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -223,7 +224,7 @@ class TrainConfig:
     """The loop. Sizes are global: they mean the same on any number of processes.
 
     Attributes:
-        epochs: passes over the training images.
+        epochs: passes over the training images; 8.5 ends in the middle of the ninth.
         batch_size: images per optimizer step, over all processes and accumulation.
         accumulate: split each batch into this many parts, to save memory; the result is the same.
         precision: auto is bf16 where the GPU has it natively, fp16 on other NVIDIA GPUs, else no;
@@ -245,7 +246,7 @@ class TrainConfig:
             did not arrive.
     """
 
-    epochs: int = 10
+    epochs: int | float = 10
     batch_size: int = 64
     accumulate: int = 1
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
@@ -353,9 +354,12 @@ FREE_SECTIONS = ("checkpoint.", "track.")
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Say what `new` would compute otherwise than `old`, a line a key; train.epochs may grow."""
+    """Say what `new` would compute otherwise than `old`, a line a key.
+
+    train.epochs may grow, but not from the middle of an epoch, which has been reported as it was.
+    """
     before, after = flatten(old), flatten(new)
-    if after["train.epochs"] >= before["train.epochs"]:
+    if after["train.epochs"] >= before["train.epochs"] and before["train.epochs"] % 1 == 0:
         before["train.epochs"] = after["train.epochs"]
     return [
         f"{key} is {before[key]} there and {after[key]} here"
@@ -474,7 +478,7 @@ def _at_least(section: Any, prefix: str, least: float, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         require(
-            value is None or value >= least,
+            value is None or least <= value < math.inf,
             f"{prefix}.{name} is {value}; give {least} or more",
         )
 

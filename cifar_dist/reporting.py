@@ -88,7 +88,7 @@ def progress_bar(session: Session, epoch: int) -> Any:
     """Return a bar over the steps of an epoch, shown on a terminal only."""
     shown = session.accelerator.is_main_process and sys.stderr.isatty()
     return tqdm(
-        total=session.steps_per_epoch,
+        total=session.end_of(epoch) - epoch * session.steps_per_epoch,
         initial=session.state.step % session.steps_per_epoch,
         desc=f"epoch {epoch + 1}/{session.recipe.train.epochs}",
         unit=" steps",
@@ -128,7 +128,7 @@ def report_epoch(session: Session, epoch: int, results: Mapping[str, Evaluation]
         session.best = {"step": state.step, "accuracy": accuracy, "metrics": session.metrics}
     state.tally.sums.zero_()
     session.reported = Totals()
-    session.epochs_done = epoch + 1
+    session.epochs_done = min(epoch + 1, session.recipe.train.epochs)
     if session.log is None:
         return
     for line in lines:

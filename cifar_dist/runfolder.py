@@ -176,7 +176,7 @@ class Warned:
                 )
 
 
-def write_status(out: Path, state: str, step: int, epoch: int, message: str = "") -> None:
+def write_status(out: Path, state: str, step: int, epoch: float, message: str = "") -> None:
     """Replace status.json; state is running, finished, preempted or failed."""
     status = {
         "state": state,
@@ -234,7 +234,7 @@ class MetricsLog:
         warned: a log that cannot be written is warned of, and does not end the run.
     """
 
-    def __init__(self, out: Path, step: int, epoch: int, warned: Warned) -> None:
+    def __init__(self, out: Path, step: int, epoch: float, warned: Warned) -> None:
         self.path, self.warned = out / "metrics.jsonl", warned
         kept = [
             line

@@ -37,8 +37,13 @@ ONE_CYCLE_RISE = 0.3  # share of the run, where schedule.warmup_epochs is 0
 ONE_CYCLE_START = 1 / 25
 
 
+def total_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Return the optimizer steps of a run; of a part of an epoch, the nearest number."""
+    return round(epochs * steps_per_epoch)
+
+
 def learning_rate(
-    config: ScheduleConfig, peak: float, step: int, steps_per_epoch: int, epochs: int
+    config: ScheduleConfig, peak: float, step: int, steps_per_epoch: int, epochs: float
 ) -> float:
     """Return the learning rate of a step.
 
@@ -49,7 +54,7 @@ def learning_rate(
         steps_per_epoch: optimizer steps in an epoch.
         epochs: length of the run.
     """
-    total = steps_per_epoch * epochs
+    total = total_steps(epochs, steps_per_epoch)
     warmup, start = config.warmup_epochs * steps_per_epoch, 0.0
     if config.name == "one_cycle":
         warmup, start = warmup or ONE_CYCLE_RISE * total, ONE_CYCLE_START

@@ -32,6 +32,7 @@ from cifar_dist.models.speednet import WHITENED_IMAGES, SpeedNet
 from cifar_dist.optim import build_optimizer
 from cifar_dist.peers import Peers
 from cifar_dist.runfolder import MetricsLog, Warned, write_status
+from cifar_dist.schedule import total_steps
 from cifar_dist.tracking import Tracker
 from cifar_dist.weights import load_weights
 
@@ -43,7 +44,7 @@ class Session:
     Attributes:
         out: run folder.
         beginning: where the weights come from, for the banner; empty if they are new.
-        epochs_done: epochs trained and measured.
+        epochs_done: epochs trained and measured; the last may be a part of one.
         equal_at: step at which all processes had the same weights, as far as was looked.
         reported: sums of this epoch when the training loss was recorded last.
         best: {"step", "accuracy", "metrics"} of the best epoch by validation; step None: none yet.
@@ -62,7 +63,7 @@ class Session:
     out: Path
     state: TrainState
     beginning: str
-    epochs_done: int
+    epochs_done: float
     equal_at: int
     reported: Totals
     best: dict[str, Any]
@@ -77,6 +78,11 @@ class Session:
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch; images that fill no batch are left over."""
         return len(self.dataset.train) // self.recipe.train.batch_size
+
+    def end_of(self, epoch: int) -> int:
+        """Return the step with which an epoch ends; the run may end in the middle of its last."""
+        steps = self.steps_per_epoch
+        return min((epoch + 1) * steps, total_steps(self.recipe.train.epochs, steps))
 
 
 def find_start(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:

@@ -6,6 +6,7 @@ The story of a run, from top to bottom: processes, data, network, where to conti
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -196,7 +197,7 @@ def _train(session: Session, preemption: Preemption) -> bool:
     from cifar_dist.data.batches import build_loader
     from cifar_dist.engine import refuse_bad_numbers, train_epoch
     from cifar_dist.reporting import progress_bar, report_epoch, report_window
-    from cifar_dist.schedule import learning_rate
+    from cifar_dist.schedule import learning_rate, total_steps
     from cifar_dist.session import compare_weights, save
 
     accelerator, recipe, state = session.accelerator, session.recipe, session.state
@@ -215,9 +216,12 @@ def _train(session: Session, preemption: Preemption) -> bool:
     def check_numbers() -> None:
         refuse_bad_numbers(accelerator, state, loader, order, pixels, train)
 
-    for epoch in range(session.epochs_done, train.epochs):
-        end = (epoch + 1) * steps
-        order.start_at(epoch, (state.step - epoch * steps) * train.accumulate)
+    total = total_steps(train.epochs, steps)
+    for epoch in range(math.ceil(session.epochs_done), math.ceil(total / steps)):
+        begin, end = epoch * steps, session.end_of(epoch)
+        order.start_at(
+            epoch, (state.step - begin) * train.accumulate, (end - begin) * train.accumulate
+        )
         bar = progress_bar(session, epoch)
         session.clock = time.monotonic()
         for _ in train_epoch(accelerator, state, loader, pixels, train, schedule, epoch):
@@ -237,7 +241,7 @@ def _train(session: Session, preemption: Preemption) -> bool:
         bar.close()
         check_numbers()
         compare_weights(session)
-        last = epoch + 1 == train.epochs
+        last = end == total
         results: dict[str, Evaluation] | None = {}
         if last or _due(train.evaluate_every, epoch + 1):
             results = _measure(session, preemption)

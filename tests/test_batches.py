@@ -20,6 +20,8 @@ def test_it_starts_anywhere_and_each_epoch_differs() -> None:
     first = list(batches)
     batches.start_at(0, 7)
     assert torch.equal(torch.cat(list(batches)), torch.cat(first[7:]))
+    batches.start_at(0, 7, 9)
+    assert torch.equal(torch.cat(list(batches)), torch.cat(first[7:9]))
     batches.start_at(1, 0)
     assert not torch.equal(torch.cat(list(batches)), torch.cat(first))
     assert not torch.equal(permutation(100, 1, 0), permutation(100, 2, 0))

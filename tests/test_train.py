@@ -167,6 +167,34 @@ def test_a_finished_run_is_left_alone_and_more_epochs_continue_it(tmp_path: Path
     assert digest_of(straight.out) == digest_of(longer.out)  # the schedule is constant
 
 
+def test_a_run_may_end_in_the_middle_of_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--train.epochs", "1.5", "--schedule.name", "linear", *RANDOM]
+    options += ["--checkpoint.every_steps", "6"]
+    straight = train(tmp_path / "a", *options)
+    lines, digest = read_lines(straight.out), digest_of(straight.out)
+    assert [(x["step"], x["count"]) for x in lines if x["split"] == "train"] == [
+        (10, 320),
+        (15, 160),
+    ]
+    assert [line["step"] for line in lines if line["split"] == "test"] == [10, 15]
+    rates = [line["learning_rate"] for line in lines if line["split"] == "train_window"]
+    assert rates == pytest.approx([0.02 * (1 - step / 15) for step in range(15)])
+    with monkeypatch.context() as patch:
+        stop_at(12, patch)
+        with pytest.raises(RunFailed, match="Stopped"):
+            train(tmp_path / "b", *options)
+    stopped = train(tmp_path / "b", *options)
+    assert "continues at step 12" in capfd.readouterr().out
+    assert digest_of(stopped.out) == digest
+    assert stopped.metrics["test"]["correct"] == straight.metrics["test"]["correct"]
+    train(tmp_path / "a", *options)
+    assert (read_lines(straight.out), digest_of(straight.out)) == (lines, digest)  # left alone
+    assert main([*TINY, "--out", str(tmp_path / "a"), *options, "--train.epochs", "2"]) == 2
+    assert "train.epochs is 1.5 there and 2 here" in capfd.readouterr().err
+
+
 def test_resume_from_a_named_checkpoint(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", "--checkpoint.keep", "9", *RANDOM)
     middle = whole.out / "checkpoints" / "step-00000010"

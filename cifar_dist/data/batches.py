@@ -79,11 +79,11 @@ class GlobalBatches(Sampler[torch.Tensor]):
     ) -> None:
         self.size, self.batch_size, self.seed, self.device = size, batch_size, seed, device
         self.drop_last, self.together = seed is not None, together
-        self.epoch = self.first = 0
+        self.start_at(0, 0)
 
-    def start_at(self, epoch: int, batch: int) -> None:
-        """Make the next iteration that of `epoch`, from its batch number `batch` on."""
-        self.epoch, self.first = epoch, batch
+    def start_at(self, epoch: int, first: int, end: int | None = None) -> None:
+        """Make the next iteration that of `epoch`, from batch `first` to before batch `end`."""
+        self.epoch, self.first, self.end = epoch, first, len(self) if end is None else end
 
     def __len__(self) -> int:
         whole = self.size // (self.batch_size * self.together) * self.together
@@ -94,7 +94,7 @@ class GlobalBatches(Sampler[torch.Tensor]):
         if self.seed is not None:
             order = permutation(self.size, self.seed, self.epoch)
         order = order.to(self.device)
-        for batch in range(self.first, len(self)):
+        for batch in range(self.first, self.end):
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 

@@ -14,7 +14,7 @@ from cifar_dist.data.images import Images, Source
 from cifar_dist.data.synthetic import SHAPES, counts
 from cifar_dist.launching.networks import Features, Tape, Weight, describe_network
 from cifar_dist.listing import find_images, labels_of
-from cifar_dist.schedule import learning_rate
+from cifar_dist.schedule import learning_rate, total_steps
 
 MOMENTS = {
     "sgd": ("momentum_buffer",),
@@ -77,7 +77,7 @@ def predict(recipe: Recipe, processes: int) -> Prediction:
         "or less",
     )
     per_epoch = images // train.batch_size
-    steps = per_epoch * train.epochs
+    steps = total_steps(train.epochs, per_epoch)
     network = describe_network(recipe.model, len(dataset.classes))
     weights = list(network.weights())
     trained = [weight for weight in weights if weight.trained]
@@ -216,7 +216,7 @@ def read_rate(path: str) -> float:
 
 def _rates(recipe: Recipe, per_epoch: int) -> dict[int, float]:
     """Return the learning rate at the first step, the highest, the middle one and the last."""
-    steps = per_epoch * recipe.train.epochs
+    steps = total_steps(recipe.train.epochs, per_epoch)
     rates = [
         learning_rate(recipe.schedule, recipe.optim.lr, step, per_epoch, recipe.train.epochs)
         for step in range(steps)
@@ -226,7 +226,8 @@ def _rates(recipe: Recipe, per_epoch: int) -> dict[int, float]:
 
 
 def _saves(recipe: Recipe, per_epoch: int) -> list[int]:
-    steps, every = per_epoch * recipe.train.epochs, recipe.checkpoint.every_steps
+    steps = total_steps(recipe.train.epochs, per_epoch)
+    every = recipe.checkpoint.every_steps
     found = set(range(0, steps + 1, per_epoch * recipe.checkpoint.every_epochs)) | {steps}
     found |= set(range(0, steps + 1, every)) if every else set()
     return sorted(found - {0})

@@ -43,7 +43,7 @@ RUNS = {
             *("--model.name", "speednet", "--model.widths", "[8, 16]", "--optim.name", "muon"),
             *("--schedule.name", "cosine", "--schedule.warmup_epochs", "0.5"),
             *("--checkpoint.every_steps", "7", "--checkpoint.every_epochs", "2"),
-            *("--data.val_fraction", "0.1", "--train.epochs", "3"),
+            *("--data.val_fraction", "0.1", "--train.epochs", "2.5"),
         ],
     ),
 }
