@@ -26,7 +26,8 @@ from cifar_dist.config import UsageError
 def sample(value: float = 1.0) -> Checkpoint:
     tensors = {"w": torch.full((3, 4), value).to(memory_format=torch.contiguous_format)}
     own = {"statistics": torch.zeros(1, 0), "tallies": torch.zeros(1, 3)}
-    state = {key: kind() for key, kind in NEEDED.items()} | {"best": {"step": None, "x": 0.1}}
+    state = {key: kind() for key, kind in NEEDED.items() if key != "epoch"}
+    state |= {"epoch": 1.5, "best": {"step": None, "x": 0.1}}
     return Checkpoint({"model": tensors, "optim": {"0.m": torch.ones(2)}, "processes": own}, state)
 
 
