@@ -40,7 +40,7 @@ from cifar_dist.launching.predict import fit_line, step_seconds
 LAUNCH = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 SIZES = (4, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)  # bytes of an all-reduce
 WARMUP = 4  # steps
-COUNTS = 5  # rounds of counting what is sent, of which most is believed
+COUNTS = 5  # rounds of counting what is sent, of which the commonest is believed
 TOLERANCE = 0.05  # of a prediction
 
 
@@ -113,7 +113,8 @@ def all_reduce() -> None:
 class Counter(Meter):
     """A Meter that reports what a step of training sends, as far as torch's profiler saw it.
 
-    In one round of four or so that misses all that one of gloo's threads has sent.
+    In one round of four or so that misses what one of gloo's threads has sent, or has the end of
+    the round before.
     """
 
     def __init__(self, steps: int) -> None:
@@ -230,13 +231,14 @@ def compare(options: argparse.Namespace) -> None:
             ],
             options.rounds,
         )
-    counted = max(rounds["communication"], key=lambda report: report["bytes"])
+    counts = [(report["collectives"], report["bytes"]) for report in rounds["communication"]]
+    collectives, sent = statistics.mode(counts)
     models = [
         Model(
             {share: rounds[name][row]["wall"] / options.steps for share, name in waiting.items()},
             {size: rounds["all-reduce"][row][f"bytes_{size}"] for size in SIZES},
-            counted["collectives"],
-            counted["bytes"],
+            collectives,
+            sent,
         )
         for row in range(options.rounds)
     ]
@@ -267,7 +269,7 @@ def compare(options: argparse.Namespace) -> None:
         for name, count in images.items()
     ]
     notes = [
-        f"A step sends {counted['bytes'] / 1e6:.3f} MB in {counted['collectives']:.1f} "
+        f"A step sends {sent / 1e6:.3f} MB in {collectives:.1f} "
         f"all-reduces. Between two processes these take {1e6 * fitted['latency']:.0f} us and "
         f"{1e-9 / fitted['per_byte']:.2f} GB/s; a step takes {1e3 * fitted['constant']:.1f} ms "
         f"and {1e3 * fitted['per_image']:.3f} ms an image. From the same in each round a step of "
