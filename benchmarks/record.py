@@ -283,7 +283,7 @@ def write(options: argparse.Namespace, subjects: Sequence[Subject], rounds: Roun
         f"94 % on CIFAR-10, {len(rounds[OURS])} runs each",
         table(head, rows),
         {
-            "epochs": options.epochs,  # null is its own of each
+            "epochs": options.epochs,  # null: as many as each has of its own
             "ready": {subject.name: subject.ready for subject in subjects},
             "rounds": rounds,
         },
