@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cifar_dist.config import DataConfig, require
-from cifar_dist.preemption import ignore_signals, uninterrupted
+from cifar_dist.preemption import ignore_signals, local_rank, uninterrupted
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VALIDATION = ("val", "valid", "validation")
@@ -55,7 +55,7 @@ def looking_ahead(config: DataConfig) -> Iterator[Callable[[], str]]:
         A function that waits for the folder's `Listing.key` and returns it, or "" where that is
         not to be had: `find_images` will say why.
     """
-    if config.name != "imagefolder" or os.environ.get("LOCAL_RANK", "0") != "0":
+    if config.name != "imagefolder" or local_rank() != 0:
         yield lambda: ""
         return
     code = "import sys; from cifar_dist.listing import main; main(*sys.argv[1:])"

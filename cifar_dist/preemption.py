@@ -20,6 +20,12 @@ from typing import Any
 
 EXIT_CODE = 75  # EX_TEMPFAIL: start the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LOCAL_RANKS = (
+    "LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+)
 REPEAT_SECONDS = 1.0  # a launcher forwards the Ctrl-C that the terminal has already delivered
 
 
@@ -122,6 +128,11 @@ def ignore_signals() -> None:
     """Leave the decision about signals to the process that started this one, and will end it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine, as its launcher or mpirun gave it."""
+    return next((int(os.environ[name]) for name in LOCAL_RANKS if name in os.environ), 0)
 
 
 def is_launched() -> bool:

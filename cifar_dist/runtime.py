@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cifar_dist.config import TrainConfig, UsageError, require
 from cifar_dist.console import is_unread
 from cifar_dist.peers import Peers, PeersMissing, describe_process
-from cifar_dist.preemption import is_launched
+from cifar_dist.preemption import is_launched, local_rank
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +46,8 @@ def run_verb(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -
             sys.stdout.flush()
     except UsageError as error:
         # The others of this machine found the same, unless they are those that are missing.
-        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        if error.reporter if isinstance(error, PeersMissing) else first:
+        first = error.reporter if isinstance(error, PeersMissing) else local_rank() == 0
+        if first:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:

@@ -39,6 +39,14 @@ def command(
     return [_script("torchrun"), "--standalone", "--nproc_per_node", str(processes), "-m", module]
 
 
+def by_mpi(own: list[str]) -> list[str]:
+    """Start a command twice with the variables that Open MPI sets; no MPI is needed for that."""
+    names = ("SIZE=2", "RANK=$rank", "LOCAL_SIZE=2", "LOCAL_RANK=$rank")
+    variables = " ".join(f"OMPI_COMM_WORLD_{name}" for name in names)
+    script = f'for rank in 0 1; do {variables} "$@" & done; wait -n && wait -n'
+    return ["env", f"MASTER_PORT={free_port()}", "bash", "-c", script, "mpirun", *own]
+
+
 def run_command(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """Run to the end, for 5 minutes at most, and return output and exit code."""
     return subprocess.run(

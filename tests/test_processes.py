@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ import pytest
 from cifar_dist import runtime
 from cifar_dist.config import UsageError
 from cifar_dist.train import main
-from tests.helpers import TINY, command, digest_of, read_lines, run_command, write_folder
+from tests.helpers import (
+    TINY,
+    by_mpi,
+    command,
+    digest_of,
+    read_lines,
+    run_command,
+    write_folder,
+)
 
 RANDOM = [
     *("--model.name", "tutorial-relu", "--augment.flip", "random", "--augment.translate", "2"),
@@ -139,11 +148,30 @@ def test_one_process_of_torchrun_uses_all_cores_and_warns_of_nothing(
     assert done.stdout.split() == [f"threads={runtime.usable_cores()}"], done.stderr
 
 
-def test_one_process_of_a_machine_looks_through_the_images_for_all(tmp_path: Path) -> None:
+def test_an_unknown_option_is_reported_once_under_mpirun() -> None:
+    done = run_command(by_mpi([*command(), "--nonsense", "1"]))
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(lambda: command(2, "torchrun", "tests.worker"), id="torchrun"),
+        pytest.param(
+            lambda: by_mpi(command(1, "torchrun", "tests.worker")),
+            marks=pytest.mark.slow,
+            id="mpirun",
+        ),
+    ],
+)
+def test_one_process_of_a_machine_looks_through_the_images_for_all(
+    start: Callable[[], list[str]], tmp_path: Path
+) -> None:
     root = write_folder(tmp_path / "set", {"train": 36, "test": 9})
     options = [*TINY, "--data.name", "imagefolder", "--data.root", str(root), "--train.epochs", "1"]
     assert main([*options, "--out", str(tmp_path / "1")]) == 0  # decodes them
-    worker = [*command(2, "torchrun", "tests.worker"), "show_listings", *options]
+    worker = [*start(), "show_listings", *options]
     done = run_command([*worker, "--out", str(tmp_path / "2")])
     assert done.returncode == 0, done.stderr
     found = [line for line in done.stdout.splitlines() if line.startswith("listings=")]

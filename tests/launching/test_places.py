@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import JOB, Integers, command, free_port, run_command, tested
+from tests.helpers import JOB, Integers, by_mpi, command, free_port, run_command, tested
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 
@@ -17,14 +17,6 @@ TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 def c10d() -> list[str]:
     meet = ["--nnodes", "1", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_id", "job"]
     return [TORCHRUN, *meet, f"--rdzv_endpoint=localhost:{free_port()}", "-m", "cifar_dist.train"]
-
-
-def mpirun() -> list[str]:
-    """Start two processes with the variables that Open MPI sets; no MPI is needed for that."""
-    own = ("SIZE=2", "RANK=$rank", "LOCAL_SIZE=2", "LOCAL_RANK=$rank")
-    variables = " ".join(f"OMPI_COMM_WORLD_{value}" for value in own)
-    script = f'for rank in 0 1; do {variables} "$@" & done; wait -n && wait -n'
-    return ["env", f"MASTER_PORT={free_port()}", "bash", "-c", script, "mpirun", *command()]
 
 
 def accelerate_by_mpirun() -> list[str]:
@@ -47,7 +39,7 @@ PLACES: dict[str, tuple[int, Callable[[], list[str]]]] = {
     "accelerate launch on two": (2, lambda: command(2, "accelerate")),
     "torchrun": (2, lambda: command(2)),
     "torchrun by c10d": (2, c10d),
-    "mpirun": (2, mpirun),
+    "mpirun": (2, lambda: by_mpi(command())),
     "accelerate launch by mpirun": (2, accelerate_by_mpirun),
 }
 
