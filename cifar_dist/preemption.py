@@ -20,7 +20,7 @@ from typing import Any
 
 EXIT_CODE = 75  # EX_TEMPFAIL: start the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-LOCAL_RANKS = (
+LOCAL_RANKS = (  # those that Accelerate knows, which would import torch to look
     "LOCAL_RANK",
     "MPI_LOCALRANKID",
     "OMPI_COMM_WORLD_LOCAL_RANK",
