@@ -1,82 +1,85 @@
-"""What processes tell each other besides tensors: who is there, what each was told, what failed.
+"""What processes exchange besides tensors: who is there, what each was asked to do, what failed.
 
-It goes through the key-value store of the launch, which works before the first collective and after
-the last one, and under torchrun outlives every process that trains.
+The exchange uses the key-value store of the launch, which works before the first collective and
+after the last one, and under torchrun outlives every process that trains.
 """
 
 import json
 import os
 import platform
-import re
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
-from cifar_dist.config import RunError, UsageError
-from cifar_dist.preemption import Preempted
+from cifar_dist.config import UsageError
+from cifar_dist.ending import GRACE_SECONDS, Ending, PeerLost
+from cifar_dist.preemption import local_rank
 
 MEETING_SECONDS = 60  # for all processes to arrive, once the first of them is there
-GRACE_SECONDS = 3.0  # for the others to notice what this process has noticed
-STOPPED = "stopped by a signal before training began"
-VANISHED = "ended without a word (killed from outside, most often for want of memory)"
-LOST = re.compile(
-    r"gloo|NCCL|closed by peer|reset by peer|Broken pipe|Timed out waiting|Operation timed out",
-    re.IGNORECASE,
-)
+SLICE_SECONDS = 0.5  # between two looks at whether the launch has ended
+POLL_SECONDS = 0.05
+LISTENING_SECONDS = 1.0
+
+T = TypeVar("T")
 
 
 class PeersMissing(UsageError):
-    """Some processes did not arrive; the first of those that did reports it."""
-
-    def __init__(self, message: str, reporter: bool = False) -> None:  # pickle gives the message
-        super().__init__(message)
-        self.reporter = reporter
-
-
-@dataclass(frozen=True)
-class Ending:
-    """Why a launch ended.
-
-    Attributes:
-        line: says it, with rank, cause and place.
-        speaks: this process is the one to say it.
-        traceback: of the process that failed first; empty where the line says all.
-    """
-
-    line: str
-    speaks: bool
-    traceback: str = ""
+    """Some processes did not arrive, or this process cannot reach the others."""
 
 
 class Peers:
     """The processes of one launch, this one among them.
 
     Args:
-        rank, world: of this process, and how many there are. One alone needs no store.
+        rank, world: of this process, and how many there are. A world of one needs no store.
         timeout: seconds that a collective may take.
+        patience: seconds to wait for the store.
+
+    Attributes:
+        first_here: rank of the first process of this machine.
+        serves: this process holds the store, because the launcher does not.
+        heard: how the launch ended, as far as this process has heard.
     """
 
     meetings = 0  # of this Python process; each has its own keys
+    current: "Peers | None" = None  # the latest
 
-    def __init__(self, rank: int, world: int, timeout: float) -> None:
+    def __init__(
+        self, rank: int, world: int, timeout: float, patience: float = MEETING_SECONDS
+    ) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout
+        self.first_here = rank - local_rank()
+        self.serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self.heard: Ending | None = None
         self._done = threading.Event()
         self._thread = threading.get_ident()  # that trains: under Ray not the main one
-        if world == 1:
-            return
-        Peers.meetings += 1
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._prefix = f"cifar_dist/{restart}/{Peers.meetings}"
-        self._store = self._connect()
-        threading.Thread(target=self._say_where, daemon=True).start()
+        Peers.current = None
+        if world > 1:
+            Peers.meetings += 1
+            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self._prefix = f"cifar_dist/{restart}/{Peers.meetings}"
+            self._store = self._connect(patience)
+            self._listener = threading.Thread(target=self._listen, daemon=True)
+            self._listener.start()
+        Peers.current = self
+
+    @classmethod
+    def late(cls) -> "Peers | None":
+        """Meet the others at the end of a launch that has ended before they met, if possible."""
+        from cifar_dist.runtime import asked_world_size
+
+        with suppress(UsageError, RuntimeError, KeyError, ValueError):
+            world = asked_world_size()
+            if world > 1:
+                return cls(int(os.environ["RANK"]), world, 0, patience=GRACE_SECONDS)
+        return None
 
     def compare(
         self, what: str, facts: Mapping[str, Any], seconds: float | None = MEETING_SECONDS
@@ -84,12 +87,13 @@ class Peers:
         """Refuse to go on unless every process has the same facts; every process must call it.
 
         Args:
-            what: what the facts are of, for the message.
+            what: what the facts describe, for the message.
             facts: plain values.
-            seconds: to wait for the others; None waits as long as they live, and says so.
+            seconds: to wait for the others; None waits as long as they live, and prints so.
 
         Raises:
-            PeersMissing: naming the ranks that did not come.
+            PeersMissing: naming the ranks that did not arrive.
+            PeerLost: the launch has ended meanwhile.
             UsageError: naming the first rank that differs, and what differs.
         """
         first, *others = self.tell(what, dict(facts), seconds)
@@ -106,82 +110,149 @@ class Peers:
                 )
 
     def tell(self, what: str, fact: Any, seconds: float | None = MEETING_SECONDS) -> list[Any]:
-        """Tell the others something, and return what each process told, by rank.
+        """Give the others a fact, and return the facts of all processes, by rank.
 
         Args:
-            what: what the fact is, for the message.
+            what: what the fact describes, for the message.
             fact: a plain value.
-            seconds: to wait for the others; None waits as long as they live, and says so.
+            seconds: to wait for the others; None waits as long as they live, and prints so.
 
         Raises:
-            PeersMissing: naming the ranks that did not come.
+            PeersMissing: naming the ranks that did not arrive.
+            PeerLost: the launch has ended meanwhile.
         """
         if self.world == 1:
             return [fact]
-        self._store.set(f"{what}/{self.rank}", json.dumps(fact))
-        self._wait_for(what, seconds)
-        told = [json.loads(self._store.get(f"{what}/{rank}")) for rank in range(self.world)]
-        self._store.set(f"{what}/read/{self.rank}", "")
-        if self.rank == 0:  # it may hold the store, and leave with it
-            with suppress(RuntimeError):
-                keys = [f"{what}/read/{rank}" for rank in range(self.world)]
-                self._store.wait(keys, timedelta(seconds=GRACE_SECONDS))
-        return told
+        import torch.distributed
 
-    def explain(self, error: BaseException, where: str) -> Ending:
-        """Return why the launch ended, as far as it can be known.
-
-        Where one fails all end, and one of them speaks, rank 0 if it can, of what came first.
-
-        Args:
-            error: what ended this process.
-            where: "at step 12" or the like.
-        """
-        if self.world == 1 or not lost_peer(error):
-            line, told = self._describe(error, where), _traceback(error)
-            if self.world > 1:
-                if isinstance(error, Preempted):  # perhaps only because another has failed
-                    line, told = self.cause() or (line, told)
-                with suppress(RuntimeError):  # the store may be gone already
-                    first = self._store.compare_set("cause", "", json.dumps([line, told]))
-                    line, told = json.loads(first)
-            return Ending(line, self.rank == 0, told)
         try:
-            line, told, arrived = self._ask_others(error, where)
-        except RuntimeError:  # the store went with rank 0
-            line, told = f"rank 0 {VANISHED} {where}", ""
-            arrived = set(range(1, self.world))
-        return Ending(line, self.rank == min(arrived), told)
+            self._store.set(f"{what}/{self.rank}", json.dumps(fact))
+            self._wait_for(what, seconds)
+            facts = [json.loads(self._store.get(f"{what}/{rank}")) for rank in range(self.world)]
+            self.mark(f"{what}/read")
+            if self.serves:  # it may end as soon as it goes on
+                self.wait_until(
+                    lambda: len(self.marked(f"{what}/read")) == self.world, GRACE_SECONDS
+                )
+        except torch.distributed.DistNetworkError as error:
+            raise PeerLost(f"rank 0 left before it gave its {what}") from error
+        return facts
 
-    def cause(self) -> tuple[str, str] | None:
-        """Return what another process said it failed of, with its traceback, if one did."""
-        if self.world == 1:
-            return None
-        try:
-            known = self._store.check(["cause"])
-            line, told = json.loads(self._store.get("cause")) if known else ("", "")
-        except RuntimeError:  # the store went with the launcher, or with rank 0
-            return None
-        return (line, told) if known else None
+    def _wait_for(self, what: str, seconds: float | None) -> None:
+        import torch.distributed
+
+        keys = [f"{what}/{rank}" for rank in range(self.world)]
+        began = printed = time.monotonic()
+        while True:
+            with suppress(torch.distributed.DistStoreError):
+                self._store.wait(keys, timedelta(seconds=SLICE_SECONDS))
+                return
+            if self.ending():
+                raise PeerLost(f"the launch ended before all processes gave their {what}")
+            now = time.monotonic()
+            waited = round(now - began)
+            if now - (printed if seconds is None else began) < (seconds or MEETING_SECONDS):
+                continue
+            here = [rank for rank, key in enumerate(keys) if self.has(key)]
+            missing = ", ".join(str(r) for r in range(self.world) if r not in here)
+            if seconds is not None:
+                raise PeersMissing(
+                    f"of {self.world} processes, ranks {missing} did not arrive within {waited} s; "
+                    "look at their machines and logs"
+                )
+            printed = now
+            if self.rank == min(here):
+                print(f"waiting for the {what} of ranks {missing}, {waited} s", flush=True)
 
     def leave(self) -> None:
-        """Stop listening, while every process is still there."""
-        self._done.set()
+        """Stop listening; Python must not end while the thread is within the store's C++ code."""
+        if self.world > 1:
+            self._done.set()
+            self._listener.join(GRACE_SECONDS)
+        Peers.current = None
 
-    def _describe(self, error: BaseException, where: str) -> str:
-        if isinstance(error, RunError):
-            return str(error)
-        if isinstance(error, Preempted):
-            return STOPPED
-        if isinstance(error, KeyboardInterrupt):
-            return f"stopped at once by a second Ctrl-C {where}"
-        who = f"rank {self.rank} failed" if self.world > 1 else "failed"
-        reason = " ".join(str(error).split())[:500]
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-        return f"{who} {where}: {type(error).__name__}: {reason}{place}"
+    # What processes leave in the store while a launch ends; ending.py says in which order.
 
-    def _connect(self) -> Any:
+    def publish(self, ending: Ending) -> Ending:
+        """Publish why the launch ends, and return the first ending that any process published."""
+        fields = {name: value for name, value in asdict(ending).items() if name != "writes"}
+        first = self._store.compare_set("ending", "", json.dumps(fields))
+        self.put("news")
+        return Ending(**json.loads(first))
+
+    def ending(self) -> Ending | None:
+        """Return the ending that was published, if one was."""
+        return Ending(**json.loads(self._store.get("ending"))) if self.has("ending") else None
+
+    def claim(self, key: str) -> bool:
+        """Return whether this process is the first one to claim `key`."""
+        return bool(int(self._store.compare_set(key, "", str(self.rank))) == self.rank)
+
+    def put(self, key: str) -> None:
+        """Set a key, the same for all processes."""
+        self._store.set(key, "")
+
+    def has(self, key: str) -> bool:
+        """Return whether a key is set."""
+        return bool(self._store.check([key]))
+
+    def mark(self, key: str) -> None:
+        """Set a key of this process."""
+        self._store.set(f"{key}/{self.rank}", "")
+
+    def marked(self, key: str) -> set[int]:
+        """Return the ranks whose key is set."""
+        return {rank for rank in range(self.world) if self.has(f"{key}/{rank}")}
+
+    def wait_until(self, ready: Callable[[], T], seconds: float) -> T:
+        """Return what `ready` returns once that is true, or at the end of the time."""
+        end = time.monotonic() + seconds
+        while not (found := ready()) and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        return found
+
+    def call_roll(self) -> None:
+        """Have every process that is still there mark "here", within LISTENING_SECONDS."""
+        self.put("roll call")
+        self.put("news")
+
+    def ask_where(self, ranks: list[int]) -> str:
+        """Ask ranks that hang what they are doing, and return their answers in words."""
+        self._store.set("where", json.dumps(ranks))
+        self.put("news")
+        self.wait_until(lambda: all(self.has(f"where/{rank}") for rank in ranks), GRACE_SECONDS)
+        found = [
+            f"rank {rank} is in {self._store.get(f'where/{rank}').decode()}"
+            if self.has(f"where/{rank}")
+            else f"rank {rank} does not answer"
+            for rank in ranks
+        ]
+        return f" ({'; '.join(found)})"
+
+    def _listen(self) -> None:
+        """Answer `call_roll` and `ask_where`, and hear how the launch ends; in a thread."""
+        answered = set()
+        with suppress(
+            UsageError, RuntimeError, KeyError
+        ):  # the launch, or the main thread, is over
+            store = self._connect(MEETING_SECONDS)  # of its own: the other one may be blocked
+            while not self._done.wait(LISTENING_SECONDS):
+                if not store.check(["news"]):
+                    continue
+                if store.check(["roll call"]) and "here" not in answered:
+                    answered.add("here")
+                    store.set(f"here/{self.rank}", "")
+                if store.check(["where"]) and "where" not in answered:
+                    answered.add("where")
+                    if self.rank in json.loads(store.get("where")):
+                        frame = sys._current_frames()[self._thread]
+                        store.set(f"where/{self.rank}", _place(frame))
+                if store.check(["ending"]):
+                    self.heard = Ending(**json.loads(store.get("ending")))
+                    store.set(f"heard/{self.rank}", "")
+                    return
+
+    def _connect(self, patience: float) -> Any:
         """Return a client of the launch's store; rank 0 serves it where the launcher does not.
 
         Raises:
@@ -190,13 +261,12 @@ class Peers:
         import torch.distributed
 
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
             store = torch.distributed.TCPStore(
                 host,
                 port,
-                is_master=self.rank == 0 and not by_launcher,
-                timeout=timedelta(seconds=MEETING_SECONDS),
+                is_master=self.serves,
+                timeout=timedelta(seconds=patience),
                 wait_for_workers=False,
                 multi_tenant=True,  # the process group is going to use the same port
             )
@@ -204,104 +274,13 @@ class Peers:
             if self.rank == 0 and "in use" in str(error).lower():
                 raise PeersMissing(
                     f"port {port} is taken by another program; choose another with the launcher's "
-                    "--main_process_port or --master_port, or with MASTER_PORT",
-                    reporter=True,
+                    "--main_process_port or --master_port, or with MASTER_PORT"
                 ) from error
             raise PeersMissing(
                 f"rank {self.rank} could not reach rank 0's machine at {host}:{port} within "
-                f"{MEETING_SECONDS} s ({' '.join(str(error).split())[:200]})",
-                reporter=True,
+                f"{patience:g} s ({' '.join(str(error).split())[:200]})"
             ) from error
         return torch.distributed.PrefixStore(self._prefix, store)
-
-    def _wait_for(self, what: str, seconds: float | None) -> None:
-        import torch.distributed
-
-        keys = [f"{what}/{rank}" for rank in range(self.world)]
-        began = time.monotonic()
-        while True:
-            try:
-                self._store.wait(keys, timedelta(seconds=seconds or MEETING_SECONDS))
-                return
-            except torch.distributed.DistNetworkError as error:
-                raise PeersMissing(f"rank 0 left before it told its {what}", False) from error
-            except torch.distributed.DistStoreError as error:
-                here = [rank for rank, key in enumerate(keys) if self._store.check([key])]
-                missing = ", ".join(str(r) for r in range(self.world) if r not in here)
-                waited = round(time.monotonic() - began)
-                if seconds is not None:
-                    raise PeersMissing(
-                        f"of {self.world} processes, ranks {missing} did not arrive within "
-                        f"{waited} s; look at their machines and logs",
-                        reporter=self.rank == min(here),
-                    ) from error
-                if self.rank == min(here):
-                    print(f"waiting for the {what} of ranks {missing}, {waited} s", flush=True)
-
-    def _ask_others(self, error: BaseException, where: str) -> tuple[str, str, set[int]]:
-        """Find out why a peer was lost, and which processes, this one among them, lost it too."""
-        self._store.set(f"lost/{self.rank}", "")
-        arrived, end = {self.rank}, time.monotonic() + GRACE_SECONDS
-        while time.monotonic() < end and len(arrived) < self.world:
-            time.sleep(0.1)
-            arrived |= {r for r in range(self.world) if self._store.check([f"lost/{r}"])}
-            if 0 in arrived and self._store.check(["cause"]):
-                break
-        cause = self.cause()
-        if cause is not None:
-            return *cause, arrived
-        missing = [rank for rank in range(self.world) if rank not in arrived]
-        if not missing:
-            return self._describe(error, where), _traceback(error), arrived
-        who = f"{'rank' if len(missing) == 1 else 'ranks'} {', '.join(map(str, missing))}"
-        if "timed out" in str(error).lower():
-            waited = f"{who} did not arrive within {self.timeout:g} s {where}"
-            return waited + self._ask_where(missing), "", arrived
-        return f"{who} {VANISHED} {where}", "", arrived
-
-    def _ask_where(self, ranks: list[int]) -> str:
-        """Ask ranks that hang what they are doing."""
-        self._store.set("where", json.dumps(ranks))
-        time.sleep(GRACE_SECONDS)
-        keys = {rank: f"where/{rank}" for rank in ranks}
-        found = [
-            f"rank {rank} is in {self._store.get(key).decode()}"
-            if self._store.check([key])
-            else f"rank {rank} does not answer"
-            for rank, key in keys.items()
-        ]
-        return f" ({'; '.join(found)})"
-
-    def _say_where(self) -> None:
-        """Answer `_ask_where`, in a thread, as long as the store is there."""
-        try:
-            store = self._connect()  # a connection of its own: the other's may be blocked
-            while not store.check(["where"]):
-                if self._done.wait(1.0):
-                    return
-            if self.rank in json.loads(store.get("where")):
-                frame = sys._current_frames()[self._thread]
-                store.set(f"where/{self.rank}", _place(frame))
-        except (UsageError, RuntimeError, KeyError):  # the launch is over, or the thread is
-            return
-
-
-def lost_peer(error: BaseException) -> bool:
-    """Say whether `error` only tells that another process is gone or late."""
-    import torch.distributed
-
-    return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError)
-        and not isinstance(error, NotImplementedError)
-        and bool(LOST.search(str(error)))
-    )
-
-
-def _traceback(error: BaseException) -> str:
-    """Return the traceback of an error that a line does not say all about."""
-    if isinstance(error, (RunError, KeyboardInterrupt, Preempted)):
-        return ""
-    return "".join(traceback.format_exception(error))
 
 
 def describe_process() -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Stopping early on purpose: a signal to any process becomes a decision of all at one step.
 
-SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C are honoured. Before training there is nothing to save
-and the run stops where it is; from then on the signal only sets a flag, which all processes compare
-after every step and every batch of an evaluation. A second Ctrl-C stops at once.
+SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C are honoured. A signal sets a flag. While the run is
+being prepared there is nothing to save, and the signal also raises Preempted, except during
+imports, which an exception would leave incomplete. In training all processes compare the flag after
+every step and every batch of an evaluation. A second Ctrl-C stops at once.
 """
 
 import ctypes
@@ -46,7 +47,7 @@ class Preemption:
     def __init__(self) -> None:
         self.received = ""
         self._since = 0.0
-        self._defer = False
+        self._raises = False
         self._group: Any = None
         self._pending: Any = None
 
@@ -64,8 +65,19 @@ class Preemption:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Within the block a signal, also one that came before, raises Preempted."""
+        self._raises = True
+        try:
+            if self.received:
+                raise Preempted
+            yield
+        finally:
+            self._raises = False
+
     def defer(self, processes: int, timeout: float) -> None:
-        """From now on signals wait until `agreed` is asked; it waits `timeout` seconds at most."""
+        """Prepare `agreed`, which will wait for the other processes `timeout` seconds at most."""
         if processes > 1:
             import torch
 
@@ -73,7 +85,6 @@ class Preemption:
             self._group = torch.distributed.new_group(
                 backend="gloo", timeout=timedelta(seconds=timeout)
             )
-        self._defer = True
 
     def agreed(self) -> bool:
         """Say whether any process was told to stop; all get the same answer at the same step.
@@ -101,7 +112,7 @@ class Preemption:
             raise KeyboardInterrupt
         if not self.received:
             self.received, self._since = signal.Signals(number).name, time.monotonic()
-            if not self._defer:
+            if self._raises:
                 if Preemption._holds:
                     Preemption._overdue = True
                 else:
@@ -125,7 +136,9 @@ def uninterrupted() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """Leave the decision about signals to the process that started this one, and will end it."""
+    """Ignore signals from here on; elsewhere than in the main thread, do nothing."""
+    if threading.current_thread() is not threading.main_thread():  # Python would refuse
+        return
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

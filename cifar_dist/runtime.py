@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cifar_dist.config import TrainConfig, UsageError, require
 from cifar_dist.console import is_unread
+from cifar_dist.ending import RunFailed, end_command
 from cifar_dist.peers import Peers, PeersMissing, describe_process
-from cifar_dist.preemption import is_launched, local_rank
+from cifar_dist.preemption import Preempted, is_launched
 
 if TYPE_CHECKING:
     import torch
@@ -44,12 +45,8 @@ def run_verb(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -
             return verb(sys.argv[1:] if argv is None else argv)
         finally:
             sys.stdout.flush()
-    except UsageError as error:
-        # The others of this machine found the same, unless they are those that are missing.
-        first = error.reporter if isinstance(error, PeersMissing) else local_rank() == 0
-        if first:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UsageError, RunFailed, Preempted) as error:
+        return end_command(error)
     except BrokenPipeError:
         if not is_unread(sys.stdout):
             raise
@@ -71,7 +68,6 @@ def start_processes(
             processes differ in what they were told or in their code.
     """
     asked = asked_world_size()
-    import torch.distributed
     from accelerate import (
         Accelerator,
         DataLoaderConfiguration,
@@ -113,17 +109,13 @@ def start_processes(
     except ValueError as error:
         raise UsageError(f"Accelerate refuses this configuration: {error}") from error
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        unreachable = "connectFullMesh" in reason  # by gloo, though the launch's store was reached
-        if not (unreachable or isinstance(error, torch.distributed.DistError)):
+        if "connectFullMesh" not in str(error):
             raise
-        hint = (
-            "; the machines must reach each other through the network interface "
-            f"{os.environ.get('GLOO_SOCKET_IFNAME')} (GLOO_SOCKET_IFNAME)"
-        )
+        # gloo cannot connect the processes, though all reached the store of the launch.
         raise PeersMissing(
-            f"the processes lost each other at the start: {reason}{hint if unreachable else ''}",
-            reporter=unreachable,
+            f"the processes lost each other at the start: {' '.join(str(error).split())[:200]}; "
+            "the machines must reach each other through the network interface "
+            f"{os.environ.get('GLOO_SOCKET_IFNAME')} (GLOO_SOCKET_IFNAME)"
         ) from error
     _check(accelerator, asked, log_with, train)
     return accelerator, peers

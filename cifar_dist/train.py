@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -26,6 +25,8 @@ from cifar_dist.config import (
     parse_recipe,
     require,
 )
+from cifar_dist.ending import FAILED, Ending, agree, print_ending
+from cifar_dist.ending import RunFailed as RunFailed  # run raises it
 from cifar_dist.listing import looking_ahead
 from cifar_dist.preemption import EXIT_CODE, Preempted, Preemption
 from cifar_dist.runtime import (
@@ -39,7 +40,7 @@ from cifar_dist.runtime import (
 if TYPE_CHECKING:
     from cifar_dist.data import Dataset
     from cifar_dist.metrics import Evaluation
-    from cifar_dist.peers import Ending, Peers
+    from cifar_dist.peers import Peers
     from cifar_dist.runfolder import RunLock
     from cifar_dist.session import Session
 
@@ -63,19 +64,6 @@ class Result:
     best: dict[str, Any] | None
 
 
-class RunFailed(Exception):
-    """A run that failed; the cause is chained.
-
-    Args:
-        line: the one line about it, with the rank, the cause and the place.
-        ending: the same with what belongs to it; None: this process is not the one to say it.
-    """
-
-    def __init__(self, line: str, ending: Ending | None = None) -> None:  # pickle gives the line
-        super().__init__(line)
-        self.ending = ending
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and return the exit code."""
     preemption = Preemption()
@@ -86,18 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             from torch.distributed.elastic.multiprocessing.errors import record
 
             recorded = record(_run)  # names a crash in the launcher's lines
-            result = recorded(recipe, origin, preemption, find_key)
+            result = recorded(recipe, origin, preemption, find_key, print_ending)
         leave_processes()
         return EXIT_CODE if result and result.state == "preempted" else 0
 
-    try:
-        with preemption.listen():
-            return run_verb(verb, argv)
-    except Preempted:
-        print("stopped by a signal before training began; nothing was lost", file=sys.stderr)
-        return EXIT_CODE
-    except RunFailed as error:
-        return _report(error)
+    with preemption.listen():
+        return run_verb(verb, argv)
 
 
 def run(recipe: Recipe, origin: str = "Python") -> Result:
@@ -114,27 +96,33 @@ def run(recipe: Recipe, origin: str = "Python") -> Result:
     """
     preemption = Preemption()
     with preemption.listen(), looking_ahead(recipe.data) as find_key:
-        return _run(recipe, origin, preemption, find_key)
+        return _run(recipe, origin, preemption, find_key, lambda ending: None)
 
 
 def _run(
-    recipe: Recipe, origin: str, preemption: Preemption, find_key: Callable[[], str]
+    recipe: Recipe,
+    origin: str,
+    preemption: Preemption,
+    find_key: Callable[[], str],
+    report: Callable[[Ending], object],
 ) -> Result:
     from cifar_dist.console import kept
     from cifar_dist.reporting import announce, show_inputs
     from cifar_dist.runfolder import RunLock
 
+    session: Session | None = None
     with RunLock() as lock:
-        session = _start(recipe, lock, preemption, find_key)
-        with kept(session.out, session.accelerator.process_index, session.warned):
-            try:
+        try:
+            session = _start(recipe, lock, preemption, find_key)
+            with kept(session.out, session.accelerator.process_index, session.warned):
                 announce(session, origin)
                 if not session.state.step:
                     show_inputs(session)
                 finished = _train(session, preemption)
                 return _finish(session, finished)
-            except (Exception, KeyboardInterrupt) as error:
-                raise _fail(session, error) from error
+        except (Exception, KeyboardInterrupt, Preempted) as error:
+            ending = _end(recipe, lock, session, error, report)
+            raise ending.to_error() from (error if ending.code == FAILED else None)
 
 
 def _start(
@@ -142,18 +130,17 @@ def _start(
 ) -> Session:
     """Check the request against this machine and these data, and prepare everything.
 
-    When it returns, signals no longer interrupt.
+    Once everything is imported, a signal raises Preempted.
     """
+    _check_batch_size(recipe, asked_world_size())
+
     from cifar_dist.data import load_dataset
-    from cifar_dist.peers import STOPPED
     from cifar_dist.runfolder import check_out, claim
     from cifar_dist.session import find_start, open_session
 
-    _check_batch_size(recipe, asked_world_size())
-    told = {key: value for key, value in flatten(recipe).items() if key not in OWN_KEYS}
-    peers: Peers | None = None
-    try:
-        accelerator, peers = start_processes(recipe.train, recipe.track.log_with, told)
+    with preemption.interruptible():
+        asked = {key: value for key, value in flatten(recipe).items() if key not in OWN_KEYS}
+        accelerator, peers = start_processes(recipe.train, recipe.track.log_with, asked)
         on_main_process(accelerator, lambda: check_out(recipe, lock))
         # On several machines one may have to look through its images, and then to decode them, for
         # longer than the others.
@@ -165,24 +152,7 @@ def _start(
         out = on_main_process(accelerator, lambda: claim(recipe, lock))
         session = open_session(accelerator, peers, recipe, dataset, out, start)
         preemption.defer(accelerator.num_processes, recipe.train.timeout)
-        return session
-    except (Preempted, Exception) as error:
-        if isinstance(error, UsageError):
-            raise
-        if preemption.received and not isinstance(error, Preempted):
-            error = Preempted()  # it struck where it made another error of itself
-        if peers is None:  # not even the processes have met
-            if not isinstance(error, Preempted):
-                raise
-            if recipe.out and os.environ.get("RANK", "0") == "0":
-                _note_preempted(Path(recipe.out).expanduser(), lock)
-            raise error from None
-        ending = peers.explain(error, "at the start")
-        if ending.line != STOPPED:  # a launcher sends SIGTERM to the others when one has failed
-            raise RunFailed(ending.line, ending) from error
-        if recipe.out and peers.rank == 0:
-            _note_preempted(Path(recipe.out).expanduser(), lock)
-        raise Preempted from error
+    return session
 
 
 def _share_key(peers: Peers, recipe: Recipe, key: str) -> str:
@@ -310,30 +280,32 @@ def _finish(session: Session, finished: bool) -> Result:
     return Result(result, session.out, session.metrics, best)
 
 
-def _fail(session: Session, error: BaseException) -> RunFailed:
-    """Put the end of a run into one line, and into status.json."""
+def _end(
+    recipe: Recipe,
+    lock: RunLock,
+    session: Session | None,
+    error: BaseException,
+    report: Callable[[Ending], object],
+) -> Ending:
+    """Agree with the other processes on why the run ends, and write it to status.json."""
     from cifar_dist.runfolder import write_status
 
-    ending = session.peers.explain(error, f"at step {session.state.step}")
+    if session is None:
+        ending = agree(error, "at the start", report)
+        if ending.code == EXIT_CODE and ending.writes and recipe.out:
+            _note_preempted(Path(recipe.out).expanduser(), lock)
+        return ending
+    state = session.state
+    ending = agree(error, f"at step {state.step}", report, in_training=True)
     if not isinstance(error, KeyboardInterrupt):
-        with suppress(RunError):  # this line is about what came first
+        with suppress(RunError):  # the line is about what came first
             session.saver.wait()
-    if ending.speaks:
+    if ending.writes and ending.code == EXIT_CODE:
+        _note_preempted(session.out, lock)
+    elif ending.writes:
         with session.warned.spare("status.json"):
-            write_status(
-                session.out, "failed", session.state.step, session.epochs_done, ending.line
-            )
-    return RunFailed(ending.line, ending)
-
-
-def _report(failure: RunFailed) -> int:
-    """Print the traceback of what failed first, and last the line about it; return the exit code.
-
-    One process does; the others' own words are in their logs.
-    """
-    if failure.ending and failure.ending.speaks:
-        print(f"{failure.ending.traceback}error: {failure}", file=sys.stderr, flush=True)
-    return 1
+            write_status(session.out, "failed", state.step, session.epochs_done, ending.line)
+    return ending
 
 
 def _note_preempted(out: Path, lock: RunLock) -> None:

@@ -9,7 +9,6 @@ what lies between them; warnings then exit with 0. `--explain LOG` reads the log
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cifar_dist.config import Recipe, UsageError, flatten
+from cifar_dist.ending import REFUSED, Ending, agree
 from cifar_dist.launching.accelerate_config import read_config
 from cifar_dist.launching.checks import Facts, check, check_ranks
 from cifar_dist.launching.facts import describe_machine, gather
@@ -29,6 +29,7 @@ from cifar_dist.launching.findings import Finding, error, show, warning
 from cifar_dist.launching.logs import explain, first_traceback
 from cifar_dist.launching.options import Options
 from cifar_dist.launching.predict import fit_line
+from cifar_dist.peers import Peers
 from cifar_dist.preemption import is_launched
 from cifar_dist.runtime import leave_processes, run_verb, start_processes
 from cifar_dist.train import OWN_KEYS
@@ -36,8 +37,6 @@ from cifar_dist.train import OWN_KEYS
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
-
-    from cifar_dist.peers import Peers
 
 STAGE_SECONDS = 20  # for all processes to come to a stage
 SIZES = (1 << 10, 1 << 16, 1 << 20, 25 << 20)  # bytes of an all-reduce; 25 MB is DDP's bucket
@@ -98,9 +97,8 @@ def _meet(facts: Facts, as_json: bool) -> int:
     train = dataclasses.replace(
         Recipe().train, precision=facts.recipe.train.precision, timeout=STAGE_SECONDS
     )
-    rank, stage = int(os.environ.get("RANK", "0")), "when they met"
+    stage = "when they met"
     findings = check(facts)
-    peers: Peers | None = None
     told: dict[str, Any] = {}
     try:
         recipe = {key: v for key, v in flatten(facts.recipe).items() if key not in OWN_KEYS}
@@ -108,23 +106,21 @@ def _meet(facts: Facts, as_json: bool) -> int:
         for where, function in STAGES.items():
             stage = where
             told |= function(accelerator, peers, facts, findings)
-    except UsageError as refusal:  # of those who noticed, one is to say it
-        if getattr(refusal, "reporter", rank == 0):
-            return show(
-                [*findings, error("start", str(refusal), "see docs/launching.md")], told, as_json
-            )
-        return 2
     except Exception as failure:
-        if peers is None:
+        if Peers.current is None and not isinstance(failure, UsageError):
             raise
-        ending = peers.explain(failure, stage)
-        if ending.speaks:
-            remedy = "look at their machines, and at what lies between"
-            return show([*findings, error("lost", ending.line, remedy)], told, as_json)
+
+        def report(ending: Ending) -> None:
+            code, remedy = "lost", "look at their machines, and at what lies between"
+            if ending.code == REFUSED:
+                code, remedy = "start", "see docs/launching.md"
+            show([*findings, error(code, ending.line, remedy)], told, as_json)
+
+        agree(failure, stage, report)
         return 2
     if not as_json and "all_reduce" in told:
         told["all_reduce"] = _in_words(told["all_reduce"])
-    code = show(findings, told, as_json) if rank == 0 else 0
+    code = show(findings, told, as_json) if peers.rank == 0 else 0
     # Launchers make a failed job of any code but 0, which warnings are not.
     code = 2 * (peers.tell("verdict", code, STAGE_SECONDS)[0] == 2)
     peers.leave()

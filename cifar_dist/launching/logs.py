@@ -72,7 +72,8 @@ KNOWN = (
     ),
     KnownError(
         "killed",
-        r"exitcode\s*:\s*-9\b|Signal 9 \(SIGKILL\)|oom[-_]kill|Out Of Memory|ended without a word",
+        r"exitcode\s*:\s*-9\b|Signal 9 \(SIGKILL\)|oom[-_]kill|Out Of Memory|"
+        r"ended without a word|exited without an error message",
         "a process was killed from outside, most often because the machine ran out of memory",
         "look at dmesg or the engine's events; use fewer processes, or smaller images",
     ),

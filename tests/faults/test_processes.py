@@ -25,14 +25,14 @@ LONG = [*TINY, "--train.epochs", "3", "--checkpoint.every_steps", "5"]
         ),
         pytest.param(
             "is_killed 7 1",
-            "error: rank 1 ended without a word (killed from outside, most often for want of "
-            "memory) at step 7",
+            "error: rank 1 exited without an error message (probably killed by the OOM killer) at "
+            "step 7",
             marks=pytest.mark.fault(27),
             id="is killed",
         ),
         pytest.param(
             "is_killed 7 0",
-            "error: rank 0 ended without a word (killed from outside",
+            "error: rank 0 exited without an error message (probably killed by the OOM killer",
             marks=pytest.mark.fault(27),
             id="rank 0 is killed",
         ),

@@ -184,7 +184,9 @@ def test_when_one_worker_is_killed_all_end_and_the_same_command_continues(
         victim[0].kill()
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
-    assert re.search(rf"^{machines[0].name}: error: rank 1 ended without a word", output, re.M)
+    assert re.search(
+        rf"^{machines[0].name}: error: rank 1 exited without an error message", output, re.M
+    )
     assert status_of(tmp_path / "run")["state"] == "failed"
     assert not _workers(tmp_path / "run")
     _finish(start, alone, tmp_path / "run", "--checkpoint.every_steps", "7")

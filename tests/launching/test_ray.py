@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist.peers import Ending, PeersMissing
-from cifar_dist.train import RunFailed
+from cifar_dist.ending import Ending
+from cifar_dist.peers import PeersMissing
 from tests.helpers import JOB, Integers, read_lines, tested
 from tests.launching.nodes import run_on_nodes
 
@@ -53,9 +53,7 @@ def test_a_killed_worker_costs_nothing_but_time(
     assert steps == list(range(1, 21))
 
 
-@pytest.mark.parametrize(
-    "error", [RunFailed("why", Ending("why", True)), PeersMissing("who", True)]
-)
+@pytest.mark.parametrize("error", [Ending(1, "why").to_error(), PeersMissing("who")])
 def test_what_a_run_raises_reaches_another_machine(error: Exception) -> None:
     arrived = pickle.loads(pickle.dumps(error))
     assert (type(arrived), str(arrived)) == (type(error), str(error))

@@ -1,0 +1,199 @@
+"""How a launch ends: all processes agree on the cause, and one on each machine reports it.
+
+A launcher sends SIGTERM to every process as soon as one of them has exited. Therefore no process
+exits with an error before the cause has been reported, and a signal counts as the cause only if no
+process has failed.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cifar_dist.config import RunError, UsageError
+from cifar_dist.preemption import EXIT_CODE, Preempted, ignore_signals, local_rank
+
+if TYPE_CHECKING:
+    from cifar_dist.peers import Peers
+
+FAILED, REFUSED = 1, 2  # exit codes, besides EXIT_CODE of a preempted run
+GRACE_SECONDS = 3.0  # for the other processes to notice what this one has noticed
+STOPPED = "stopped by a signal before training began; nothing was lost"
+VANISHED = "exited without an error message (probably killed by the OOM killer)"
+LOST = re.compile(
+    r"gloo|NCCL|closed by peer|reset by peer|Broken pipe|Timed out waiting|Operation timed out",
+    re.IGNORECASE,
+)
+
+
+class PeerLost(Exception):
+    """Another process, or the store of the launch, has ended while this one waited for it."""
+
+
+class RunFailed(Exception):
+    """A run that failed; the message is the line that names the cause."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a launch ends.
+
+    Attributes:
+        code: exit code of every process.
+        line: names the cause, with rank and place if they are known.
+        traceback: of the process that failed first; empty if the line says all.
+        writes: this process is the one that writes status.json.
+    """
+
+    code: int
+    line: str
+    traceback: str = ""
+    writes: bool = True
+
+    def to_error(self) -> BaseException:
+        """Return the exception for this kind of ending; `end_command` will not report it again."""
+        kinds: dict[int, type[BaseException]] = {REFUSED: UsageError, EXIT_CODE: Preempted}
+        error = kinds.get(self.code, RunFailed)(self.line)
+        error.reported = self  # type: ignore[attr-defined]
+        return error
+
+
+def end_command(error: BaseException) -> int:
+    """Report what ended a command, unless that has been done, and return the exit code."""
+    ending = getattr(error, "reported", None) or agree(error, "at the start")
+    return int(ending.code)
+
+
+def print_ending(ending: Ending) -> None:
+    """Print the traceback of the process that failed first, and after it the line."""
+    begin = "" if ending.code == EXIT_CODE else f"{ending.traceback}error: "
+    print(f"{begin}{ending.line}", file=sys.stderr, flush=True)
+
+
+def agree(
+    error: BaseException,
+    where: str,
+    report: Callable[[Ending], object] = print_ending,
+    in_training: bool = False,
+) -> Ending:
+    """Agree with the other processes on why the launch ends, and have it reported.
+
+    The first cause that a process publishes is the cause for all. Signals are ignored meanwhile.
+
+    Args:
+        error: what ended this process.
+        where: "at step 12" or the like.
+        report: called on one process of each machine; the others return only after it.
+        in_training: signals are deferred on all processes, so the first process of a machine
+            reports however soon the others exit.
+    """
+    from cifar_dist.peers import Peers, PeersMissing
+
+    peers = Peers.current or (None if isinstance(error, PeersMissing) else Peers.late())
+    own = _describe(error, where, peers)
+    if peers is None or peers.world == 1:
+        if local_rank() > 0:  # the first process reports the same, and the launcher ends this one
+            time.sleep(GRACE_SECONDS)
+        report(own)
+        return own
+    ignore_signals()
+    try:
+        return _agree(peers, error, own, where, report, in_training)
+    except RuntimeError:  # the store ended with rank 0, or with the launcher
+        if peers.heard:
+            first = peers.heard
+        elif lost_peer(error):
+            first = Ending(FAILED, f"rank 0 {VANISHED} {where}")
+        else:
+            first = own
+        first = replace(first, writes=peers.rank <= 1)
+        if first.writes:
+            report(first)
+        return first
+    finally:
+        peers.leave()
+
+
+def _agree(
+    peers: Peers,
+    error: BaseException,
+    own: Ending,
+    where: str,
+    report: Callable[[Ending], object],
+    in_training: bool,
+) -> Ending:
+    peers.mark("ended")
+    is_cause = own.code != EXIT_CODE and not lost_peer(error)
+    first = peers.publish(own if is_cause else _find_cause(peers, error, own, where))
+    if local_rank() > 0 and is_cause and in_training:
+        return replace(first, writes=False)
+    machine = f"of machine {peers.first_here}"
+    if local_rank() > 0 and (is_cause or peers.first_here in peers.marked("ended")):
+        peers.wait_until(lambda: peers.has(f"reporter {machine}"), GRACE_SECONDS)
+    reports = peers.claim(f"reporter {machine}")
+    if reports:
+        report(first)
+        peers.put(f"report {machine}")
+    peers.wait_until(lambda: peers.has(f"report {machine}"), GRACE_SECONDS)
+    ended = peers.marked("ended")
+    peers.mark("heard")
+    if peers.serves:
+        peers.wait_until(lambda: len(peers.marked("heard")) == peers.world, GRACE_SECONDS)
+    return replace(first, writes=reports and peers.rank == min(ended & {0, peers.rank}))
+
+
+def _find_cause(peers: Peers, error: BaseException, own: Ending, where: str) -> Ending:
+    """Wait for a process that failed to publish the cause; else find out which ones are missing."""
+    peers.call_roll()
+    published = peers.wait_until(
+        lambda: peers.ending() or len(peers.marked("ended")) == peers.world, GRACE_SECONDS
+    )
+    if isinstance(published, Ending):
+        return published
+    missing = set(range(peers.world)) - peers.marked("ended")
+    if isinstance(error, Preempted):  # those that have not met the others yet are still starting
+        dead = missing & peers.marked("code") - peers.marked("here")
+        return Ending(FAILED, f"{_name(dead)} {VANISHED} {where}") if dead else own
+    if missing and "timed out" in str(error).lower():
+        waited = f"{_name(missing)} did not arrive within {peers.timeout:g} s {where}"
+        return Ending(FAILED, waited + peers.ask_where(sorted(missing)))
+    return Ending(FAILED, f"{_name(missing)} {VANISHED} {where}") if missing else own
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Return whether `error` shows only that another process has ended or is late."""
+    if isinstance(error, PeerLost):
+        return True
+    if isinstance(error, NotImplementedError) or not isinstance(error, RuntimeError):
+        return False
+    import torch.distributed
+
+    return isinstance(error, torch.distributed.DistError) or bool(LOST.search(str(error)))
+
+
+def _describe(error: BaseException, where: str, peers: Peers | None) -> Ending:
+    """Return the ending that `error` alone would be."""
+    if isinstance(error, Preempted):
+        return Ending(EXIT_CODE, STOPPED)
+    if isinstance(error, UsageError):
+        return Ending(REFUSED, str(error))
+    if isinstance(error, (RunError, PeerLost)):
+        return Ending(FAILED, str(error))
+    if isinstance(error, KeyboardInterrupt):
+        return Ending(FAILED, f"stopped at once by a second Ctrl-C {where}")
+    who = f"rank {peers.rank} failed" if peers and peers.world > 1 else "failed"
+    reason = " ".join(str(error).split())[:500]
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    line = f"{who} {where}: {type(error).__name__}: {reason}{place}"
+    return Ending(FAILED, line, "".join(traceback.format_exception(error)))
+
+
+def _name(ranks: set[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, sorted(ranks)))}"
