@@ -27,7 +27,7 @@ from cifar_dist.data.augment import Pixels
 from cifar_dist.engine import TrainState, gather_buffers, settle_buckets, write_buffers
 from cifar_dist.guard import Guard, require_equal_weights
 from cifar_dist.metrics import Tally, Totals
-from cifar_dist.models import build_model
+from cifar_dist.models import build_model, require_batchnorm_values
 from cifar_dist.models.speednet import WHITENED_IMAGES, SpeedNet
 from cifar_dist.optim import build_optimizer
 from cifar_dist.peers import Peers
@@ -146,6 +146,8 @@ def open_session(
         network = network.to(memory_format=torch.channels_last)
     if recipe.train.sync_batchnorm:
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    per_process = recipe.train.batch_size // recipe.train.accumulate // accelerator.num_processes
+    require_batchnorm_values(network, per_process, dataset.train.image_size)
     average = None
     if recipe.train.ema:
         blend = get_ema_multi_avg_fn(recipe.train.ema)

@@ -1,14 +1,19 @@
 """Architectures: their sizes, and that any image size and class count works."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 from cifar_dist.config import ModelConfig
+from cifar_dist.launching.plan import main as plan
 from cifar_dist.models import MODELS, build_model
 from cifar_dist.models.layers import AveragePool
 from cifar_dist.models.speednet import SpeedNet
+from cifar_dist.train import main as train
+from tests.helpers import TINY
 
 # Weights and biases counted from the papers' and tutorials' tables.
 PARAMETERS = {
@@ -92,3 +97,25 @@ def test_whitened_outputs_are_uncorrelated_over_all_images_given() -> None:
     torch.testing.assert_close(
         first @ first.T / first.shape[1], torch.eye(12, dtype=torch.double), rtol=0, atol=0.01
     )
+
+
+def test_batchnorm_over_a_single_value_is_refused_before_training(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model.name", "vgg16", "--data.image_size", "16", "--train.batch_size", "1"]
+    options = [*TINY, *options, "--data.limit_train", "3", "--out", str(tmp_path / "run")]
+    message = (
+        "error: BatchNorm layer 24.1 would normalise over a single value per channel, as each "
+        "process trains on 1 image at a time; give a larger train.batch_size"
+    )
+    assert train(options) == 2
+    assert capfd.readouterr().err.startswith(message)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    assert plan(options) == 2
+    assert capfd.readouterr().err.startswith(message)
+
+
+def test_batchnorm_over_one_image_of_several_pixels_trains(tmp_path: Path) -> None:
+    options = ["--model.name", "deep", "--data.image_size", "32", "--train.batch_size", "1"]
+    options = [*TINY, *options, "--data.limit_train", "2", "--data.limit_test", "2"]
+    assert train([*options, "--train.epochs", "1", "--out", str(tmp_path / "run")]) == 0

@@ -88,6 +88,11 @@ def predict(recipe: Recipe, processes: int) -> Prediction:
     at_once = recipe.checkpoint.keep + 1 + ("val" in dataset.evaluation)
     sizes = [weight.bytes // (2 if train.compress_gradients else 1) for weight in trained]
     part = train.batch_size // train.accumulate // processes
+    if part == 1 and not train.sync_batchnorm:
+        from cifar_dist.models import build_model, require_batchnorm_values
+
+        built = build_model(recipe.model, len(dataset.classes))
+        require_batchnorm_values(built, part, dataset.train.image_size)
     # Activations, as most of them are kept in the precision of the arithmetic.
     narrow = 2 if train.precision in ("bf16", "fp16") else 1
     gradients = sum(weight.bytes for weight in trained)

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
-from cifar_dist.config import ModelConfig
+from cifar_dist.config import ModelConfig, require
 from cifar_dist.models.deep import deep
 from cifar_dist.models.residual import residual
 from cifar_dist.models.resnet import resnet18, resnet34, resnet50
@@ -38,3 +39,40 @@ def build_model(config: ModelConfig, classes: int) -> nn.Module:
     network = MODELS[config.name](classes, **chosen)
     use_winograd(network)
     return network
+
+
+@torch.no_grad()
+def require_batchnorm_values(network: nn.Module, images: int, image_size: int) -> None:
+    """Refuse training in which BatchNorm would normalise over a single value per channel.
+
+    Args:
+        network: with BatchNorm of its own process, not synchronised.
+        images: of each process and forward pass.
+        image_size: side of the images, in pixels.
+
+    Raises:
+        UsageError: naming the layer.
+    """
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+    layers = {name: layer for name, layer in network.named_modules() if type(layer) in kinds}
+    if images > 1 or not layers:
+        return
+
+    def check(name: str, features: torch.Tensor) -> None:
+        require(
+            features.numel() > features.shape[1],
+            f"BatchNorm layer {name} would normalise over a single value per channel, as each "
+            "process trains on 1 image at a time; give a larger train.batch_size, a smaller "
+            "train.accumulate, or fewer processes",
+        )
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: check(name, inputs[0]))
+        for name, layer in layers.items()
+    ]
+    network.eval()  # keeps its statistics
+    device = next(network.parameters()).device
+    network(torch.zeros(images, 3, image_size, image_size, device=device))
+    for handle in handles:
+        handle.remove()
+    network.train()

@@ -189,11 +189,13 @@ def slow_decoding(seconds: str) -> None:
     decode.decode_image = decode_image
 
 
-def slow_start(seconds: str) -> None:
+def slow_start(seconds: str, rank: str | None = None) -> None:
     """Take long before there are any data."""
     from cifar_dist import data
 
     original = data.load_dataset
+    if rank not in (None, os.environ.get(RANK)):
+        return
 
     def load_dataset(*arguments: Any) -> Any:
         _mark()
@@ -201,6 +203,14 @@ def slow_start(seconds: str) -> None:
         return original(*arguments)
 
     data.load_dataset = load_dataset
+
+
+def killed_at_start(rank: str) -> None:
+    """SIGKILL this process before there are any data."""
+    from cifar_dist import data
+
+    if os.environ.get(RANK) == rank:
+        data.load_dataset = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def slow_steps(seconds: str) -> None:
