@@ -157,13 +157,12 @@ def _find_cause(peers: Peers, error: BaseException, own: Ending, where: str) -> 
     if isinstance(published, Ending):
         return published
     missing = set(range(peers.world)) - peers.marked("ended")
-    if isinstance(error, Preempted):  # those that have not met the others yet are still starting
-        dead = missing & peers.marked("code") - peers.marked("here")
-        return Ending(FAILED, f"{_name(dead)} {VANISHED} {where}") if dead else own
-    if missing and "timed out" in str(error).lower():
+    if missing and lost_peer(error) and "timed out" in str(error).lower():
         waited = f"{_name(missing)} did not arrive within {peers.timeout:g} s {where}"
         return Ending(FAILED, waited + peers.ask_where(sorted(missing)))
-    return Ending(FAILED, f"{_name(missing)} {VANISHED} {where}") if missing else own
+    # Those that have not met the others yet may still be importing.
+    dead = missing & peers.marked("code") - peers.marked("here")
+    return Ending(FAILED, f"{_name(dead)} {VANISHED} {where}") if dead else own
 
 
 def lost_peer(error: BaseException) -> bool:

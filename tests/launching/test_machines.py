@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from cifar_dist.runtime import address_towards, choose_interface, interface_of
-from tests.helpers import JOB, Integers, status_of
+from tests.helpers import JOB, Integers, status_of, write_folder
 from tests.helpers import tested as integers_of
 from tests.launching.machines import (
     LONG,
@@ -83,6 +83,24 @@ def test_torchrun_says_what_it_could_not_reach(
             assert process.returncode == 1, output
     assert re.search(rf"time.*{first}.*29500", output), output  # the second machine's
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("without", [0, 1])
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_both_machines_print_why_one_of_them_cannot_start(
+    rendezvous: str, without: int, machines: tuple[Machine, Machine], tmp_path: Path
+) -> None:
+    roots = [write_folder(tmp_path / "set", {"train": 36, "test": 9})] * 2
+    roots[without] = tmp_path / "absent"
+    options = ("--data.name", "imagefolder", "--train.batch_size", "4")
+    own = (["--data.root", str(roots[0])], ["--data.root", str(roots[1])])
+    with _torchrun(rendezvous, machines, tmp_path / "run", *options, own=own) as processes:
+        outputs = [process.communicate(timeout=90)[0] for process in processes]
+    line = f"error: data.root '{roots[without]}' is not a folder"
+    for output in outputs:
+        assert re.findall("^error: .*", output, re.M)[0].startswith(line), output
+        assert "stopped by a signal" not in output
 
 
 def examine(machine: Machine, rank: int, first: Machine, folder: Path) -> tuple[int, str]:
@@ -255,8 +273,9 @@ def _torchrun(
     out: Path,
     *options: str,
     module: str = "cifar_dist.train",
+    own: tuple[list[str], list[str]] = ([], []),
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start torchrun with JOB on each machine, and end what is left of it."""
+    """Start torchrun with JOB, and options of its own, on each machine; end what is left of it."""
     place = f"{machines[0].name}:29500"
     processes = []
     for rank, machine in enumerate(machines):
@@ -266,7 +285,7 @@ def _torchrun(
         }[rendezvous]
         seconds = {"static": "timeout=15", "c10d": "join_timeout=15,read_timeout=15"}[rendezvous]
         launch = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1", *meet]
-        train = ["-m", module, *JOB, *options, "--resume", "auto", "--out", str(out)]
+        train = ["-m", module, *JOB, *options, *own[rank], "--resume", "auto", "--out", str(out)]
         command = machine.command(*launch, "--rdzv_conf", seconds, *train)
         processes.append(_popen(command, SETTINGS))
     try:
