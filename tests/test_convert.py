@@ -145,6 +145,7 @@ def test_files_without_weights_are_refused(
         ("cut.pt", "out.safetensors", "cannot be read as a file of torch.save"),
         ("in.pt", "in.pt", "ends in .safetensors"),
         ("in.pt", "old.safetensors", "exists"),
+        ("in.pt", "link.safetensors", "exists"),
         ("in.pt", "absent/out.safetensors", "cannot be written"),
     ],
 )
@@ -161,12 +162,14 @@ def test_bad_files_are_refused(
     (tmp_path / "text.pt").write_text("no weights")
     (tmp_path / "empty.pt").touch()
     (tmp_path / "old.safetensors").touch()
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "nowhere")
     before = sorted(os.listdir(tmp_path))
     assert convert.main([str(tmp_path / source), str(tmp_path / target)]) == 2
     error = capfd.readouterr().err
     assert message in error
     assert error.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == before
+    assert (tmp_path / "link.safetensors").is_symlink()
 
 
 def test_training_starts_from_converted_weights_and_continues_without_them(

@@ -1,6 +1,8 @@
 """One step and one evaluation against plain PyTorch."""
 
 import gc
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +15,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cifar_dist.config import AugmentConfig, TrainConfig
 from cifar_dist.data import batches
 from cifar_dist.data.augment import Pixels
-from cifar_dist.data.batches import build_evaluation_loader, build_loader
+from cifar_dist.data.batches import GlobalBatches, build_evaluation_loader, build_loader
 from cifar_dist.data.images import Images
 from cifar_dist.data.synthetic import draw
-from cifar_dist.engine import VIEWS, TrainState, evaluate, train_epoch, view
+from cifar_dist.engine import VIEWS, TrainState, evaluate, seed_step, train_epoch, view
 from cifar_dist.guard import Guard
 from cifar_dist.metrics import Tally
 from cifar_dist.runtime import start_processes
@@ -115,9 +117,29 @@ def test_the_average_follows_every_step(accelerator: Accelerator, images: Images
 
 def test_the_tally_is_what_was_trained_on(accelerator: Accelerator, images: Images) -> None:
     totals = train(accelerator, images).tally.totals(accelerator)
-    assert totals.count == 96
-    assert 0 <= totals.correct <= 96
-    assert totals.loss == pytest.approx(2.3, abs=0.5)
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    correct, loss_sum = 0, 0.0
+    # Each batch is counted with the weights that it met.
+    for network, rows in zip([small_network(), *plain_loop(images)], order.split(32), strict=False):
+        pixels = torch.from_numpy(images.images[rows.numpy()]).permute(0, 3, 1, 2) / 255
+        labels = torch.from_numpy(images.labels[rows.numpy()])
+        logits = network((pixels - 0.5) / 0.25)
+        correct += int((logits.argmax(1) == labels).sum())
+        loss_sum += functional.cross_entropy(logits, labels, reduction="sum").item()
+    assert (totals.correct, totals.count) == (correct, 96)
+    assert totals.loss_sum == pytest.approx(loss_sum, rel=1e-5)
+
+
+def test_dropout_depends_on_seed_step_part_and_rank_alone() -> None:
+    def draws(seed: int, step: int, part: int, rank: int) -> list[float]:
+        process = SimpleNamespace(device=torch.device("cpu"), process_index=rank)
+        seed_step(process, TrainConfig(seed=seed), step, part)  # type: ignore[arg-type]
+        return torch.rand(4).tolist()
+
+    places = [(1, 2, 0, 0), (2, 2, 0, 0), (1, 3, 0, 0), (1, 2, 1, 0), (1, 2, 0, 1)]
+    found = [draws(*place) for place in places]
+    assert len({tuple(values) for values in found}) == len(places)
+    assert found == [draws(*place) for place in places]
 
 
 def test_evaluation_equals_a_count_by_hand(accelerator: Accelerator, images: Images) -> None:
@@ -146,6 +168,33 @@ def test_evaluation_equals_a_count_by_hand(accelerator: Accelerator, images: Ima
             gap = (predicted == labels)[chosen].double().mean() - confidence[chosen].double().mean()
             error += float(chosen.double().mean() * gap.abs())
     assert result.calibration_error == pytest.approx(error)
+
+
+def test_certainty_counts_in_the_last_bin(accelerator: Accelerator, images: Images) -> None:
+    network = small_network()
+    with torch.no_grad():
+        list(network.parameters())[-2].mul_(1e6)
+    result = evaluate(accelerator, network, build_evaluation_loader(accelerator, images), PLAIN, 10)
+    assert result is not None
+    assert result.bins[0].tolist() == [0.0] * 14 + [96.0]
+    assert result.bins[2].tolist() == [0.0] * 14 + [96.0]  # each with a confidence of exactly 1
+    assert result.calibration_error == pytest.approx(1 - result.totals.accuracy)
+
+
+@pytest.mark.parametrize("missing", [0, 5, 11])
+def test_an_evaluation_that_misses_images_is_an_error(
+    missing: int, accelerator: Accelerator, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "EVALUATION_BATCH", 8)
+    original = GlobalBatches.__iter__
+
+    def incomplete(self: GlobalBatches) -> Iterator[torch.Tensor]:
+        yield from (batch for number, batch in enumerate(original(self)) if number != missing)
+
+    monkeypatch.setattr(GlobalBatches, "__iter__", incomplete)
+    loader = build_evaluation_loader(accelerator, images)
+    with pytest.raises(RuntimeError, match="evaluation counted 88 images of 96"):
+        evaluate(accelerator, small_network(), loader, PLAIN, classes=10)
 
 
 def test_an_evaluation_holds_nothing_of_a_batch(
