@@ -18,7 +18,15 @@ from cifar_dist.data.augment import Pixels
 from cifar_dist.data.batches import GlobalBatches, build_evaluation_loader, build_loader
 from cifar_dist.data.images import Images
 from cifar_dist.data.synthetic import draw
-from cifar_dist.engine import VIEWS, TrainState, evaluate, seed_step, train_epoch, view
+from cifar_dist.engine import (
+    VIEWS,
+    TrainState,
+    evaluate,
+    seed_step,
+    settle_buckets,
+    train_epoch,
+    view,
+)
 from cifar_dist.guard import Guard
 from cifar_dist.metrics import Tally
 from cifar_dist.runtime import start_processes
@@ -170,6 +178,33 @@ def test_evaluation_equals_a_count_by_hand(accelerator: Accelerator, images: Ima
     assert result.calibration_error == pytest.approx(error)
 
 
+def test_each_part_of_each_step_has_a_dropout_mask_of_its_own(
+    accelerator: Accelerator, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = []
+
+    def network() -> nn.Module:
+        layers = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 10))
+        layers[1].register_forward_hook(lambda *seen: masks.append(seen[2][0] == 0))
+        return layers
+
+    monkeypatch.setattr("tests.test_engine.small_network", network)
+    train(accelerator, images, accumulate=2)
+    assert len(masks) == 6
+    assert len({tuple(mask.tolist()) for mask in masks}) == 6
+
+
+def test_settling_the_buckets_changes_nothing(accelerator: Accelerator) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    optimizer, tally = torch.optim.SGD(network.parameters()), Tally(accelerator.device)
+    state = TrainState(network, network, optimizer, None, None, tally, 0, torch.zeros(()))
+    settle_buckets(state, 8)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
 def test_certainty_counts_in_the_last_bin(accelerator: Accelerator, images: Images) -> None:
     network = small_network()
     with torch.no_grad():
@@ -227,6 +262,10 @@ def test_views_shift_and_mirror() -> None:
     assert moved[1:, :-1].tolist() == image[0, 0, :-1, 1:].tolist()
     assert moved[0].tolist() == [1, 2, 3, 3]  # the border is repeated
     assert {len(VIEWS[name]) for name in VIEWS} == {1, 2, 6}
+    for views in VIEWS.values():
+        assert sum(share for share, *_ in views) == pytest.approx(1)
+    for views in (VIEWS["flip"], VIEWS["flip_shift"]):  # both ways, with the same weight
+        assert {(w, not flip, y, x) for w, flip, y, x in views} == set(views)
 
 
 def test_test_time_views_make_it_blind_to_mirroring(

@@ -196,7 +196,15 @@ def test_a_run_may_end_in_the_middle_of_an_epoch(
         (15, 160),
     ]
     assert [line["step"] for line in lines if line["split"] == "test"] == [10, 15]
-    rates = [line["learning_rate"] for line in lines if line["split"] == "train_window"]
+    windows = [line for line in lines if line["split"] == "train_window"]
+    for epoch in (0, 1):  # the windows of an epoch make up the epoch
+        parts = [line for line in windows if line["epoch"] == epoch]
+        whole = next(x for x in lines if x["split"] == "train" and x["epoch"] == epoch)
+        for what in ("correct", "count"):
+            assert sum(line[what] for line in parts) == whole[what]
+        losses = [line["loss"] * line["count"] for line in parts]
+        assert sum(losses) == pytest.approx(whole["loss"] * whole["count"])
+    rates = [line["learning_rate"] for line in windows]
     assert rates == pytest.approx([0.02 * (1 - step / 15) for step in range(15)])
     with monkeypatch.context() as patch:
         stop_at(12, patch)

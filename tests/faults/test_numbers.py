@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from cifar_dist.checkpoint import load_newest
+from cifar_dist.guard import describe_bad_step
 from tests.forked import start
 from tests.helpers import TINY
 
@@ -47,6 +49,15 @@ def test_a_bad_image_on_one_process_reaches_no_weights(
     assert newest[1].state["step"] == 4
     for tensors in newest[1].tensors.values():
         assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(1, "0"), (8, "0, 1, 2, 3, 4, 5, 6, 7"), (10, "0, 1, 2, 3, 4, 5, 6, 7 and 2 more")],
+)
+def test_a_message_names_the_first_few_samples(count: int, shown: str) -> None:
+    line = str(describe_bad_step(Accelerator(cpu=True), list(map(str, range(count))), 3))
+    assert f"is not finite at step 3 on rank 0, training images {shown}; the weights" in line
 
 
 @pytest.mark.fault(24)

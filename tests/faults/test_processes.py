@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from cifar_dist import peers
 from cifar_dist.checkpoint import load_newest
 from cifar_dist.config import UsageError
+from cifar_dist.guard import weight_sums
 from tests.faults.inject import inject
 from tests.forked import start
 from tests.helpers import TINY, command, run_command, status_of
@@ -87,6 +89,22 @@ def test_one_process_fails_and_the_job_ends_with_its_name(
     newest = load_newest(out / "checkpoints")
     assert newest is not None
     assert newest[1].state["step"] == 5
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+def test_one_bit_of_any_weight_changes_the_sum_of_its_tensor(kind: torch.dtype) -> None:
+    network = torch.nn.Linear(4, 3).to(kind)
+    width = network.weight.element_size()
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+    before = weight_sums(network)
+    for number, weights in enumerate(network.parameters()):
+        bits = weights.data.view(integers).flatten()
+        for element in range(len(bits)):
+            for place in (0, 3, 8 * width - 2):
+                bits[element] ^= 1 << place
+                changed = weight_sums(network) != before
+                assert changed.tolist() == [tensor == number for tensor in range(2)]
+                bits[element] ^= 1 << place
 
 
 @pytest.mark.fault(26)

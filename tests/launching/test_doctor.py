@@ -207,6 +207,13 @@ def test_known_errors_are_explained(code: str, log: str) -> None:
     assert all(finding.message.startswith("line 2: ") for finding in found)
 
 
+def test_errors_are_explained_in_the_order_of_the_log() -> None:
+    found = explain("\n".join(reversed(LOGS.values())))
+    lines = [int(finding.message.split(":")[0].removeprefix("line ")) for finding in found]
+    assert lines == sorted(lines)
+    assert len(set(lines)) == len(LOGS)
+
+
 def test_every_known_error_has_a_log() -> None:
     assert {known.code for known in KNOWN} == LOGS.keys()
 

@@ -15,7 +15,7 @@ import yaml
 from cifar_dist.checkpoint import prune
 from cifar_dist.config import parse_recipe
 from cifar_dist.launching import plan
-from cifar_dist.launching.predict import fit_line, predict, step_seconds
+from cifar_dist.launching.predict import Prediction, fit_line, predict, step_seconds
 from cifar_dist.models import MODELS
 from cifar_dist.train import run
 from tests.helpers import TINY, command, read_lines, run_command, write_folder
@@ -196,6 +196,20 @@ def test_the_memory_of_activations_is_what_a_step_keeps(processes: int, accumula
     really_kept = sum(size for place, size in kept.items() if place not in parameters)
     planned = predict(recipe, processes).memory["activations"]
     assert planned == pytest.approx(really_kept, rel=0.02)
+
+
+def test_options_that_halve_or_double_do_so_in_a_plan() -> None:
+    def planned(*options: str) -> Prediction:
+        return predict(parse_recipe([*TINY, *options])[0], 2)
+
+    plain, flag = planned(), 4  # bytes, by which processes agree on stopping
+    assert planned("--train.ema", "0.9").memory["weights"] == 2 * plain.memory["weights"]
+    for precision in ("bf16", "fp16"):
+        halved = planned("--train.precision", precision).memory
+        assert halved["activations"] == plain.memory["activations"] // 2
+        assert halved["weights"] == plain.memory["weights"] == 4 * 145_578
+    sent = planned("--train.compress_gradients", "true").sent
+    assert (plain.sent, sent) == (4 * 145_578 + flag, 2 * 145_578 + flag)
 
 
 def test_latency_and_bandwidth_come_from_times_by_size() -> None:
