@@ -101,6 +101,8 @@ def test_cutout_is_one_square_of_the_mean_colour() -> None:
     sizes = hole.flatten(1).sum(1)
     assert sizes.max() == 36
     assert sizes.min() >= 9  # at a corner a quarter of it lies inside
+    rows, columns = hole.any(2).flatten(1), hole.any(1).flatten(1)
+    assert (rows == columns).all(1).float().mean() < 0.2  # along each axis at another place
     pixels = normalise(images, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), hole).permute(0, 2, 3, 1)
     assert torch.equal(pixels.eq(0).all(-1, keepdim=True), hole)
 
@@ -114,6 +116,17 @@ def test_grey_and_its_probability() -> None:
     changed = (images != batch.images).flatten(1).any(1)
     assert 0.2 < changed.float().mean() < 0.3
     assert torch.equal(images[changed], grey[changed])
+
+
+def test_what_is_drawn_for_an_image_is_unrelated() -> None:
+    batch = batch_of(1000)
+    config = AugmentConfig(flip="random", grayscale=0.5)
+    images, _ = augment(batch, config, 0, 0)
+    grey = (images == images[..., :1]).flatten(1).all(1)
+    plain = torch.where(grey[:, None, None, None], to_grey(batch.images), batch.images)
+    mirrored = (images != plain).flatten(1).any(1)
+    for chosen in (grey & mirrored, grey & ~mirrored, ~grey & mirrored, ~grey & ~mirrored):
+        assert 0.2 < chosen.float().mean() < 0.3
 
 
 def test_without_augmentation_images_stay_as_they_are() -> None:

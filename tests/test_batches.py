@@ -1,8 +1,19 @@
 """Order: which samples form the batches of an epoch."""
 
-import torch
+import warnings
 
-from cifar_dist.data.batches import GlobalBatches, ImageDataset, permutation
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from cifar_dist.data.batches import (
+    GlobalBatches,
+    ImageDataset,
+    build_evaluation_loader,
+    permutation,
+)
+from cifar_dist.data.images import Images
 from cifar_dist.data.synthetic import draw
 
 
@@ -25,6 +36,22 @@ def test_it_starts_anywhere_and_each_epoch_differs() -> None:
     batches.start_at(1, 0)
     assert not torch.equal(torch.cat(list(batches)), torch.cat(first))
     assert not torch.equal(permutation(100, 1, 0), permutation(100, 2, 0))
+
+
+def test_no_two_epochs_of_any_seeds_have_the_same_order() -> None:
+    orders = [permutation(30, seed, epoch) for seed in range(9) for epoch in range(9)]
+    assert len({tuple(order.tolist()) for order in orders}) == 81
+
+
+@pytest.mark.parametrize(("count", "side", "expected"), [(600, 8, 3), (600, 64, 10), (2, 600, 2)])
+def test_batches_of_an_evaluation_are_of_about_as_many_pixels(
+    count: int, side: int, expected: int
+) -> None:
+    pixels = np.broadcast_to(np.uint8(0), (count, side, side, 3))
+    images = Images(pixels, np.zeros(count, dtype=np.int64), ("a",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of an array that cannot be written
+        assert len(build_evaluation_loader(Accelerator(cpu=True), images)) == expected
 
 
 def test_measuring_keeps_order_and_tail() -> None:

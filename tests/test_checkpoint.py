@@ -11,6 +11,7 @@ from cifar_dist.checkpoint import (
     NEEDED,
     Checkpoint,
     DamagedCheckpoint,
+    SaveFailed,
     checkpoints_in,
     find_checkpoint,
     load_checkpoint,
@@ -44,7 +45,7 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["MANIFEST.json", "model.safetensors", "optim.safetensors"])
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+@pytest.mark.parametrize("damage", ["flip at 0", "flip at 12", "flip at -1", "cut", "remove"])
 def test_damage_is_found_and_the_one_before_is_used(
     name: str, damage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,7 +57,7 @@ def test_damage_is_found_and_the_one_before_is_used(
     elif damage == "cut":
         file.write_bytes(content[: len(content) // 2])
     else:
-        content[len(content) // 2] ^= 1
+        content[int(damage.split()[-1])] ^= 1  # length of the header, header, data
         file.write_bytes(content)
     with pytest.raises(DamagedCheckpoint):
         load_checkpoint(file.parent)
@@ -64,6 +65,35 @@ def test_damage_is_found_and_the_one_before_is_used(
     assert newest is not None
     assert newest[0].name == "step-00000001"
     assert "step-00000002" in capfd.readouterr().out
+
+
+def test_damage_is_found_anywhere_in_a_large_file(tmp_path: Path) -> None:
+    large = sample()
+    large.tensors["model"]["w"] = torch.zeros(900_001)  # 3.6 MB
+    file = save_checkpoint(tmp_path, 1, large) / "model.safetensors"
+    whole = file.read_bytes()
+    assert len(whole) > 3 << 20
+    for place in (*range(0, len(whole), 1 << 19), len(whole) - 1):
+        hurt = bytearray(whole)
+        hurt[place] ^= 128
+        file.write_bytes(hurt)
+        with pytest.raises(DamagedCheckpoint):
+            load_checkpoint(file.parent)
+    file.write_bytes(whole)
+    load_checkpoint(file.parent)
+
+
+def test_a_linked_folder_of_checkpoints_is_not_followed(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "elsewhere", 1, sample())
+    (tmp_path / "run").mkdir()
+    link = tmp_path / "run" / "checkpoints"
+    link.symlink_to(tmp_path / "elsewhere")
+    for load in (lambda: load_newest(link), lambda: find_checkpoint(str(tmp_path / "run"))):
+        with pytest.raises(UsageError, match="is a symbolic link; put the folder itself there"):
+            load()
+    with pytest.raises(SaveFailed, match="is a symbolic link, which is not followed"):
+        save_checkpoint(link, 2, sample())
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["step-00000001"]
 
 
 def test_with_all_damaged_nothing_starts_over(tmp_path: Path) -> None:

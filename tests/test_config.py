@@ -1,5 +1,6 @@
 """Recipes: what is accepted, what is refused, and how fast."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,21 @@ def test_what_may_differ_between_a_run_and_its_continuation() -> None:
     assert changed(*free, "--train.accumulate", "2", "--train.epochs", "9") == []
     assert changed("--train.epochs", "1") == ["train.epochs is 4 there and 1 here"]
     assert changed("--optim.lr", "1") == ["optim.lr is 0.003 there and 1.0 here"]
+
+
+def test_no_other_key_may_differ() -> None:
+    """Places, what is recorded, and how a batch is divided; everything else changes the result."""
+    free = {"name", "out", "resume", "data.root", "data.cache", "train.accumulate", "train.timeout"}
+    free |= {"checkpoint.every_epochs", "checkpoint.every_steps", "checkpoint.keep"}
+    free |= {"track.log_with", "track.every_steps"}
+    ignored = set()
+    for key in flatten(Recipe()):
+        changed = copy.deepcopy(Recipe())
+        section, _, name = key.rpartition(".")
+        object.__setattr__(getattr(changed, section) if section else changed, name, -1)
+        if not differences(Recipe(), changed):
+            ignored.add(key)
+    assert ignored == free
 
 
 def test_the_set_of_options_is_deliberate() -> None:

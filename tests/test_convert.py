@@ -1,5 +1,6 @@
 """Weights from elsewhere: converted once without running anything, then where training starts."""
 
+import errno
 import json
 import os
 import pickle
@@ -65,6 +66,28 @@ def test_what_is_converted_is_what_was_saved(
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name]) for name in weights)
     assert sorted(os.listdir(tmp_path)) == ["in.pt", "out.safetensors"]
+
+
+def test_a_prefix_that_some_names_lack_belongs_to_them(tmp_path: Path) -> None:
+    torch.save({"module.a": ONE, "b": ONE}, tmp_path / "in.pt")
+    convert.convert(tmp_path / "in.pt", tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors").keys() == {"module.a", "b"}
+
+
+def test_a_disk_that_fills_up_leaves_nothing(
+    weights: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(weights, tmp_path / "in.pt")
+    write = Path.write_bytes
+
+    def write_half(self: Path, content: bytes) -> int:
+        write(self, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    with pytest.raises(UsageError, match=r"cannot be written .*No space left on device"):
+        convert.convert(tmp_path / "in.pt", tmp_path / "out.safetensors")
+    assert os.listdir(tmp_path) == ["in.pt"]
 
 
 def test_tensors_that_share_memory_or_are_not_contiguous_are_copied(tmp_path: Path) -> None:
@@ -145,6 +168,7 @@ def test_files_without_weights_are_refused(
         ("cut.pt", "out.safetensors", "cannot be read as a file of torch.save"),
         ("in.pt", "in.pt", "ends in .safetensors"),
         ("in.pt", "old.safetensors", "exists"),
+        ("in.pt", "link.safetensors", "exists"),
         ("in.pt", "absent/out.safetensors", "cannot be written"),
     ],
 )
@@ -161,12 +185,14 @@ def test_bad_files_are_refused(
     (tmp_path / "text.pt").write_text("no weights")
     (tmp_path / "empty.pt").touch()
     (tmp_path / "old.safetensors").touch()
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "nowhere")
     before = sorted(os.listdir(tmp_path))
     assert convert.main([str(tmp_path / source), str(tmp_path / target)]) == 2
     error = capfd.readouterr().err
     assert message in error
     assert error.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == before
+    assert (tmp_path / "link.safetensors").is_symlink()
 
 
 def test_training_starts_from_converted_weights_and_continues_without_them(

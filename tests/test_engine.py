@@ -1,6 +1,8 @@
 """One step and one evaluation against plain PyTorch."""
 
 import gc
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +15,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cifar_dist.config import AugmentConfig, TrainConfig
 from cifar_dist.data import batches
 from cifar_dist.data.augment import Pixels
-from cifar_dist.data.batches import build_evaluation_loader, build_loader
+from cifar_dist.data.batches import GlobalBatches, build_evaluation_loader, build_loader
 from cifar_dist.data.images import Images
 from cifar_dist.data.synthetic import draw
-from cifar_dist.engine import VIEWS, TrainState, evaluate, train_epoch, view
+from cifar_dist.engine import (
+    VIEWS,
+    TrainState,
+    evaluate,
+    seed_step,
+    settle_buckets,
+    train_epoch,
+    view,
+)
 from cifar_dist.guard import Guard
 from cifar_dist.metrics import Tally
 from cifar_dist.runtime import start_processes
@@ -115,9 +125,29 @@ def test_the_average_follows_every_step(accelerator: Accelerator, images: Images
 
 def test_the_tally_is_what_was_trained_on(accelerator: Accelerator, images: Images) -> None:
     totals = train(accelerator, images).tally.totals(accelerator)
-    assert totals.count == 96
-    assert 0 <= totals.correct <= 96
-    assert totals.loss == pytest.approx(2.3, abs=0.5)
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    correct, loss_sum = 0, 0.0
+    # Each batch is counted with the weights that it met.
+    for network, rows in zip([small_network(), *plain_loop(images)], order.split(32), strict=False):
+        pixels = torch.from_numpy(images.images[rows.numpy()]).permute(0, 3, 1, 2) / 255
+        labels = torch.from_numpy(images.labels[rows.numpy()])
+        logits = network((pixels - 0.5) / 0.25)
+        correct += int((logits.argmax(1) == labels).sum())
+        loss_sum += functional.cross_entropy(logits, labels, reduction="sum").item()
+    assert (totals.correct, totals.count) == (correct, 96)
+    assert totals.loss_sum == pytest.approx(loss_sum, rel=1e-5)
+
+
+def test_dropout_depends_on_seed_step_part_and_rank_alone() -> None:
+    def draws(seed: int, step: int, part: int, rank: int) -> list[float]:
+        process = SimpleNamespace(device=torch.device("cpu"), process_index=rank)
+        seed_step(process, TrainConfig(seed=seed), step, part)  # type: ignore[arg-type]
+        return torch.rand(4).tolist()
+
+    places = [(1, 2, 0, 0), (2, 2, 0, 0), (1, 3, 0, 0), (1, 2, 1, 0), (1, 2, 0, 1)]
+    found = [draws(*place) for place in places]
+    assert len({tuple(values) for values in found}) == len(places)
+    assert found == [draws(*place) for place in places]
 
 
 def test_evaluation_equals_a_count_by_hand(accelerator: Accelerator, images: Images) -> None:
@@ -146,6 +176,60 @@ def test_evaluation_equals_a_count_by_hand(accelerator: Accelerator, images: Ima
             gap = (predicted == labels)[chosen].double().mean() - confidence[chosen].double().mean()
             error += float(chosen.double().mean() * gap.abs())
     assert result.calibration_error == pytest.approx(error)
+
+
+def test_each_part_of_each_step_has_a_dropout_mask_of_its_own(
+    accelerator: Accelerator, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = []
+
+    def network() -> nn.Module:
+        layers = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 10))
+        layers[1].register_forward_hook(lambda *seen: masks.append(seen[2][0] == 0))
+        return layers
+
+    monkeypatch.setattr("tests.test_engine.small_network", network)
+    train(accelerator, images, accumulate=2)
+    assert len(masks) == 6
+    assert len({tuple(mask.tolist()) for mask in masks}) == 6
+
+
+def test_settling_the_buckets_changes_nothing(accelerator: Accelerator) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    optimizer, tally = torch.optim.SGD(network.parameters()), Tally(accelerator.device)
+    state = TrainState(network, network, optimizer, None, None, tally, 0, torch.zeros(()))
+    settle_buckets(state, 8)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_certainty_counts_in_the_last_bin(accelerator: Accelerator, images: Images) -> None:
+    network = small_network()
+    with torch.no_grad():
+        list(network.parameters())[-2].mul_(1e6)
+    result = evaluate(accelerator, network, build_evaluation_loader(accelerator, images), PLAIN, 10)
+    assert result is not None
+    assert result.bins[0].tolist() == [0.0] * 14 + [96.0]
+    assert result.bins[2].tolist() == [0.0] * 14 + [96.0]  # each with a confidence of exactly 1
+    assert result.calibration_error == pytest.approx(1 - result.totals.accuracy)
+
+
+@pytest.mark.parametrize("missing", [0, 5, 11])
+def test_an_evaluation_that_misses_images_is_an_error(
+    missing: int, accelerator: Accelerator, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "EVALUATION_BATCH", 8)
+    original = GlobalBatches.__iter__
+
+    def incomplete(self: GlobalBatches) -> Iterator[torch.Tensor]:
+        yield from (batch for number, batch in enumerate(original(self)) if number != missing)
+
+    monkeypatch.setattr(GlobalBatches, "__iter__", incomplete)
+    loader = build_evaluation_loader(accelerator, images)
+    with pytest.raises(RuntimeError, match="evaluation counted 88 images of 96"):
+        evaluate(accelerator, small_network(), loader, PLAIN, classes=10)
 
 
 def test_an_evaluation_holds_nothing_of_a_batch(
@@ -178,6 +262,10 @@ def test_views_shift_and_mirror() -> None:
     assert moved[1:, :-1].tolist() == image[0, 0, :-1, 1:].tolist()
     assert moved[0].tolist() == [1, 2, 3, 3]  # the border is repeated
     assert {len(VIEWS[name]) for name in VIEWS} == {1, 2, 6}
+    for views in VIEWS.values():
+        assert sum(share for share, *_ in views) == pytest.approx(1)
+    for views in (VIEWS["flip"], VIEWS["flip_shift"]):  # both ways, with the same weight
+        assert {(w, not flip, y, x) for w, flip, y, x in views} == set(views)
 
 
 def test_test_time_views_make_it_blind_to_mirroring(

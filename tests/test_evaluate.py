@@ -5,12 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cifar_dist import evaluate, predict
+from cifar_dist.checkpoint import find_checkpoint
 from cifar_dist.config import UsageError
+from cifar_dist.data import load_dataset
 from cifar_dist.data.synthetic import draw
-from cifar_dist.evaluate import evaluate_checkpoint
+from cifar_dist.evaluate import evaluate_checkpoint, recipe_of, restore_network
 from cifar_dist.train import Result
 from tests.helpers import command, read_lines, run_command, write_folder
 
@@ -33,11 +36,28 @@ def test_it_gives_the_integers_of_the_run(
     assert list(result["per_class"]) == list(draw(1, 8, (0,)).classes)
     shares = list(result["per_class"].values())
     assert np.mean(shares) == pytest.approx(result["accuracy"])  # as many images of each class
-    assert 0 <= result["calibration_error"] <= 1
     val = next(line for line in reversed(read_lines(trained.out)) if line["split"] == "val")
     held_out = measure(trained, capfd, "--split", "val")
     assert (held_out["correct"], held_out["count"]) == (val["correct"], val["count"])
     assert measure(trained, capfd, "--split", "train")["count"] == 1600
+
+
+def test_the_calibration_error_is_that_of_the_saved_weights(
+    trained: Result, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = find_checkpoint(str(trained.out))[1]
+    images = load_dataset(recipe_of(checkpoint).data).evaluation["test"]
+    mean, std = (torch.tensor(checkpoint.state[name]) for name in ("mean", "std"))
+    pixels = (torch.from_numpy(images.images[images.selected]) / 255 - mean) / std
+    with torch.no_grad():
+        shares = restore_network(checkpoint)(pixels.permute(0, 3, 1, 2)).softmax(1)
+    confidence, predicted = shares.double().max(1)
+    right = predicted == torch.from_numpy(images.labels[images.selected])
+    bins = [confidence.mul(15).floor() == number for number in range(15)]
+    gaps = [(right[chosen].double() - confidence[chosen]).sum().abs() for chosen in bins]
+    found = measure(trained, capfd)
+    assert found["calibration_error"] == pytest.approx(float(sum(gaps)) / 100, rel=1e-4)
+    assert found["calibration_error"] > 0.01
 
 
 def test_best_step_and_views(trained: Result, capfd: pytest.CaptureFixture[str]) -> None:

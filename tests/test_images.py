@@ -13,6 +13,7 @@ from cifar_dist.config import DataConfig, UsageError
 from cifar_dist.data import load_dataset, load_evaluation
 from cifar_dist.data.cache import channel_statistics, count_levels, load_or_build
 from cifar_dist.data.decode import decode_image
+from cifar_dist.data.images import Images
 from cifar_dist.data.synthetic import SHAPES, draw
 from cifar_dist.listing import looking_ahead
 from tests.helpers import write_folder
@@ -66,6 +67,16 @@ def test_one_folder_needs_a_share_to_measure_on(tmp_path: Path) -> None:
     assert again.selected.tolist() == held_out.selected.tolist() != other.selected.tolist()
     name, everything = load_evaluation(folder_config(root), split=None)
     assert (name, len(everything)) == ("train", 30)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(("fraction", "counts"), [(0.1, [1, 2, 6]), (0.25, [2, 5, 15])])
+def test_a_share_is_held_out_of_every_class(fraction: float, counts: list[int], seed: int) -> None:
+    labels = np.repeat([0, 1, 2], [8, 20, 60])
+    whole = Images(np.zeros((88, 1, 1, 3), np.uint8), labels, ("a", "b", "c"))
+    stays, held_out = whole.split(fraction, seed)
+    assert np.bincount(labels[held_out.selected]).tolist() == counts
+    assert sorted([*stays.selected, *held_out.selected]) == list(range(88))
 
 
 def test_limits_choose_across_classes(tmp_path: Path) -> None:
@@ -214,6 +225,22 @@ def test_the_cache_notices_a_changed_file(tmp_path: Path) -> None:
     after = load_dataset(folder_config(root))
     assert after.train.images[0].min() == 255
     assert after.digest != before.digest
+
+
+def test_each_image_size_has_pixels_of_its_own_in_the_cache(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", {"train": 12, "test": 6})
+    for size in (32, 16, 32):
+        dataset = load_dataset(folder_config(root, image_size=size))
+        assert dataset.train.images.shape == (12, size, size, 3)
+        assert dataset.evaluation["test"].image_size == size
+
+
+def test_skipped_files_are_not_left_out_where_they_are_to_be_refused(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", {"train": 12, "test": 6})
+    sorted((root / "train" / "disc").iterdir())[0].write_bytes(b"no image")
+    assert len(load_dataset(folder_config(root, bad_images="skip")).train) == 11
+    with pytest.raises(UsageError, match=r"--data\.bad_images skip"):
+        load_dataset(folder_config(root))
 
 
 def test_a_cached_folder_is_not_decoded_again(

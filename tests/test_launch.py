@@ -21,6 +21,7 @@ from tests.helpers import JOB, TINY, Integers, free_port, run_command, tested
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -216,8 +217,36 @@ def test_the_readme_names_every_module_and_no_other() -> None:
     assert named <= existing, named - existing
 
 
-def test_links_in_the_docs_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            if "://" not in target:
-                assert (page.parent / target).exists(), (page.name, target)
+def dead_links(page: Path) -> list[str]:
+    """Return the links of a page to files that are not there, or to headings that they lack."""
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if "://" not in link and not (
+            target.exists() and (not anchor or anchor in anchors(target.read_text()))
+        ):
+            dead.append(link)
+    return dead
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ +(.*?) *$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_in_the_docs_lead_somewhere(page: Path) -> None:
+    assert dead_links(page) == []
+
+
+def test_dead_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# One two: `three`, four-five\n```\n# no heading\n```\n")
+    good = "[a](other.md) [b](other.md#one-two-three-four-five) [c](#here) [d](https://x.org/y#z)"
+    bad = ["gone.md", "gone.md#here", "other.md#here", "other.md#no-heading", "#there"]
+    (tmp_path / "page.md").write_text(
+        f"## Here\n{good}\n" + "\n".join(f"[x]({link})" for link in bad)
+    )
+    assert dead_links(tmp_path / "page.md") == bad

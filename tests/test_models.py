@@ -64,6 +64,37 @@ def test_the_tutorial_network_is_the_tutorials() -> None:
     torch.testing.assert_close(model(images), reference(images))
 
 
+def test_speednet_is_the_network_of_its_paper() -> None:
+    """Of airbench94, but for the trained bias of its first layer."""
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        def normalise() -> nn.Module:
+            return nn.BatchNorm2d(outputs, eps=1e-12, momentum=1 - 0.6)
+
+        first = [nn.Conv2d(inputs, outputs, 3, padding="same", bias=False), nn.MaxPool2d(2)]
+        second = [nn.Conv2d(outputs, outputs, 3, padding="same", bias=False)]
+        return [*first, normalise(), nn.GELU(), *second, normalise(), nn.GELU()]
+
+    widths = (8, 16, 16)
+    head = nn.Linear(16, 10, bias=False)
+    reference = nn.Sequential(
+        nn.Conv2d(3, 24, 2), nn.GELU(), *block(24, 8), *block(8, 16), *block(16, 16)
+    )
+    model = SpeedNet(10, widths)
+    values = list(model.state_dict().values())
+    reference.load_state_dict(dict(zip(reference.state_dict(), values[:-1], strict=True)))
+    head.load_state_dict({"weight": values[-1]})
+
+    def logits(images: torch.Tensor) -> torch.Tensor:
+        scaled: torch.Tensor = head(reference(images).amax((2, 3))) / 16
+        return scaled
+
+    for training in (True, True, False):
+        images = torch.randn(4, 3, 32, 32)
+        reference.train(training)
+        torch.testing.assert_close(model.train(training)(images), logits(images))
+
+
 def test_dropout_can_be_chosen_or_left_to_the_architecture() -> None:
     def probabilities(config: ModelConfig) -> set[float]:
         modules = build_model(config, classes=10).modules()

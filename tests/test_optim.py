@@ -28,13 +28,13 @@ def give_gradients(network: nn.Module, seed: int) -> None:
             parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_steps_are_those_of_torch(name: str) -> None:
-    config = OptimConfig(name=name, lr=0.1, momentum=0.9, weight_decay=0.01)
+@pytest.mark.parametrize(("name", "nesterov"), [("sgd", False), ("sgd", True), ("adamw", False)])
+def test_steps_are_those_of_torch(name: str, nesterov: bool) -> None:
+    config = OptimConfig(name=name, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
     ours, theirs = small_network(), small_network()
     optimizer = build_optimizer(ours, config)
     reference: torch.optim.Optimizer = (
-        torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, fused=True)
+        torch.optim.SGD(theirs.parameters(), 0.1, 0.9, 0, 0.01, nesterov=nesterov, fused=True)
         if name == "sgd"
         else torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.01, fused=True)
     )

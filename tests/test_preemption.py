@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 from cifar_dist import data
-from cifar_dist.preemption import EXIT_CODE, REPEAT_SECONDS, Preemption
+from cifar_dist.preemption import (
+    EXIT_CODE,
+    REPEAT_SECONDS,
+    Preempted,
+    Preemption,
+    uninterrupted,
+)
 from cifar_dist.train import main
 from tests.helpers import TINY, status_of
 
@@ -31,6 +37,25 @@ def test_before_training_there_is_nothing_to_lose(
     assert (status["state"], status["step"]) == ("preempted", 0)
     assert main([*TINY, "--out", str(tmp_path / "run")]) == EXIT_CODE  # and so on, as often
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_waits_for_the_end_of_what_must_not_be_interrupted() -> None:
+    reached = []
+
+    def hold() -> None:
+        with uninterrupted():
+            with uninterrupted():
+                os.kill(os.getpid(), signal.SIGTERM)
+                reached.append(1)
+            reached.append(2)  # still within the outer one
+        reached.append(3)
+
+    with Preemption().listen():
+        with pytest.raises(Preempted):
+            hold()
+        assert reached == [1, 2]
+        with uninterrupted():  # once is enough
+            pass
 
 
 def test_the_second_ctrl_c_stops_at_once_but_a_forwarded_one_does_not() -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cifar_dist import runtime
-from cifar_dist.config import UsageError
+from cifar_dist.checkpoint import load_checkpoint
+from cifar_dist.config import TrainConfig, UsageError
 from cifar_dist.train import main
+from tests.forked import start
 from tests.helpers import (
     TINY,
     by_mpi,
@@ -102,6 +105,48 @@ def test_each_sample_once_when_the_number_of_processes_changes(
     counts = Counter(position for _, positions in kept for position in positions)
     assert set(counts.values()) == {1}
     assert len(counts) == 300  # of 320 images; 20 fill no batch
+
+
+NORMALISED = [
+    *(*TINY, "--model.name", "speednet", "--model.widths", "[8, 16]", "--optim.lr", "0.002"),
+    *("--data.limit_train", "300", "--train.batch_size", "30", "--train.epochs", "1"),
+    *("--checkpoint.every_steps", "4", "--checkpoint.keep", "9"),
+]
+
+
+def saved_at(step: int, out: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the weights and the processes' own values of a checkpoint."""
+    tensors = load_checkpoint(out / f"checkpoints/step-{step:08d}").tensors
+    return tensors["model"], tensors["processes"]
+
+
+def test_what_each_process_has_for_itself_meets_at_any_number_of_them(tmp_path: Path) -> None:
+    """Two processes, then three: the mean of BatchNorm's statistics, and the sum of the tally."""
+    two, three, again = (tmp_path / name for name in ("two", "three", "again"))
+    with start([*NORMALISED, "--out", str(two)], 2, folder=tmp_path, fault="raises 6 0") as job:
+        assert job.wait() == [1, 1], job.text()
+    weights, own = saved_at(4, two)
+    rows = own["statistics"]
+    assert not rows[0].allclose(rows[1])
+    statistics = [value.flatten() for name, value in weights.items() if "running" in name]
+    torch.testing.assert_close(torch.cat(statistics), rows.mean(dim=0))
+    assert own["tallies"][:, 2].tolist() == [60, 60]
+
+    resumed = ["--resume", str(two / "checkpoints/step-00000004"), "--out", str(three)]
+    with start([*NORMALISED, *resumed], 3, folder=tmp_path) as job:
+        assert job.wait() == [0] * 3, job.text()
+    whole = next(line for line in read_lines(three) if line["split"] == "train")
+    assert whole["count"] == 300
+    _, own = saved_at(8, three)
+    assert own["tallies"][:, 2].tolist() == [160, 40, 40]  # rank 0 has those of the two before
+    _, own = saved_at(10, three)
+    assert (own["statistics"] == own["statistics"][0]).all()  # averaged, to be measured
+
+    # With three, an all-reduce adds in the order of DDP's buckets, which is settled at the start.
+    resumed = ["--resume", str(three / "checkpoints/step-00000008"), "--out", str(again)]
+    with start([*NORMALISED, *resumed], 3, folder=tmp_path) as job:
+        assert job.wait() == [0] * 3, job.text()
+    assert digest_of(again) == digest_of(three)
 
 
 @pytest.mark.fault(31)
@@ -239,5 +284,42 @@ def test_a_precision_chosen_with_the_launcher_is_used(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run.json").read_text())["precision"] == "bf16"
 
 
+@pytest.mark.parametrize("local", runtime.LOCAL_SIZES)
+@pytest.mark.parametrize(("cores", "expected"), [(8, 4), (1, 1)])
+def test_the_processes_of_a_machine_share_its_cores(
+    local: str, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "usable_cores", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv(local, "2")
+    threads = torch.get_num_threads()
+    try:
+        runtime.start_processes(TrainConfig())
+        assert torch.get_num_threads() == expected
+        assert os.environ["OMP_NUM_THREADS"] == str(expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_the_cores_of_this_process_are_those_it_may_use() -> None:
-    assert 1 <= runtime.usable_cores() <= (os.cpu_count() or 1)
+    before = os.sched_getaffinity(0)
+    assert runtime.usable_cores() <= len(before)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert runtime.usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [("max 100000", 8), ("350000 100000", 3), ("50000 100000", 1), ("1600000 100000", 8)],
+)
+def test_cores_are_limited_by_the_quota_of_a_container(
+    limit: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(runtime, "Path", lambda _: tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert runtime.usable_cores() == cores

@@ -3,7 +3,7 @@
 import pytest
 
 from cifar_dist.config import ScheduleConfig
-from cifar_dist.schedule import learning_rate
+from cifar_dist.schedule import learning_rate, total_steps
 
 
 def curve(**options: object) -> list[float]:
@@ -40,6 +40,14 @@ def test_one_cycle_rises_then_falls() -> None:
     assert rates[:30] == sorted(rates[:30])
     assert rates[30:] == sorted(rates[30:], reverse=True)
     assert rates[-1] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps"),
+    [(2, 200), (0.29, 29), (0.57, 57), (1.1, 110), (9.95, 995), (0.294, 29), (0.296, 30)],
+)
+def test_a_part_of_an_epoch_has_the_nearest_number_of_steps(epochs: float, steps: int) -> None:
+    assert total_steps(epochs, 100) == steps  # 0.29 * 100 is 28.999999999999996
 
 
 def test_a_longer_run_stretches_the_schedule() -> None:

@@ -11,7 +11,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cifar_dist.checkpoint import load_newest
+from cifar_dist.checkpoint import checkpoints_in, load_checkpoint, load_newest
 from cifar_dist.config import UsageError, parse_recipe
 from cifar_dist.train import Result, RunFailed, main, run
 from tests.helpers import TINY, command, digest_of, read_lines, run_command, write_folder
@@ -106,12 +106,13 @@ def test_the_best_is_chosen_by_validation(trained: Result) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 10)), 7, 13]
+    ("step", "accumulate"),
+    [(1, 1), *(pytest.param(n, 1, marks=pytest.mark.slow) for n in (4, 7, 10)), (7, 2), (13, 1)],
 )
 def test_a_stopped_run_continues_as_if_it_had_not(
-    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [*RANDOM, "--checkpoint.every_steps", "3"]
+    options = [*RANDOM, "--checkpoint.every_steps", "3", "--train.accumulate", str(accumulate)]
     whole = train(tmp_path / "whole", *options)
     with monkeypatch.context() as patch:
         stop_at(step, patch)
@@ -136,6 +137,22 @@ def test_a_stopped_run_continues_as_if_it_had_not(
     assert resumed.metrics == whole.metrics
     starts = json.loads((tmp_path / "stopped" / "run.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [0, step // 3 * 3]
+
+
+def test_averaged_weights_have_averaged_statistics(tmp_path: Path) -> None:
+    options = ["--model.name", "speednet", "--model.widths", "[4, 8]", "--train.ema", "0.8"]
+    options += ["--checkpoint.every_steps", "1", "--checkpoint.keep", "9", "--train.epochs", "1"]
+    train(tmp_path, *options, *SMALL[:2], "--data.limit_train", "128")
+    saved = [load_checkpoint(path).tensors for path in checkpoints_in(tmp_path / "checkpoints")]
+    assert len(saved) == 4
+    expected = {name: t for name, t in saved[0]["model"].items() if t.is_floating_point()}
+    assert sum("running" in name for name in expected) > 2
+    for tensors in saved:
+        expected = {
+            name: value.lerp(tensors["model"][name], 0.2) for name, value in expected.items()
+        }
+        for name, value in expected.items():
+            torch.testing.assert_close(tensors["ema"][name], value, msg=name)
 
 
 def test_curves_are_continuous_after_a_resume(
@@ -179,7 +196,15 @@ def test_a_run_may_end_in_the_middle_of_an_epoch(
         (15, 160),
     ]
     assert [line["step"] for line in lines if line["split"] == "test"] == [10, 15]
-    rates = [line["learning_rate"] for line in lines if line["split"] == "train_window"]
+    windows = [line for line in lines if line["split"] == "train_window"]
+    for epoch in (0, 1):  # the windows of an epoch make up the epoch
+        parts = [line for line in windows if line["epoch"] == epoch]
+        whole = next(x for x in lines if x["split"] == "train" and x["epoch"] == epoch)
+        for what in ("correct", "count"):
+            assert sum(line[what] for line in parts) == whole[what]
+        losses = [line["loss"] * line["count"] for line in parts]
+        assert sum(losses) == pytest.approx(whole["loss"] * whole["count"])
+    rates = [line["learning_rate"] for line in windows]
     assert rates == pytest.approx([0.02 * (1 - step / 15) for step in range(15)])
     with monkeypatch.context() as patch:
         stop_at(12, patch)

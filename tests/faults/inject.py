@@ -5,6 +5,7 @@ launcher. Where a fault is to meet something from outside, it creates the file $
 """
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -73,7 +74,12 @@ def misses_a_step(step: str, rank: str) -> None:
 
 
 def bad_image(position: str, kind: str) -> None:
-    """Make one training image give a number that is not finite: nan, inf or gradient."""
+    """Make one training image give a number that is not finite.
+
+    Args:
+        kind: nan, in its pixels; loss, which is infinite and has finite gradients; or gradient,
+            which is infinite and has a finite loss.
+    """
     from cifar_dist import session
     from cifar_dist.data.augment import Pixels
 
@@ -81,10 +87,14 @@ def bad_image(position: str, kind: str) -> None:
 
     def for_training(self: Any, batch: Any, epoch: int) -> torch.Tensor:
         images = original(self, batch, epoch)
-        rows[:] = [batch.positions == int(position)]
-        if kind != "gradient":
-            images[rows[0]] = float(kind)
+        rows[:] = [batch.positions == int(position), batch.labels]
+        if kind == "nan":
+            images[rows[0]] = torch.nan
         return images
+
+    def without_its_class(logits: torch.Tensor) -> torch.Tensor:
+        is_label = torch.arange(logits.shape[1]) == rows[1][:, None]
+        return logits.masked_fill(rows[0][:, None] & is_label, -torch.inf)
 
     class BadGradient(torch.autograd.Function):
         @staticmethod
@@ -99,11 +109,10 @@ def bad_image(position: str, kind: str) -> None:
 
     def build_model(*arguments: Any) -> torch.nn.Module:
         network = build(*arguments)
-        if kind == "gradient":
+        change = {"gradient": BadGradient.apply, "loss": without_its_class}.get(kind)
+        if change:
             network.register_forward_hook(
-                lambda module, inputs, logits: (
-                    BadGradient.apply(logits) if torch.is_grad_enabled() else logits
-                )
+                lambda module, inputs, logits: change(logits) if torch.is_grad_enabled() else logits
             )
         return network
 
@@ -245,13 +254,29 @@ def clock_set_back() -> None:
     time.time = lambda: begin - 1000 - time.monotonic()  # type: ignore[assignment]
 
 
-def other_code() -> None:
-    """Pretend, on rank 1, to be another version of the program."""
-    from cifar_dist import runtime
+def other_code(folder: str) -> None:
+    """Have rank 1 find the program in a copy of it that differs in one byte."""
+    from cifar_dist import peers
 
-    original = runtime.describe_process
     if os.environ.get(RANK) == "1":
-        runtime.describe_process = lambda: {**original(), "code": "another"}
+        package = Path(peers.__file__).parent
+        copy = Path(folder)
+        shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        with (copy / "schedule.py").open("a") as file:
+            file.write("#")
+        peers.__file__ = str(copy / "peers.py")
+
+
+def joins_alone() -> None:
+    """Have Accelerate join no other process, without a word."""
+    import accelerate
+
+    def build(*arguments: Any, **options: Any) -> Any:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
+        return original(*arguments, **options)
+
+    original, accelerate.Accelerator = accelerate.Accelerator, build
 
 
 def dies_of_pickles() -> None:

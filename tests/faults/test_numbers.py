@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from cifar_dist.checkpoint import load_newest
+from cifar_dist.guard import describe_bad_step
 from tests.forked import start
 from tests.helpers import TINY
 
@@ -21,10 +23,12 @@ def first_step_with(position: int, batch: int = 32) -> int:
 
 
 @pytest.mark.fault(24)
-@pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize(
+    ("kind", "shown"), [("nan", "loss nan"), ("loss", "loss inf"), ("gradient", "gradient")]
+)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_bad_image_on_one_process_reaches_no_weights(
-    kind: str, processes: int, tmp_path: Path
+    kind: str, shown: str, processes: int, tmp_path: Path
 ) -> None:
     position = next(p for p in range(320) if first_step_with(p) == 6)
     out = tmp_path / "run"
@@ -35,7 +39,6 @@ def test_a_bad_image_on_one_process_reaches_no_weights(
         assert job.text().count("error: ") == 1
         line = job.text(0).splitlines()[-1]
     assert "a loss or gradient is not finite at step 6 on rank " in line
-    shown = "gradient" if kind == "gradient" else "loss nan"
     assert f"training images {position} ({shown});" in line
     assert "the weights are still those of step 5" in line
     status = json.loads((out / "status.json").read_text())
@@ -46,6 +49,15 @@ def test_a_bad_image_on_one_process_reaches_no_weights(
     assert newest[1].state["step"] == 4
     for tensors in newest[1].tensors.values():
         assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(1, "0"), (8, "0, 1, 2, 3, 4, 5, 6, 7"), (10, "0, 1, 2, 3, 4, 5, 6, 7 and 2 more")],
+)
+def test_a_message_names_the_first_few_samples(count: int, shown: str) -> None:
+    line = str(describe_bad_step(Accelerator(cpu=True), list(map(str, range(count))), 3))
+    assert f"is not finite at step 3 on rank 0, training images {shown}; the weights" in line
 
 
 @pytest.mark.fault(24)

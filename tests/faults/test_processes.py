@@ -2,11 +2,16 @@
 
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from cifar_dist import peers
 from cifar_dist.checkpoint import load_newest
+from cifar_dist.config import UsageError
+from cifar_dist.guard import weight_sums
 from tests.faults.inject import inject
 from tests.forked import start
 from tests.helpers import TINY, command, run_command, status_of
@@ -86,6 +91,22 @@ def test_one_process_fails_and_the_job_ends_with_its_name(
     assert newest[1].state["step"] == 5
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+def test_one_bit_of_any_weight_changes_the_sum_of_its_tensor(kind: torch.dtype) -> None:
+    network = torch.nn.Linear(4, 3).to(kind)
+    width = network.weight.element_size()
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+    before = weight_sums(network)
+    for number, weights in enumerate(network.parameters()):
+        bits = weights.data.view(integers).flatten()
+        for element in range(len(bits)):
+            for place in (0, 3, 8 * width - 2):
+                bits[element] ^= 1 << place
+                changed = weight_sums(network) != before
+                assert changed.tolist() == [tensor == number for tensor in range(2)]
+                bits[element] ^= 1 << place
+
+
 @pytest.mark.fault(26)
 def test_under_a_launcher_the_line_is_there_too(tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -112,7 +133,7 @@ def test_under_a_launcher_the_line_is_there_too(tmp_path: Path) -> None:
             "",
             "data.limit_train is 320 there and 640 on rank 1",
         ),
-        ([], "other_code", "rank 1 was started with another code than rank 0: code is "),
+        ([], "other_code FOLDER", "rank 1 was started with another code than rank 0: code is "),
     ],
     ids=["recipe", "data", "code"],
 )
@@ -120,11 +141,53 @@ def test_processes_started_otherwise_are_refused(
     other: list[str], fault: str, message: str, tmp_path: Path
 ) -> None:
     out = ["--out", str(tmp_path / "run")]
+    fault = fault.replace("FOLDER", str(tmp_path / "copy"))
     with start([[*TINY, *out], [*TINY, *out, *other]], 2, folder=tmp_path, fault=fault) as job:
         assert job.wait(30) == [2, 2]
         assert message in job.text(0)
         assert job.text().count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (lambda package: (package / "b/c.py").write_text("x = 2"), False),
+        (lambda package: (package / "a.py").rename(package / "d.py"), False),
+        (lambda package: (package / "e.py").touch(), False),
+        (lambda package: (package / "notes.txt").touch(), True),
+    ],
+    ids=["content", "name", "one more", "no code"],
+)
+def test_the_digest_of_the_code_is_of_every_name_and_byte(
+    change: Callable[[Path], object], same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b").mkdir()
+    for name in ("a.py", "b/c.py", "peers.py"):
+        (tmp_path / name).write_text("x = 1")
+    monkeypatch.setattr(peers, "__file__", str(tmp_path / "peers.py"))
+    before = peers.describe_process()
+    change(tmp_path)
+    assert (peers.describe_process() == before) == same
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "message"),
+    [
+        ({"a": 1}, {"a": 2}, "a is 1 there and 2 on rank 1"),
+        ({"a": 1, "b": 2}, {"a": 1}, "b is 2 there and None on rank 1"),
+        ({"a": 1}, {"a": 1, "b": 2}, "b is None there and 2 on rank 1"),
+    ],
+)
+def test_every_fact_of_either_process_is_compared(
+    first: dict[str, int], other: dict[str, int], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = peers.Peers(0, 1, timeout=1)
+    monkeypatch.setattr(process, "tell", lambda *_: [first, other])
+    with pytest.raises(UsageError, match=f"another recipe than rank 0: {message};"):
+        process.compare("recipe", first)
+    monkeypatch.setattr(process, "tell", lambda *_: [first, dict(first)])
+    process.compare("recipe", first)
 
 
 @pytest.mark.fault(30)
@@ -154,6 +217,15 @@ def test_a_process_that_never_starts_is_named(tmp_path: Path) -> None:
         assert job.processes[0].exitcode == 2
         message = "of 2 processes, ranks 1 did not arrive within 2 s"
         assert message in job.text(0)
+
+
+def test_processes_that_accelerate_did_not_join_are_refused(tmp_path: Path) -> None:
+    options = [*TINY, "--out", str(tmp_path / "run")]
+    with start(options, 2, folder=tmp_path, fault="joins_alone") as job:
+        assert job.wait(30) == [2, 2], job.text()
+        message = "error: the launcher asked for 2 processes, but Accelerate joined 1; on a CPU use"
+        assert message in job.text()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.fault(25)

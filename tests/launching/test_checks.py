@@ -280,6 +280,18 @@ def test_each_pain_is_answered(number: int, facts: Facts, code: str, message: st
     assert any(message in f"{finding.message}; {finding.fix}" for finding in found), check(facts)
 
 
+@pytest.mark.parametrize(
+    "key", ["num_processes", "num_machines", "machine_rank", "main_process_port"]
+)
+@pytest.mark.parametrize("value", ["2", True, 2.0])
+def test_a_number_that_is_no_whole_number_is_found(key: str, value: object) -> None:
+    found = check(Facts(config=of(**{key: value})))
+    wrong = [finding for finding in found if finding.code == "wrong-type"]
+    assert [finding.message for finding in wrong] == [f"{key} in two.yaml is {value!r}"]
+    assert wrong[0].fix == "write a number"
+    assert exit_code(found) == 2
+
+
 def test_nothing_is_found_where_nothing_is_wrong() -> None:
     good = of(main_process_port=0, gpu_ids="all", mixed_precision="no")
     assert check(Facts(config=good, per_machine=2, devices=[H100, H100], cores=16)) == []

@@ -16,6 +16,7 @@ import yaml
 from cifar_dist.launching import doctor
 from cifar_dist.launching.findings import Finding
 from cifar_dist.launching.logs import KNOWN, explain
+from cifar_dist.launching.predict import fit_line
 from tests.helpers import TINY, command, free_port, run_command
 
 MODULE = "cifar_dist.launching.doctor"
@@ -117,8 +118,12 @@ def test_two_processes_measure_what_lies_between_them(launcher: str, tmp_path: P
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     link = found["all_reduce"]
-    assert 0 <= link["latency_seconds"] < 1
-    assert link["bytes_per_second"] > 1e6
+    seconds = {int(size): value for size, value in link["seconds"].items()}
+    assert min(seconds) == 1 << 10
+    assert 0 < seconds[1 << 10] < seconds[25 << 20] < 10
+    constant, per_byte = fit_line(seconds)  # with two processes these are the link's
+    assert link["latency_seconds"] == pytest.approx(max(0.0, constant))
+    assert link["bytes_per_second"] == pytest.approx(1 / per_byte)
     assert {"rank_0", "rank_1", "slowest_over_fastest"} <= found.keys()
     assert not any(finding["level"] == "error" for finding in found["findings"])
     assert not (tmp_path / "run").exists()
@@ -200,6 +205,13 @@ def test_known_errors_are_explained(code: str, log: str) -> None:
     found = explain(f"epoch 1/2\n{log}\n")
     assert code in {finding.code for finding in found}
     assert all(finding.message.startswith("line 2: ") for finding in found)
+
+
+def test_errors_are_explained_in_the_order_of_the_log() -> None:
+    found = explain("\n".join(reversed(LOGS.values())))
+    lines = [int(finding.message.split(":")[0].removeprefix("line ")) for finding in found]
+    assert lines == sorted(lines)
+    assert len(set(lines)) == len(LOGS)
 
 
 def test_every_known_error_has_a_log() -> None:

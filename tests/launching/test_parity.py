@@ -1,8 +1,11 @@
 """Parity: N processes train as one does, and where one all-reduce is missing it says so."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from cifar_dist.config import parse_recipe, recipe_names
 from cifar_dist.launching import parity
@@ -68,6 +71,31 @@ def test_what_is_beyond_rounding_is_told_where_it_begins() -> None:
         "1 of 2 weights differ first after step 2, most of all b: by 1.0e-01 of how far it moved",
     ]
     assert rounding.beyond(rounding) == []
+
+
+def test_the_yardstick_begins_with_other_last_bits(tmp_path: Path) -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.BatchNorm1d(10))
+    network[1].weight.requires_grad_(False)
+    parity._write_rounded(network, tmp_path / "w.safetensors")
+    rounded = load_file(tmp_path / "w.safetensors")
+    for name, tensor in network.state_dict().items():
+        if name == "1.weight" or "running" in name or "batches" in name:
+            assert torch.equal(rounded[name], tensor)
+        else:
+            up, down = (torch.nextafter(tensor, torch.tensor(end)) for end in (9e9, -9e9))
+            assert ((rounded[name] == up) | (rounded[name] == down)).all()
+            assert (rounded[name] == up).any()
+            assert (rounded[name] == down).any()
+
+
+def test_rounding_of_later_steps_excuses_nothing() -> None:
+    same = [{"a": 1e-7}] * 2
+    rounding = parity.Difference([1e-9, 1e-3], [1e-9, 1e-3], same, [1e-7] * 2)
+    found = parity.Difference([1e-4, 1e-4], [1e-4, 1e-4], same, [1e-7] * 2)
+    assert found.beyond(rounding) == [
+        "the loss differs first at step 1, by 1.0e-04",
+        "the gradient norm differs first at step 1, by 1.0e-04",
+    ]
 
 
 def test_the_yardstick_is_the_largest_of_all_controls() -> None:

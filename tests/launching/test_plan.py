@@ -2,17 +2,22 @@
 
 import json
 import math
+import resource
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from cifar_dist.checkpoint import prune
 from cifar_dist.config import parse_recipe
 from cifar_dist.launching import plan
-from cifar_dist.launching.predict import predict, step_seconds
+from cifar_dist.launching.predict import Prediction, fit_line, predict, step_seconds
+from cifar_dist.models import MODELS
+from cifar_dist.train import run
 from tests.helpers import TINY, command, read_lines, run_command, write_folder
 from tests.launching.test_kubernetes import understood
 
@@ -147,7 +152,70 @@ def test_a_plan_needs_no_torch_and_little_time() -> None:
         "code = main(['--config', 'resnet18', '--machines', '2']); "
         "sys.exit(code or 'torch' in sys.modules)"
     )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Half a second; of the processor's time, as other tests run beside this one.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+
+
+@pytest.mark.parametrize("held_out", ["0", "0.2"])
+def test_checkpoints_take_the_disk_that_was_planned_and_no_more(
+    held_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*TINY, "--train.epochs", "6", "--checkpoint.keep", "2", "--optim.momentum", "0.9"]
+    options += ["--checkpoint.every_steps", "5", "--data.val_fraction", held_out]
+    # From the third epoch on the weights stay as they are: the best one is among the first.
+    options += ["--schedule.name", "step", "--schedule.step_epochs", "2", "--schedule.gamma", "0"]
+    taken = []
+
+    def measured(folder: Path, keep: int, best: int | None) -> None:
+        taken.append(sum(path.stat().st_size for path in folder.rglob("*.safetensors")))
+        prune(folder, keep, best)
+
+    monkeypatch.setattr("cifar_dist.session.prune", measured)
+    recipe = parse_recipe([*options, "--out", str(tmp_path)])[0]
+    run(recipe)
+    assert max(taken) == predict(recipe, 1).disk
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), [(1, 1), (2, 1), (2, 2)])
+def test_the_memory_of_activations_is_what_a_step_keeps(processes: int, accumulate: int) -> None:
+    recipe = parse_recipe([*TINY, "--train.accumulate", str(accumulate)])[0]
+    network = MODELS[recipe.model.name](10)
+    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    images = torch.randn(32 // processes // accumulate, 3, 32, 32)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(images)
+    really_kept = sum(size for place, size in kept.items() if place not in parameters)
+    planned = predict(recipe, processes).memory["activations"]
+    assert planned == pytest.approx(really_kept, rel=0.02)
+
+
+def test_options_that_halve_or_double_do_so_in_a_plan() -> None:
+    def planned(*options: str) -> Prediction:
+        return predict(parse_recipe([*TINY, *options])[0], 2)
+
+    plain, flag = planned(), 4  # bytes, by which processes agree on stopping
+    assert planned("--train.ema", "0.9").memory["weights"] == 2 * plain.memory["weights"]
+    for precision in ("bf16", "fp16"):
+        halved = planned("--train.precision", precision).memory
+        assert halved["activations"] == plain.memory["activations"] // 2
+        assert halved["weights"] == plain.memory["weights"] == 4 * 145_578
+    sent = planned("--train.compress_gradients", "true").sent
+    assert (plain.sent, sent) == (4 * 145_578 + flag, 2 * 145_578 + flag)
+
+
+def test_latency_and_bandwidth_come_from_times_by_size() -> None:
+    seconds = {size: 2e-4 + size / 5e8 for size in (1 << 10, 1 << 16, 1 << 20, 25 << 20)}
+    constant, slope = fit_line(seconds)
+    assert (constant, slope) == pytest.approx((2e-4, 1 / 5e8))
 
 
 def test_the_accelerate_configuration_is_followed(
