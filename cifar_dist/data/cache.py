@@ -111,24 +111,35 @@ def open_cached(folder: Path, key: str) -> Source:
         split = path.name.removesuffix("-images.npy")
         # "c": writes stay private; torch warns about arrays that are mapped read-only.
         images = np.load(path, mmap_mode="c")
-        splits[split] = Images(images, np.load(target / f"{split}-labels.npy"), classes)
+        labels = np.load(target / f"{split}-labels.npy")
+        digests = np.load(target / f"{split}-digests.npy")
+        splits[split] = Images(images, labels, classes, digests=digests)
     return Source(
         splits, tuple(meta["mean"]), tuple(meta["std"]), meta["digest"], tuple(meta["skipped"])
     )
 
 
 def _measure(folder: Path) -> dict[str, object]:
-    """Hash all arrays, and take mean and deviation of the training images from exact counts."""
+    """Hash all arrays, and take mean and deviation of the training images from exact counts.
+
+    Each image is hashed by itself too: see `Images.digests`.
+    """
     digest = hashlib.sha256()
     counts = np.zeros((3, 256), dtype=np.int64)
     for path in sorted(folder.glob("*.npy")):
         array = np.load(path, mmap_mode="r")
         digest.update(path.name.encode())
+        digests: list[bytes] = []
         for start in range(0, len(array), CHUNK):
             chunk = np.ascontiguousarray(array[start : start + CHUNK])
             digest.update(chunk.data)
+            if chunk.ndim == 4:
+                digests += [hashlib.sha256(image.data).digest()[:8] for image in chunk]
             if path.name == "train-images.npy":
                 counts += count_levels(chunk)
+        if digests:
+            target = path.with_name(path.name.replace("-images", "-digests"))
+            np.save(target, np.frombuffer(b"".join(digests), np.uint64))
     mean, std = channel_statistics(counts)
     return {"mean": mean, "std": std, "digest": digest.hexdigest()}
 
