@@ -66,7 +66,7 @@ def _decode(writer: CacheWriter, config: DataConfig, root: Path, listing: Listin
         failures = decode_files(paths, target, f"decoding {split}")
         if not failures:
             continue
-        reasons = [f"{paths[row]}: {why}" for row, why in failures.items()]
+        reasons = [f"{shown(paths[row])}: {why}" for row, why in failures.items()]
         require(
             config.bad_images == "skip",
             f"{len(failures)} of the {split} images cannot be decoded, the first {reasons[0]}; "
@@ -74,6 +74,6 @@ def _decode(writer: CacheWriter, config: DataConfig, root: Path, listing: Listin
         )
         left = {label for row, label in enumerate(labels) if row not in failures}
         for label, name in enumerate(listing.classes):
-            require(label in left, f"no image of class '{name}' in {split} can be decoded")
+            require(label in left, f"no image of class '{shown(name)}' in {split} can be decoded")
         writer.drop(split, list(failures))
         writer.skipped += reasons
