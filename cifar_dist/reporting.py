@@ -78,12 +78,10 @@ def _warn_of_images(dataset: Dataset, identical: Mapping[str, int]) -> None:
     for line in describe(dataset.left_out):
         usual = line.startswith(HIDDEN)
         print(f"{'note' if usual else 'warning'}: left out, {line}", flush=True)
-    for name, images in {"training": dataset.train, **dataset.evaluation}.items():
+    for name, images in {"train": dataset.train, **dataset.evaluation}.items():
         absent = images.absent_classes()
         if absent:
-            print(
-                f"warning: no {name} image of {len(absent)} classes: {_first(absent)}", flush=True
-            )
+            print(f"warning: {name} has no image of {_first(absent)}", flush=True)
     for name, count in identical.items():
         if count:
             print(

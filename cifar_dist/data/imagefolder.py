@@ -45,14 +45,10 @@ def _load_as_listed(config: DataConfig, root: Path, cache: Path) -> Source:
     listing = find_images(root, config.bad_images)
     key = listing.key(config.side, config.bad_images)
 
-    def require_unchanged() -> None:
+    def build(writer: CacheWriter) -> None:
+        _decode(writer, config, root, listing)
         if find_images(root, config.bad_images).key(config.side, config.bad_images) != key:
             raise _Changed
-
-    def build(writer: CacheWriter) -> None:
-        require_unchanged()  # another process may have decoded the folder as it was before
-        _decode(writer, config, root, listing)
-        require_unchanged()
 
     return replace(load_or_build(cache, key, build), left_out=listing.left_out)
 
