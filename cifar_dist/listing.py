@@ -219,12 +219,14 @@ def labels_of(found: list[list[str]]) -> list[int]:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the image files in and below a folder, sorted.
+    """Return the image files in and below a folder, sorted, those that are not decoded among them.
 
     Raises:
         UsageError: a folder is unreadable.
     """
-    return [folder / path for path in _Walk().images(os.fspath(folder), "")]
+    walk = _Walk()
+    found = [folder / path for path in walk.images(os.fspath(folder), "")]
+    return sorted([*found, *map(Path, walk.undecoded)])
 
 
 def shown(path: str | Path) -> str:

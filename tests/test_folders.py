@@ -228,6 +228,33 @@ def test_images_that_are_not_decoded_are_refused_or_counted(
         load(root, bad_images="skip")
 
 
+def test_images_to_predict_include_those_that_are_not_decoded(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", {".": 9})
+    names = sorted(file.relative_to(root) for file in root.rglob("*.png"))
+    assert list_images(root) == [root / name for name in names]
+    (root / names[1]).rename(root / names[1].with_suffix(".heic"))
+    (root / names[2]).rename(root / names[2].with_suffix(""))
+    (root / "notes").write_text("no image")
+    expected = [names[0], names[1].with_suffix(".heic"), names[2].with_suffix(""), *names[3:]]
+    assert list_images(root) == [root / name for name in sorted(expected)]
+
+
+def test_a_class_folder_may_be_a_link_and_others_are_not_followed(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", {"train": 12, "test": 6})
+    (root / "train" / "disc").rename(tmp_path / "elsewhere")
+    (root / "train" / "disc").symlink_to(tmp_path / "elsewhere")
+    (root / "train" / "ring" / "more").symlink_to(tmp_path / "elsewhere")
+    (root / "train" / "gone").symlink_to(tmp_path / "absent")
+    (root / "train" / "circle").symlink_to("circle")
+    train = load(root).train
+    assert train.classes == ("disc", "ring", "square")
+    assert np.bincount(train.labels).tolist() == [4, 4, 4]
+    assert left_out(root) == {
+        "in no class folder": {"without suffix": 2},
+        "links to folders, or to nothing": {"without suffix": 1},
+    }
+
+
 def test_everything_left_out_is_counted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     root = write_folder(tmp_path / "set", {"train": 36, "test": 9, "extra": 3})
     disc = root / "train" / "disc"
