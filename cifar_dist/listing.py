@@ -5,41 +5,83 @@ the one that trains imports them.
 """
 
 import hashlib
+import json
 import os
+import re
 import stat
 import subprocess
 import sys
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from cifar_dist.config import DataConfig, require
+from cifar_dist.config import DataConfig, UsageError, require
 from cifar_dist.preemption import ignore_signals, local_rank, uninterrupted
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-VALIDATION = ("val", "valid", "validation")
-FORMAT = "1"  # change it whenever decode_image gives other pixels for the same file
+# Those that Pillow registers for the raster formats it reads itself. A file's content, not its
+# suffix, chooses the decoder; the suffix only decides whether the file is meant to be an image.
+SUFFIXES = {
+    *(".apng", ".avif", ".avifs", ".blp", ".bmp", ".bw", ".cur", ".dcx", ".dds", ".dib", ".fit"),
+    *(".fits", ".flc", ".fli", ".ftc", ".ftu", ".gbr", ".gif", ".icb", ".icns", ".ico", ".im"),
+    *(".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo"),
+    *(".msp", ".pbm", ".pcd", ".pcx", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".pxr"),
+    *(".qoi", ".ras", ".rgb", ".rgba", ".sgi", ".tga", ".tif", ".tiff", ".vda", ".vst", ".webp"),
+    *(".xbm", ".xpm"),
+}
+NOT_DECODED = {".heic", ".heif", ".hif", ".jxl"}  # images, but Pillow alone cannot read them
+SPLITS = {
+    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
+    **{"val": "val", "valid": "val", "validation": "val"},
+}
+# Folders and files that operating systems, file servers and recycle bins leave among images.
+SYSTEM = {
+    *("__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information"),
+    *("lost+found", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+}
+USUAL_SUFFIX = re.compile(r"\.[a-z][a-z0-9_]{0,9}")
+NO_SUFFIX = "without suffix"
+FORMAT = "2"  # change it whenever decode_image gives other pixels for the same file
+UNSIGNED = (1 << 64) - 1
+
+# Why files are left out; keys of "left_out" in run.json.
+HIDDEN = "hidden or system files"
+OUTSIDE = "in no class folder"
+OTHER = "not named as images"
+UNDECODED = "images of a format that is not decoded (convert them to JPEG or PNG)"
+BARE = "images without a suffix (add that of their format, such as .jpg)"
+LINK = "links to folders, or to nothing"
+SPECIAL = "not regular files"
+
+LeftOut = dict[str, dict[str, int]]
 
 
 class Listing(NamedTuple):
     """The image files of a folder, always in the same order.
 
     Attributes:
+        root: the folder without symbolic links in its path.
         files: of each part, "train", "test" or "val", the paths below the folder, a list a class.
         classes: names, sorted.
-        stamps: bytes and time of change (nanoseconds) of every file in turn. An array, as so many
-            tuples would occupy the garbage collector.
+        stamps: bytes, time of modification, time of change (nanoseconds) and inode of every file in
+            turn, modulo 2^64. An array, as so many tuples would occupy the garbage collector.
+        left_out: number of all other files by the reason and their suffix.
     """
 
+    root: str
     files: dict[str, list[list[str]]]
     classes: tuple[str, ...]
     stamps: array
+    left_out: LeftOut
 
     def key(self, image_size: int, bad_images: str) -> str:
-        """Return the name of the pixels in the cache: by every file's place, size and time."""
-        what = repr((FORMAT, image_size, bad_images, self.files))
+        """Return the name of the pixels in the cache.
+
+        The inode and the time of change, which nobody can set back, tell apart files that have the
+        same name, size and time of modification.
+        """
+        what = repr((FORMAT, self.root, image_size, bad_images, self.files))
         digest = hashlib.blake2b(what.encode(), digest_size=16)
         digest.update(self.stamps)
         return f"imagefolder-{digest.hexdigest()}"
@@ -52,8 +94,8 @@ def looking_ahead(config: DataConfig) -> Iterator[Callable[[], str]]:
     Of the processes that a launcher has started on a machine only the first does.
 
     Yields:
-        A function that waits for the folder's `Listing.key` and returns it, or "" where that is
-        not to be had: `find_images` will say why.
+        A function that waits for the folder's `Listing.key` and `left_out` and returns them as one
+        text for `read_ahead`, or "" where they are unavailable: `find_images` raises the reason.
     """
     if config.name != "imagefolder" or local_rank() != 0:
         yield lambda: ""
@@ -72,55 +114,103 @@ def looking_ahead(config: DataConfig) -> Iterator[Callable[[], str]]:
 
 
 def main(root: str, image_size: str, bad_images: str) -> None:
-    """Print the key of a folder."""
+    """Print what `read_ahead` reads."""
     ignore_signals()
-    listing = find_images(Path(root).expanduser())
-    print(listing.key(int(image_size), bad_images), end="")
+    listing = find_images(Path(root).expanduser(), bad_images)
+    print(json.dumps([listing.key(int(image_size), bad_images), listing.left_out]), end="")
 
 
-def find_images(root: Path) -> Listing:
+def read_ahead(text: str) -> tuple[str, LeftOut]:
+    """Return key and left-out files of a folder from what `looking_ahead` found; "" is unknown."""
+    key, left_out = json.loads(text) if text else ("", {})
+    return key, left_out
+
+
+def find_images(root: Path, bad_images: str) -> Listing:
     """List the image files of each part by class. With one of test and val only, it is "test".
+
+    Hidden and system files, links to folders, and whatever is not a regular file are never images.
 
     Args:
         root: holds train and test (or val, valid, validation) with class folders in each, or
-            class folders directly, which are then all "train".
+            class folders directly, which are then all "train". See `find_splits`.
+        bad_images: "stop" refuses images that are not decoded for their format or for want of a
+            suffix, "skip" leaves them out.
+
+    Raises:
+        UsageError: a folder is missing, unreadable or means the same as another; a class is empty,
+            or missing in one part; or there is an image that is refused.
     """
-    parts = {name: root / name for name in ("train", "test") if (root / name).is_dir()}
-    for name in VALIDATION:
-        if (root / name).is_dir():
-            parts["val" if "test" in parts else "test"] = root / name
-            break
-    parts = parts or {"train": root}
-    names = {split: _class_names(folder) for split, folder in parts.items()}
+    parts, walk = find_splits(root), _Walk()
+    if parts:
+        splits = {folder.name for folder in parts.values()}
+        walk.enter(root, lambda entry: entry.name in splits)
+    else:
+        parts = {"train": root}
+    names = {split: walk.enter(folder, _is_folder) for split, folder in parts.items()}
     first = next(iter(names))
     for split, found in names.items():
         missing, extra = set(names[first]) - set(found), set(found) - set(names[first])
         require(
             not missing and not extra,
-            f"the classes of {parts[first]} and {parts[split]} differ: "
+            f"the classes of {shown(parts[first])} and {shown(parts[split])} differ: "
             + "; ".join(
-                f"{what} in {split}: {', '.join(sorted(which))}"
+                f"{what} in {split}: {', '.join(map(shown, sorted(which)))}"
                 for what, which in (("missing", missing), ("only", extra))
                 if which
             ),
         )
     require(
         len(names[first]) >= 2,
-        f"{parts[first]} holds {len(names[first])} class folders; at least 2 are needed",
+        f"{shown(parts[first])} holds {len(names[first])} class folders; at least 2 are needed"
+        + ("" if parts[first] == root else f" ('{parts[first].name}' is a split, not a class)"),
     )
-    files: dict[str, list[list[str]]] = {split: [] for split in parts}
-    stamps = array("q")
-    for split, folder in parts.items():
-        for name in names[split]:
-            below = (folder / name).relative_to(root)
-            found = _scan(os.fspath(folder / name), f"{below}/", stamps)
-            require(
-                bool(found),
-                f"class folder {folder / name} holds no image; add some "
-                f"({', '.join(sorted(SUFFIXES))}) or remove the folder",
-            )
-            files[split].append(found)
-    return Listing(files, tuple(names[first]), stamps)
+    require(
+        not all(name.lower() in SPLITS for name in names[first]),
+        f"the folders {', '.join(names[first])} in {shown(parts[first])} are splits, not classes; "
+        f"if they hold class folders, use --data.root {shown(parts[first])}",
+    )
+    files = {
+        split: [
+            walk.images(os.fspath(folder / name), f"{(folder / name).relative_to(root)}/")
+            for name in names[split]
+        ]
+        for split, folder in parts.items()
+    }
+    if walk.undecoded and bad_images == "stop":
+        kinds = {**walk.left_out.get(UNDECODED, {}), **walk.left_out.get(BARE, {})}
+        raise UsageError(
+            f"{len(walk.undecoded)} images are not decoded ({_in_words(kinds)}), the first "
+            f"{shown(walk.undecoded[0])}; convert HEIC, HEIF and JPEG XL to JPEG or PNG, add "
+            "missing suffixes such as .jpg, or leave these out with --data.bad_images skip"
+        )
+    for split, by_class in files.items():
+        for name, images in zip(names[split], by_class, strict=True):
+            if not images:
+                raise UsageError(_without_images(parts[split] / name))
+    return Listing(os.path.realpath(root), files, tuple(names[first]), walk.stamps, walk.left_out)
+
+
+def find_splits(root: Path) -> dict[str, Path]:
+    """Return the folders of "train", "test" and "val", those that exist, whatever their case.
+
+    Raises:
+        UsageError: `root` is not a readable folder, or two folders mean the same split.
+    """
+    found: dict[str, Path] = {}
+    for entry in _entries(root):
+        split = SPLITS.get(entry.name.lower())
+        if split is None or not _is_folder(entry):
+            continue
+        other = found.setdefault(split, Path(entry.path))
+        require(
+            other.name == entry.name or other.samefile(entry.path),
+            f"'{other.name}' and '{entry.name}' in {shown(root)} mean the same split, {split}; "
+            "merge them, or rename or remove one",
+        )
+    if "val" in found and "test" not in found:
+        found["test"] = found.pop("val")
+    return {split: found[split] for split in ("train", "test", "val") if split in found}
 
 
 def labels_of(found: list[list[str]]) -> list[int]:
@@ -129,40 +219,203 @@ def labels_of(found: list[list[str]]) -> list[int]:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the image files in and below a folder, sorted."""
-    return [folder / path for path in _scan(os.fspath(folder), "", array("q"))]
+    """Return the image files in and below a folder, sorted, those that are not decoded among them.
+
+    Raises:
+        UsageError: a folder is unreadable.
+    """
+    walk = _Walk()
+    found = [folder / path for path in walk.images(os.fspath(folder), "")]
+    return sorted([*found, *map(Path, walk.undecoded)])
 
 
-def _scan(folder: str, prefix: str, stamps: array) -> list[str]:
-    """Find image files, and add what changes with them to `stamps`. At each start: be quick."""
-    found: list[str] = []
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+def shown(path: str | Path) -> str:
+    """Return a path for a message of one line: escaped if it has newlines, or bytes not UTF-8."""
+    text = os.fspath(path)
+    return text if text.isprintable() else ascii(text)
+
+
+def describe(left_out: LeftOut) -> list[str]:
+    """Return one line a reason: "not regular files: 2 .jpg, 1 without suffix"."""
+    return [f"{reason}: {_in_words(counts)}" for reason, counts in left_out.items()]
+
+
+def _in_words(counts: Mapping[str, int], most: int = 10) -> str:
+    """Return counts by suffix, the largest first: "5 .heic, 2 without suffix"."""
+    order = sorted(counts, key=lambda suffix: (-counts[suffix], suffix))
+    parts = [f"{counts[suffix]} {shown(suffix)}" for suffix in order[:most]]
+    rest = sum(counts[suffix] for suffix in order[most:])
+    return ", ".join([*parts, *([f"{rest} others"] if rest else [])])
+
+
+def _without_images(folder: Path) -> str:
+    walk = _Walk()
+    walk.images(os.fspath(folder), "")
+    return "; ".join(
+        [
+            f"class folder {shown(folder)} holds no image",
+            *(f"left out, {line}" for line in describe(walk.left_out)),
+            "add some (.jpg, .png or another format that Pillow reads) or remove the folder",
+        ]
+    )
+
+
+class _Walk:
+    """Looks through folders of images, and counts what it leaves out.
+
+    Attributes:
+        stamps, left_out: see `Listing`.
+        undecoded: paths of the images that would need another format or a suffix.
+    """
+
+    def __init__(self) -> None:
+        self.stamps = array("Q")
+        self.left_out: LeftOut = {}
+        self.undecoded: list[str] = []
+
+    def enter(self, folder: Path, belongs: Callable[["os.DirEntry[str]"], bool]) -> list[str]:
+        """Return the names in a folder that belong there, sorted, and leave out all others.
+
+        A folder among the others counts as one, by its name: what it holds may be anything.
+        """
+        names = []
+        for entry in _entries(folder):
+            name = entry.name
+            if not _is_hidden(name) and belongs(entry):
+                names.append(name)
+            else:
+                kind = f"{name}/" if _is_folder(entry) else _suffix(name)
+                self._leave_out(HIDDEN if _is_hidden(name) else OUTSIDE, kind)
+        return names
+
+    def images(self, folder: str, prefix: str) -> list[str]:
+        """Return the image files in and below a folder, sorted. At each start: be quick.
+
+        Raises:
+            UsageError: a folder is unreadable.
+        """
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                return self._images(descriptor, folder, prefix)
+            finally:
+                os.close(descriptor)
+        except (OSError, RecursionError) as error:
+            raise _unreadable(folder, error) from error
+
+    def _images(self, descriptor: int, folder: str, prefix: str) -> list[str]:
+        found: list[str] = []
         for name in sorted(os.listdir(descriptor)):
+            if _is_hidden(name):
+                self._leave_out_all(os.path.join(folder, name), HIDDEN)
+                continue
             is_image = name[name.rfind(".") :].lower() in SUFFIXES
             try:
                 status = os.stat(name, dir_fd=descriptor)
-            except OSError:  # a broken link: decoding will say so
-                if is_image:
+            except OSError:
+                try:  # fails with PermissionError where the folder may not be searched
+                    os.lstat(name, dir_fd=descriptor)
+                except FileNotFoundError:  # removed meanwhile
+                    continue
+                if is_image:  # a link that leads nowhere: decoding reports it
                     found.append(prefix + name)
-                    stamps.extend((0, 0))
+                    self.stamps.extend((0, 0, 0, 0))
+                else:
+                    self._leave_out(LINK, _suffix(name))
                 continue
             if stat.S_ISDIR(status.st_mode):
                 below = os.path.join(folder, name)
-                if not os.path.islink(below):
-                    found += _scan(below, f"{prefix}{name}/", stamps)
+                if os.path.islink(below):
+                    self._leave_out(LINK, _suffix(name))
+                else:
+                    found += self.images(below, f"{prefix}{name}/")
+            elif not stat.S_ISREG(status.st_mode):
+                self._leave_out(SPECIAL, _suffix(name))
             elif is_image:
                 found.append(prefix + name)
-                stamps.append(status.st_size)
-                stamps.append(status.st_mtime_ns)
-    finally:
-        os.close(descriptor)
-    return found
+                self.stamps.append(status.st_size)
+                self.stamps.append(status.st_mtime_ns & UNSIGNED)
+                self.stamps.append(status.st_ctime_ns & UNSIGNED)
+                self.stamps.append(status.st_ino & UNSIGNED)
+            else:
+                self._leave_out_other(os.path.join(folder, name))
+        return found
+
+    def _leave_out(self, reason: str, suffix: str) -> None:
+        counts = self.left_out.setdefault(reason, {})
+        counts[suffix] = counts.get(suffix, 0) + 1
+
+    def _leave_out_other(self, path: str) -> None:
+        """Leave out a regular file that is not named as an image which is decoded."""
+        suffix, reason = _suffix(path), OTHER
+        if suffix in NOT_DECODED:
+            reason = UNDECODED
+        elif suffix == NO_SUFFIX and _is_image(path):
+            reason = BARE
+        if reason != OTHER:
+            self.undecoded.append(path)
+        self._leave_out(reason, suffix)
+
+    def _leave_out_all(self, path: str, reason: str) -> None:
+        """Leave out a file, or all files in and below a folder."""
+        if not os.path.isdir(path) or os.path.islink(path):
+            self._leave_out(reason, _suffix(path))
+            return
+        try:
+            names = os.listdir(path)
+        except OSError:
+            self._leave_out(reason, "unreadable folder")
+            return
+        for name in names:
+            self._leave_out_all(os.path.join(path, name), reason)
 
 
-def _class_names(folder: Path) -> list[str]:
-    return sorted(
-        entry.name
-        for entry in folder.iterdir()
-        if entry.is_dir() and not entry.name.startswith(".")
+def _entries(folder: Path) -> list["os.DirEntry[str]"]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(
+            f"data.root '{shown(folder)}' is not a folder; name one of class folders"
+        ) from error
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: str | Path, error: Exception) -> UsageError:
+    return UsageError(
+        f"the folder {shown(folder)} cannot be listed ({getattr(error, 'strerror', error)}); make "
+        "it readable for this user (read and search permission), or remove it"
+    )
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle, or where this user may not look
+        return False
+
+
+def _is_hidden(name: str) -> bool:
+    return name[0] == "." or name.lower() in SYSTEM
+
+
+def _suffix(name: str) -> str:
+    """Return the suffix of a file in lower case, or NO_SUFFIX for what is not like one."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix if USUAL_SUFFIX.fullmatch(suffix) else NO_SUFFIX
+
+
+def _is_image(path: str) -> bool:
+    """Whether a file begins as the usual image formats do."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return (
+        head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*"))
+        or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+        or (head[:2] == b"BM" and head[6:10] == bytes(4))
+        or (head[4:8] == b"ftyp" and head[8:] in (b"avif", b"heic", b"heix", b"mif1"))
     )

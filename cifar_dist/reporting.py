@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from cifar_dist.config import RunError
+from cifar_dist.data import Dataset
 from cifar_dist.data.augment import augment
 from cifar_dist.data.batches import Batch
+from cifar_dist.listing import HIDDEN, describe, shown
 from cifar_dist.metrics import Evaluation, Totals
 from cifar_dist.runfolder import describe_run, write_status
 from cifar_dist.runtime import describe_device, precision_in_force
@@ -40,6 +42,10 @@ def announce(session: Session, origin: str) -> None:
         "train_images": len(dataset.train),
         "evaluation_images": {name: len(part) for name, part in dataset.evaluation.items()},
         "skipped_images": dataset.skipped,
+        "left_out_files": dataset.left_out,
+        "identical_images": {
+            name: part.identical_to(dataset.train) for name, part in dataset.evaluation.items()
+        },
         "dataset_sha256": dataset.digest,
         "steps_per_epoch": session.steps_per_epoch,
     }
@@ -53,6 +59,7 @@ def announce(session: Session, origin: str) -> None:
         f"  {recipe.model.name} on {recipe.data.name}: {len(dataset.train)} training images, "
         + ", ".join(f"{count} {name}" for name, count in facts["evaluation_images"].items())
         + f", {len(dataset.classes)} classes\n"
+        f"  classes {_first(dataset.classes)}\n"
         f"  batch {recipe.train.batch_size}{parts}, {per_process} per process; "
         f"{session.steps_per_epoch} steps per epoch ({dropped} images left over), "
         f"{recipe.train.epochs} epochs; {recipe.optim.name} {recipe.optim.lr} "
@@ -61,8 +68,33 @@ def announce(session: Session, origin: str) -> None:
     )
     for reason in dataset.skipped:
         print(f"warning: left out, cannot be decoded: {reason}", flush=True)
+    _warn_of_images(dataset, facts["identical_images"])
     describe_run(session.out, facts, session.state.step)
     write_status(session.out, "running", session.state.step, session.epochs_done)
+
+
+def _warn_of_images(dataset: Dataset, identical: Mapping[str, int]) -> None:
+    """Print what was left out of the dataset, and what makes it doubtful."""
+    for line in describe(dataset.left_out):
+        usual = line.startswith(HIDDEN)
+        print(f"{'note' if usual else 'warning'}: left out, {line}", flush=True)
+    for name, images in {"train": dataset.train, **dataset.evaluation}.items():
+        absent = images.absent_classes()
+        if absent:
+            print(f"warning: {name} has no image of {_first(absent)}", flush=True)
+    for name, count in identical.items():
+        if count:
+            print(
+                f"warning: {count} of {len(dataset.evaluation[name])} {name} images are identical "
+                f"to training images; the {name} accuracy is too high by them",
+                flush=True,
+            )
+
+
+def _first(names: Sequence[str], most: int = 10) -> str:
+    """Return the first names in one line, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + more
 
 
 def show_inputs(session: Session) -> None:

@@ -1,12 +1,14 @@
 """Datasets by name: `load_dataset` gives the splits to train and to measure on."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from cifar_dist.config import DataConfig, UsageError
+from cifar_dist.config import DataConfig, UsageError, require
 from cifar_dist.data.cifar import load_cifar
 from cifar_dist.data.imagefolder import load_imagefolder
 from cifar_dist.data.images import Images, Source
 from cifar_dist.data.synthetic import load_synthetic
+from cifar_dist.listing import LeftOut, find_splits
 
 DATASETS = {
     "cifar10": load_cifar,
@@ -26,7 +28,8 @@ class Dataset:
             set exists; at least one of them.
         mean, std: per channel, to normalise with; 0 and 1 if the recipe does not normalise.
         digest: SHA-256 of the whole dataset as it was found.
-        skipped: files left out, each with the reason.
+        skipped: files left out because they could not be decoded, each with the reason.
+        left_out: number of files that were not taken for images, by reason and suffix.
     """
 
     train: Images
@@ -35,6 +38,7 @@ class Dataset:
     std: tuple[float, ...]
     digest: str
     skipped: tuple[str, ...]
+    left_out: LeftOut
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -42,16 +46,16 @@ class Dataset:
         return self.train.classes
 
 
-def load_dataset(config: DataConfig, key: str = "") -> Dataset:
+def load_dataset(config: DataConfig, ahead: str = "") -> Dataset:
     """Load, split and limit a dataset as data.* says.
 
     Args:
-        key: of a folder of images that has been looked through already.
+        ahead: what `looking_ahead` has found in a folder of images.
 
     Raises:
         UsageError: the dataset is missing, damaged, or has no part to train or to measure on.
     """
-    source = load_imagefolder(config, key) if key else DATASETS[config.name](config)
+    source = load_imagefolder(config, ahead) if ahead else DATASETS[config.name](config)
     return arrange(source, config)
 
 
@@ -62,7 +66,11 @@ def arrange(source: Source, config: DataConfig) -> Dataset:
         UsageError: it has no part to train or to measure on.
     """
     if "train" not in source.splits:
-        raise UsageError(f"'{config.root}' has no train folder beside its test folder")
+        others = [path.name for path in find_splits(Path(config.root).expanduser()).values()]
+        raise UsageError(
+            f"'{config.root}' has no train folder beside its {' and '.join(others)} folder; name "
+            "the folder of training images train or training"
+        )
     train = source.splits["train"]
     evaluation = {name: source.splits[name] for name in ("val", "test") if name in source.splits}
     if config.val_fraction:
@@ -71,6 +79,11 @@ def arrange(source: Source, config: DataConfig) -> Dataset:
                 f"'{config.root}' has a validation folder; leave out data.val_fraction"
             )
         train, held_out = train.split(config.val_fraction, config.seed)
+        require(
+            len(held_out) > 0,
+            f"data.val_fraction {config.val_fraction} cannot hold out any image: no class of "
+            f"'{config.root}' has more than one",
+        )
         evaluation = {"val": held_out, **evaluation}
     if not evaluation:
         raise UsageError(
@@ -87,6 +100,7 @@ def arrange(source: Source, config: DataConfig) -> Dataset:
         std=source.std if config.normalize else (1.0, 1.0, 1.0),
         digest=source.digest,
         skipped=source.skipped,
+        left_out=source.left_out,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import filelock
 import numpy as np
+from PIL import Image
 
 from cifar_dist.config import UsageError, require
 from cifar_dist.data.images import Images, Source
@@ -111,31 +112,51 @@ def open_cached(folder: Path, key: str) -> Source:
         split = path.name.removesuffix("-images.npy")
         # "c": writes stay private; torch warns about arrays that are mapped read-only.
         images = np.load(path, mmap_mode="c")
-        splits[split] = Images(images, np.load(target / f"{split}-labels.npy"), classes)
+        labels = np.load(target / f"{split}-labels.npy")
+        digests = np.load(target / f"{split}-digests.npy")
+        splits[split] = Images(images, labels, classes, digests=digests)
     return Source(
         splits, tuple(meta["mean"]), tuple(meta["std"]), meta["digest"], tuple(meta["skipped"])
     )
 
 
 def _measure(folder: Path) -> dict[str, object]:
-    """Hash all arrays, and take mean and deviation of the training images from exact counts."""
+    """Hash all arrays, and take mean and deviation of the training images from exact counts.
+
+    Each image is hashed by itself too: see `Images.digests`.
+    """
     digest = hashlib.sha256()
     counts = np.zeros((3, 256), dtype=np.int64)
     for path in sorted(folder.glob("*.npy")):
         array = np.load(path, mmap_mode="r")
         digest.update(path.name.encode())
+        digests: list[bytes] = []
         for start in range(0, len(array), CHUNK):
             chunk = np.ascontiguousarray(array[start : start + CHUNK])
             digest.update(chunk.data)
+            if chunk.ndim == 4:
+                digests += [hashlib.sha256(image.data).digest()[:8] for image in chunk]
             if path.name == "train-images.npy":
                 counts += count_levels(chunk)
+        if digests:
+            target = path.with_name(path.name.replace("-images", "-digests"))
+            np.save(target, np.frombuffer(b"".join(digests), np.uint64))
     mean, std = channel_statistics(counts)
     return {"mean": mean, "std": std, "digest": digest.hexdigest()}
 
 
 def count_levels(images: np.ndarray) -> np.ndarray:
-    """Count how often each channel of uint8 [N, H, W, 3] has each level; int64 [3, 256]."""
-    return np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)])
+    """Count how often each channel of uint8 [N, H, W, 3] has each level; int64 [3, 256].
+
+    By Pillow, which is three times as fast as three calls of numpy.bincount.
+    """
+    height, width = images.shape[1:3]
+    counts = np.zeros(3 * 256, dtype=np.int64)
+    step = max(1, (1 << 20) // (height * width))  # Pillow copies: a few megabytes at a time
+    for start in range(0, len(images), step):
+        rows = images[start : start + step].reshape(-1, width, 3)
+        counts += np.array(Image.fromarray(rows).histogram())
+    return counts.reshape(3, 256)
 
 
 def channel_statistics(counts: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,52 +1,75 @@
 """A folder of class folders: found, checked, and decoded once into the cache."""
 
 import os
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from cifar_dist.config import DataConfig, cache_folder, require
+from cifar_dist.config import DataConfig, RunError, cache_folder, require
 from cifar_dist.data.cache import CacheWriter, is_cached, load_or_build, open_cached
 from cifar_dist.data.decode import decode_files
 from cifar_dist.data.images import Source
-from cifar_dist.listing import find_images, labels_of
+from cifar_dist.listing import Listing, find_images, labels_of, read_ahead, shown
+
+ATTEMPTS = 3  # at decoding a folder that changes meanwhile
 
 
-def load_imagefolder(config: DataConfig, key: str = "") -> Source:
+class _Changed(Exception):
+    """The folder is no longer as it was listed."""
+
+
+def load_imagefolder(config: DataConfig, ahead: str = "") -> Source:
     """Return the images below data.root, decoded into the cache on the first use.
 
     Args:
-        key: of the folder as it is now, if it has been looked through already.
+        ahead: what `looking_ahead` has found in the folder as it is now.
 
     Raises:
         UsageError: a folder is missing, a class is empty or missing in one part, or a file cannot
             be decoded and data.bad_images is stop.
     """
-    root = Path(config.root).expanduser()
-    require(root.is_dir(), f"data.root '{config.root}' is not a folder; name one of class folders")
-    cache, size = cache_folder(config), config.side
+    cache = cache_folder(config)
+    key, left_out = read_ahead(ahead)
     if key and is_cached(cache, key):
-        return open_cached(cache, key)
-    listing = find_images(root)
+        return replace(open_cached(cache, key), left_out=left_out)
+    root = Path(config.root).expanduser()
+    for _ in range(ATTEMPTS):
+        try:
+            return _load_as_listed(config, root, cache)
+        except _Changed:
+            print(f"{shown(root)} changed while it was decoded; decoding it again", flush=True)
+    raise RunError(f"{shown(root)} changes while it is decoded; start again when it is complete")
+
+
+def _load_as_listed(config: DataConfig, root: Path, cache: Path) -> Source:
+    listing = find_images(root, config.bad_images)
+    key = listing.key(config.side, config.bad_images)
 
     def build(writer: CacheWriter) -> None:
-        writer.classes = listing.classes
-        for split, found in listing.files.items():
-            labels = labels_of(found)
-            target = writer.create(split, labels, size)
-            paths = [os.path.join(root, path) for path in chain(*found)]
-            failures = decode_files(paths, target, f"decoding {split}")
-            if not failures:
-                continue
-            reasons = [f"{paths[row]}: {why}" for row, why in failures.items()]
-            require(
-                config.bad_images == "skip",
-                f"{len(failures)} of the {split} images cannot be decoded, the first {reasons[0]}; "
-                "mend or remove them, or leave them out with --data.bad_images skip",
-            )
-            left = {label for row, label in enumerate(labels) if row not in failures}
-            for label, name in enumerate(listing.classes):
-                require(label in left, f"no image of class '{name}' in {split} can be decoded")
-            writer.drop(split, list(failures))
-            writer.skipped += reasons
+        _decode(writer, config, root, listing)
+        if find_images(root, config.bad_images).key(config.side, config.bad_images) != key:
+            raise _Changed
 
-    return load_or_build(cache, listing.key(size, config.bad_images), build)
+    return replace(load_or_build(cache, key, build), left_out=listing.left_out)
+
+
+def _decode(writer: CacheWriter, config: DataConfig, root: Path, listing: Listing) -> None:
+    writer.classes = listing.classes
+    for split, found in listing.files.items():
+        labels = labels_of(found)
+        target = writer.create(split, labels, config.side)
+        paths = [os.path.join(root, path) for path in chain(*found)]
+        failures = decode_files(paths, target, f"decoding {split}")
+        if not failures:
+            continue
+        reasons = [f"{shown(paths[row])}: {why}" for row, why in failures.items()]
+        require(
+            config.bad_images == "skip",
+            f"{len(failures)} of the {split} images cannot be decoded, the first {reasons[0]}; "
+            "mend or remove them, or leave them out with --data.bad_images skip",
+        )
+        left = {label for row, label in enumerate(labels) if row not in failures}
+        for label, name in enumerate(listing.classes):
+            require(label in left, f"no image of class '{shown(name)}' in {split} can be decoded")
+        writer.drop(split, list(failures))
+        writer.skipped += reasons

@@ -1,8 +1,10 @@
 """Images in memory: what every source of images gives, and how a part of it is chosen."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+
+from cifar_dist.listing import LeftOut
 
 
 @dataclass(frozen=True)
@@ -15,12 +17,14 @@ class Images:
         classes: names, in label order.
         rows: int64 [M], the rows of the two arrays that belong to this set; None is all of them.
             A subset refers to the arrays of the whole and copies nothing.
+        digests: uint64 [N], the same for images of the same pixels; None if not computed.
     """
 
     images: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
     rows: np.ndarray | None = None
+    digests: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels if self.rows is None else self.rows)
@@ -51,8 +55,22 @@ class Images:
         chosen = np.random.default_rng(seed).permutation(len(self))[:count]
         return self.take(np.sort(chosen))
 
+    def identical_to(self, other: "Images") -> int:
+        """Return the number of images whose pixels are those of an image in `other`."""
+        if self.digests is None or other.digests is None:
+            return 0
+        known = other.digests[other.selected]
+        return int(np.isin(self.digests[self.selected], known).sum())
+
+    def absent_classes(self) -> list[str]:
+        """Return the names of the classes without an image in this set."""
+        counts = np.bincount(self.labels[self.selected], minlength=len(self.classes))
+        return [name for name, count in zip(self.classes, counts, strict=True) if not count]
+
     def split(self, fraction: float, seed: int) -> tuple["Images", "Images"]:
-        """Hold out `fraction` of every class, chosen by `seed`; at least one image of each.
+        """Hold out `fraction` of every class, chosen by `seed`.
+
+        At least one image of each class is held out, and at least one stays; an only one stays.
 
         Returns:
             What stays, and what is held out.
@@ -62,7 +80,8 @@ class Images:
         held_out = np.zeros(len(labels), dtype=bool)
         for label in np.unique(labels):
             members = order[labels[order] == label]
-            held_out[members[: max(1, round(fraction * len(members)))]] = True
+            count = max(1, round(fraction * len(members)))
+            held_out[members[: min(count, len(members) - 1)]] = True
         return self.take(np.flatnonzero(~held_out)), self.take(np.flatnonzero(held_out))
 
 
@@ -75,6 +94,7 @@ class Source:
         mean, std: per channel, of the training images scaled to [0, 1].
         digest: SHA-256 of all pixels, labels and class names.
         skipped: files left out because they could not be decoded, each with the reason.
+        left_out: number of files that were not taken for images, by reason and suffix.
     """
 
     splits: dict[str, Images]
@@ -82,3 +102,4 @@ class Source:
     std: tuple[float, ...]
     digest: str
     skipped: tuple[str, ...] = ()
+    left_out: LeftOut = field(default_factory=dict)

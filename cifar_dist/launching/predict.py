@@ -147,12 +147,10 @@ def count_images(config: DataConfig) -> Dataset:
         return Images(np.empty((len(labels), size, size, 0), np.uint8), np.array(labels), classes)
 
     if config.name == "imagefolder":
-        root = Path(config.root).expanduser()
-        require(
-            root.is_dir(), f"data.root '{config.root}' is not a folder; name one of class folders"
-        )
-        files, classes, _ = find_images(root)
-        splits = {name: of(labels_of(found), classes) for name, found in files.items()}
+        listing = find_images(Path(config.root).expanduser(), config.bad_images)
+        splits = {
+            name: of(labels_of(found), listing.classes) for name, found in listing.files.items()
+        }
     elif config.name == "synthetic":
         splits = {
             name: of(np.arange(count) % len(SHAPES), tuple(SHAPES))

@@ -4,6 +4,7 @@
 launcher. Where a fault is to meet something from outside, it creates the file $FAULT_MARK first.
 """
 
+import ctypes
 import os
 import shutil
 import signal
@@ -32,6 +33,22 @@ def raises(step: str, rank: str) -> None:
         raise ValueError("injected")
 
     _after_step(int(step), rank, act)
+
+
+def loses_privileges() -> None:
+    """Keep root, who may read everything, to the modes of files: what other users are kept to."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return
+    libc, drop_from_bounding_set = ctypes.CDLL(None), 24
+    capabilities = (1, 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    for number in capabilities:
+        libc.prctl(drop_from_bounding_set, number, 0, 0, 0)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, sets)
+    for number in capabilities:
+        for which in range(3):  # effective, permitted, inheritable
+            sets[which] &= ~(1 << number)
+    assert libc.capset(header, sets) == 0
 
 
 def is_killed(step: str, rank: str) -> None:
