@@ -20,7 +20,7 @@ from cifar_dist.preemption import ignore_signals, local_rank, uninterrupted
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VALIDATION = ("val", "valid", "validation")
-FORMAT = "1"  # change it whenever decode_image gives other pixels for the same file
+FORMAT = "2"  # change it whenever decode_image gives other pixels for the same file
 
 
 class Listing(NamedTuple):
