@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--best", action="store_true", help="of a run: the best by validation")
         parser.add_argument("--top", type=int, default=3, help="how many classes to name")
         parser.add_argument("--json", action="store_true", help="one JSON object a line")
+        parser.add_argument(
+            "--bad-images",
+            choices=("skip", "stop"),
+            default="skip",
+            help="of images that cannot be decoded: report each and exit with code 1 at the end, "
+            "or refuse at the first, before anything is printed",
+        )
         options = parser.parse_args(list(arguments))
-        predictions = predict(options.checkpoint, options.images, options.top, options.best)
-        for prediction in predictions:
-            print(json.dumps(prediction) if options.json else _row(prediction), flush=True)
-        return 0
+        run = predict if options.bad_images == "stop" else stream_predictions
+        code = 0
+        for result in run(options.checkpoint, options.images, options.top, options.best):
+            if "error" in result:
+                print(f"error: {_refusal(result)}", file=sys.stderr, flush=True)
+                code = 1
+            else:
+                print(json.dumps(result) if options.json else _row(result), flush=True)
+        return code
 
     return run_verb(verb, argv)
 
@@ -42,7 +55,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def predict(
     place: str, images: Sequence[str | Path], top: int = 3, best: bool = False
 ) -> list[dict[str, Any]]:
-    """Classify image files.
+    """Classify image files, all or none. For the arguments see `stream_predictions`.
+
+    Returns:
+        For each file: {"image": path, "classes": [{"class": name, "probability": p}, ...]}, the
+        most probable class first.
+
+    Raises:
+        UsageError: no such checkpoint or file, or a file that cannot be decoded.
+    """
+    predictions = []
+    for result in stream_predictions(place, images, top, best):
+        if "error" in result:
+            raise UsageError(_refusal(result))
+        predictions.append(result)
+    return predictions
+
+
+def stream_predictions(
+    place: str, images: Sequence[str | Path], top: int = 3, best: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Classify image files, in batches, and yield the results as each batch is done.
 
     Args:
         place: a run folder or one checkpoint's folder.
@@ -50,12 +83,12 @@ def predict(
         top: how many classes to name for each.
         best: of a run folder, the best checkpoint by validation instead of the newest.
 
-    Returns:
-        For each file: {"image": path, "classes": [{"class": name, "probability": p}, ...]}, the
-        most probable class first.
+    Yields:
+        For each file what `predict` returns, or, at once, {"image": path, "error": reason} if it
+        cannot be decoded.
 
     Raises:
-        UsageError: no such checkpoint or file, or a file that is no image.
+        UsageError: no such checkpoint or file.
     """
     import numpy as np
     import torch
@@ -71,30 +104,28 @@ def predict(
     state = checkpoint.state
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     network = restore_network(checkpoint).to(device)
-    predictions = []
     for start in range(0, len(files), BATCH):
-        decoded = []
+        names, decoded = [], []
         for file in files[start : start + BATCH]:
             try:
                 decoded.append(decode_image(file, state["image_size"]))
+                names.append(str(file))
             except ValueError as error:
-                raise UsageError(f"'{file}' is not an image that can be read: {error}") from error
+                yield {"image": str(file), "error": str(error)}
+        if not decoded:
+            continue
         pixels = torch.from_numpy(np.stack(decoded)).to(device)
         with torch.inference_mode():
             logits = network(normalise(pixels, state["mean"], state["std"]))
             likely = logits.float().softmax(dim=1).topk(min(top, len(state["classes"])))
-        for file, values, labels in zip(
-            files[start : start + BATCH],
-            likely.values.tolist(),
-            likely.indices.tolist(),
-            strict=True,
+        for name, values, labels in zip(
+            names, likely.values.tolist(), likely.indices.tolist(), strict=True
         ):
             classes = [
                 {"class": state["classes"][label], "probability": value}
                 for label, value in zip(labels, values, strict=True)
             ]
-            predictions.append({"image": str(file), "classes": classes})
-    return predictions
+            yield {"image": name, "classes": classes}
 
 
 def _find_files(images: Sequence[str | Path]) -> list[Path]:
@@ -102,7 +133,9 @@ def _find_files(images: Sequence[str | Path]) -> list[Path]:
 
     files: list[Path] = []
     for place in map(Path, images):
-        require(place.exists(), f"'{place}' does not exist; name image files or folders of them")
+        require(
+            os.path.exists(place), f"'{place}' does not exist; name image files or folders of them"
+        )
         if place.is_dir():
             found = list_images(place)
             require(bool(found), f"the folder '{place}' holds no image file")
@@ -110,6 +143,10 @@ def _find_files(images: Sequence[str | Path]) -> list[Path]:
         else:
             files.append(place)
     return files
+
+
+def _refusal(result: dict[str, Any]) -> str:
+    return f"'{result['image']}' is not an image that can be read: {result['error']}"
 
 
 def _row(prediction: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Measuring and predicting from a checkpoint, through the commands."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -186,7 +187,48 @@ def test_predict_refuses_what_is_no_image(
         ("absent.png", "does not exist"),
         ("empty", "holds no image file"),
     ]:
-        assert predict.main(["--checkpoint", str(trained.out), str(tmp_path / name)]) == 2
+        options = ["--checkpoint", str(trained.out), "--bad-images", "stop"]
+        assert predict.main([*options, str(tmp_path / name)]) == 2
         error = capfd.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_predict_goes_on_after_a_bad_image(
+    trained: Result, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = write_folder(tmp_path / "set", {"test": 60}, classes=10)
+    files = sorted(root.rglob("*.png"))
+    for file in files[3], files[40]:
+        file.write_bytes(file.read_bytes()[:60])
+    os.mkfifo(tmp_path / "fifo.png")
+    capfd.readouterr()
+    options = ["--checkpoint", str(trained.out), "--json", str(tmp_path / "fifo.png"), str(root)]
+    assert predict.main(options) == 1
+    output, errors = capfd.readouterr()
+    named = [json.loads(line)["image"] for line in output.splitlines()]
+    assert named == [str(file) for file in files if file not in (files[3], files[40])]
+    bad = [str(tmp_path / "fifo.png"), str(files[3]), str(files[40])]
+    assert [line.split("'")[1] for line in errors.splitlines()] == bad
+    assert all(line.startswith("error: ") for line in errors.splitlines())
+    assert predict.main([*options, "--bad-images", "stop"]) == 2
+    output, errors = capfd.readouterr()
+    assert (output, errors.count("\n")) == ("", 1)
+    assert predict.main([*options, str(tmp_path / "absent.png")]) == 2
+    output, errors = capfd.readouterr()
+    assert (output, errors.count("\n")) == ("", 1)
+
+
+def test_predictions_come_as_each_batch_is_done(
+    trained: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_folder(tmp_path / "set", {"test": 60}, classes=10)
+    monkeypatch.setattr(predict, "BATCH", 8)
+    results = predict.stream_predictions(str(trained.out), [root])
+    first = next(results)
+    files = sorted(root.rglob("*.png"))
+    for file in files[8:]:  # none of them has been opened
+        file.unlink()
+    others = list(results)
+    assert ["classes" in result for result in (first, *others)] == [True] * 8 + [False] * 52
+    assert [result["image"] for result in (first, *others)] == list(map(str, files))

@@ -4,55 +4,146 @@ Every image ends as RGB of size x size pixels, in this order: turned as its EXIF
 transparent parts laid on white; grey, palette, CMYK and 16-bit pixels converted to 8-bit RGB; the
 largest centred square cut out and scaled (bicubic). Of an animation the first frame is used.
 
+The content of a file decides which decoder reads it, never its suffix.
+
 Threads would not do: for small images Pillow spends more time in Python than in its decoders.
 """
 
+import functools
 import json
+import os
 import selectors
+import signal
+import stat
+import struct
 import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from cifar_dist.config import UsageError
 from cifar_dist.preemption import ignore_signals, uninterrupted
 from cifar_dist.runtime import usable_cores
 
 CHUNK = 128  # images between two looks at signals
 LEAST = 2000  # images for which a process is worth its start
-ORIENTATION = 0x0112  # EXIF
 
-# Pillow only warns between its limit and twice that; an image that large is refused outright.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
+# The raster formats that Pillow decodes itself. Absent are those for which it starts a program
+# (EPS: Ghostscript), draws through the system (WMF), opens whatever is embedded (IPTC), needs
+# another package (FPX, MIC), or has no decoder (BUFR, GRIB, HDF5, MPEG).
+# fmt: off
+FORMATS = {
+    "AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "GIF", "ICNS",
+    "ICO", "IM", "IMT", "JPEG", "JPEG2000", "MCIDAS", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM",
+    "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB",
+}
+# fmt: on
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+EPS_BINARY = b"\xc5\xd0\xd3\xc6"  # the header of an EPS file with a preview
+
+ORIENTATION = 0x0112  # EXIF
+TURNS = {  # what undoes each EXIF orientation but 1
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+INTEGER_TYPES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # TIFF's number, struct's letter
+
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
 
 def decode_image(path: str | Path, size: int) -> np.ndarray:
     """Return one image file as uint8 [size, size, 3], converted as this module's docstring says.
 
     Raises:
-        ValueError: the file is no image that can be decoded; the message says why.
+        ValueError: the file is no image that can be decoded; the message says why, in one line.
     """
     try:
-        with Image.open(path) as file:
-            file.draft(None, (2 * size, 2 * size))  # JPEG: decode a large one at reduced scale
-            file.load()
-            turned = file.getexif().get(ORIENTATION, 1) != 1
-            image = _to_rgb(ImageOps.exif_transpose(file) if turned else file)
-            fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-    return np.asarray(fitted)
+        with open(path, "rb", opener=_open_without_waiting) as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata, without the name of the file
+            # Pillow only warns between its limit and twice that; this refuses the image.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise ValueError("not a regular file")
+            try:
+                file = Image.open(stream, formats=_formats())
+            except UnidentifiedImageError:
+                stream.seek(0)
+                raise ValueError(_name_format(stream.read(16))) from None
+            return _decode(file, size)
+    except Exception as error:  # a decoder may raise anything at a damaged file
+        reason = " ".join(str(error).split())
+        if not isinstance(error, (OSError, SyntaxError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ValueError(reason or type(error).__name__) from error
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file; a FIFO is opened at once too, instead of when somebody writes to it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # which Windows lacks
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Return those of FORMATS that this Pillow knows, in its own order."""
+    Image.init()
+    return tuple(name for name in Image.ID if name in FORMATS)
+
+
+def _name_format(head: bytes) -> str:
+    """Return why no decoder took a file, from its first 16 bytes."""
+    if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
+        return "HEIC images are not decoded; convert them to JPEG or PNG"
+    if head.startswith((b"%!PS", EPS_BINARY)):
+        return "PostScript is not decoded; convert it to JPEG or PNG"
+    return "cannot identify image file"
+
+
+def _decode(file: ImageFile.ImageFile, size: int) -> np.ndarray:
+    if min(file.size) >= 4 * size:  # JPEG is then decoded at a reduced scale
+        file.draft(None, (2 * size, 2 * size))
+    bits = 32 if file.mode == "I" and file.format not in ("PNG", "PPM") else 16  # if more than 8
+    signed = False
+    if isinstance(file, TiffImagePlugin.TiffImageFile):
+        bits = file.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))[0]
+        signed = file.tag_v2.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0] == 2
+        # At the end Pillow would turn the image and read all metadata; any may be damaged.
+        file.load_end = lambda: None  # type: ignore[method-assign]
+        with suppress(Exception):
+            file.getexif()  # it reads the file, which is closed then, and keeps what it found
+    file.load()
+    turn = _find_turn(file)
+    image: Image.Image = file if turn is None else file.transpose(turn)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        if bits > 16 or file.format == "FITS":  # which has its scale in its header
+            raise ValueError(f"pixels are {bits}-bit integers without a known range")
+        image = Image.fromarray(_scale(np.asarray(image), bits, signed))
+    image = _to_rgb(image)
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def _scale(levels: np.ndarray, bits: int, signed: bool) -> np.ndarray:
+    """Return the 8 highest of the `bits` of each pixel, as uint8; Pillow would clip."""
+    levels = levels.astype(np.uint16)
+    if signed:
+        levels ^= 0x8000  # from the lowest negative number on
+    return (levels >> (bits - 8)).astype(np.uint8)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip, not scale
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        image = Image.fromarray(levels.astype(np.uint8))
-    elif image.mode == "F":
+    if image.mode == "F":
         raise ValueError("pixels are floating-point numbers without a known range")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -60,11 +151,46 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def _find_turn(file: ImageFile.ImageFile) -> Image.Transpose | None:
+    """Return what puts an image upright. An orientation that cannot be read is none."""
+    try:
+        value = _read_orientation(file.info.get("exif", b""))
+        if value is None:
+            value = file.getexif().get(ORIENTATION, 1)
+        return TURNS.get(value[0] if isinstance(value, (tuple, bytes)) else value)
+    except Exception:  # the pixels are whole, whatever the EXIF block is
+        return None
+
+
+def _read_orientation(exif: bytes) -> int | None:
+    """Return the orientation of an EXIF block if it is an integer, and read no other entry.
+
+    Pillow gives up at the first entry whose value lies outside of the block, as in one cut short.
+    """
+    block = exif.removeprefix(b"Exif\0\0")
+    order = "<" if block.startswith(b"II") else ">"
+    try:
+        (start,) = struct.unpack_from(f"{order}I", block, 4)
+        (entries,) = struct.unpack_from(f"{order}H", block, start)
+        for at in range(start + 2, start + 2 + 12 * entries, 12):
+            tag, kind, count = struct.unpack_from(f"{order}HHI", block, at)
+            if tag == ORIENTATION and kind in INTEGER_TYPES:
+                letter = INTEGER_TYPES[kind]
+                if 1 <= count <= 4 // struct.calcsize(letter):  # else the value is elsewhere
+                    return int(struct.unpack_from(order + letter, block, at + 8)[0])
+    except struct.error:
+        pass
+    return None
+
+
 def decode_files(paths: Sequence[str], target: Path, title: str) -> dict[int, str]:
     """Fill the array file `target`, uint8 [N, size, size, 3], from as many image files.
 
     Returns:
         The rows that failed, each with the reason.
+
+    Raises:
+        UsageError: a process was killed from outside; the images that it had are named.
     """
     from tqdm import tqdm
 
@@ -88,40 +214,70 @@ def _decode_in_processes(
     failed: dict[int, str] = {}
     code = "import sys; from cifar_dist.data.decode import main; main(sys.argv[1])"
     command = [sys.executable, "-c", code, str(target)]
-    with uninterrupted():
-        workers = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            for _ in range(processes)
-        ]
+    waiting = chunks[::-1]
+    workers: dict[subprocess.Popen[str], range] = {}  # each with the rows that it decodes
+    selector = selectors.DefaultSelector()
+
+    def start_worker() -> None:
+        with uninterrupted():
+            worker = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            workers[worker] = range(0)
+        selector.register(worker.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
+        hand_out(worker)
+
+    def hand_out(worker: subprocess.Popen[str]) -> None:
+        if not waiting:
+            selector.unregister(worker.stdout)  # type: ignore[arg-type]
+            return
+        rows = workers[worker] = waiting.pop()
+        with suppress(BrokenPipeError):  # its output has ended then too, which is looked at next
+            job = [rows[0], paths[rows[0] : rows[-1] + 1]]
+            print(json.dumps(job), file=worker.stdin, flush=True)
+
     try:
-        waiting = iter(chunks)
-        selector = selectors.DefaultSelector()
-
-        def hand_out(worker: "subprocess.Popen[str]") -> bool:
-            rows = next(waiting, None)
-            if rows is not None:
-                job = [rows[0], paths[rows[0] : rows[-1] + 1]]
-                print(json.dumps(job), file=worker.stdin, flush=True)
-            return rows is not None
-
-        for worker in workers:
-            hand_out(worker)
-            selector.register(worker.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
+        for _ in range(processes):
+            start_worker()
         while selector.get_map():
             for key, _ in selector.select():
-                answer = key.data.stdout.readline()
-                if not answer:
-                    raise RuntimeError(f"decoding ended with code {key.data.wait()}, see above")
-                count, reasons = json.loads(answer)
-                bar.update(count)
-                failed |= {int(row): reason for row, reason in reasons.items()}
-                if not hand_out(key.data):
-                    selector.unregister(key.fileobj)
+                worker = key.data
+                answer = worker.stdout.readline()
+                if answer.endswith("\n"):
+                    count, reasons = json.loads(answer)
+                    bar.update(count)
+                    failed |= {int(row): reason for row, reason in reasons.items()}
+                    hand_out(worker)
+                    continue
+                selector.unregister(worker.stdout)
+                rows, ending = workers[worker], worker.wait()
+                if -ending not in CRASHES:
+                    raise UsageError(_describe_end(ending, [paths[row] for row in rows]))
+                if len(rows) == 1:
+                    failed[rows[0]] = f"its decoder crashed, {_name_signal(ending)}"
+                    bar.update(1)
+                else:  # halve, until the image that crashes its decoder is alone
+                    middle = len(rows) // 2
+                    waiting += [rows[middle:], rows[:middle]]
+                start_worker()
     finally:
         for worker in workers:
             worker.kill()
             worker.communicate()
     return dict(sorted(failed.items()))
+
+
+def _describe_end(code: int, paths: Sequence[str]) -> str:
+    """Describe the end of a process that had images to decode."""
+    end = f"was killed by {_name_signal(code)}" if code < 0 else f"exited with code {code}"
+    cause = "; probably out of memory (OOM killer)" if code == -9 else ""
+    return (
+        f"a process {end} while it decoded {paths[0]} to {paths[-1]} ({len(paths)} images){cause}"
+    )
+
+
+def _name_signal(code: int) -> str:
+    return f"signal {-code} ({signal.strsignal(-code)})"
 
 
 def _decode_chunk(array: np.ndarray, first: int, paths: Sequence[str]) -> dict[int, str]:
