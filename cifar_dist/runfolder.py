@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -171,9 +171,11 @@ class Warned:
         except Exception as error:
             if what not in self.reasons:
                 self.reasons[what] = " ".join(f"{type(error).__name__}: {error}".split())
-                print(
-                    f"warning: {what} failed, training goes on ({self.reasons[what]})", flush=True
-                )
+                with suppress(OSError):  # the console may be what has failed
+                    print(
+                        f"warning: {what} failed, training goes on ({self.reasons[what]})",
+                        flush=True,
+                    )
 
 
 def write_status(out: Path, state: str, step: int, epoch: float, message: str = "") -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cifar_dist.config import TrainConfig, UsageError, require
-from cifar_dist.console import is_unread
+from cifar_dist.console import complain, is_lost, open_streams
 from cifar_dist.peers import Peers, PeersMissing, describe_process
 from cifar_dist.preemption import is_launched, local_rank
 
@@ -37,8 +37,10 @@ TWO_ON_CPU = "accelerate launch --multi_gpu --num_processes 2 -m cifar_dist.trai
 def run_verb(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
     """Run a command and return its exit code; a UsageError becomes one line and code 2.
 
-    Where the reader of its output has seen enough, as `head` has, it ends without a word.
+    So does a file that this user may not read or write. Where the reader of its output has seen
+    enough, as `head` has, it ends without a word.
     """
+    open_streams()
     try:
         try:
             return verb(sys.argv[1:] if argv is None else argv)
@@ -48,12 +50,26 @@ def run_verb(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -
         # The others of this machine found the same, unless they are those that are missing.
         first = error.reporter if isinstance(error, PeersMissing) else local_rank() == 0
         if first:
-            print(f"error: {error}", file=sys.stderr)
+            complain(f"error: {error}")
         return 2
-    except BrokenPipeError:
-        if not is_unread(sys.stdout):
+    except OSError as error:
+        if isinstance(error, PermissionError) and error.filename is not None:
+            complain(f"error: {describe_refusal(error)}")
+            return 2
+        if error.filename is not None or not is_lost(sys.stdout):
             raise
-        return NOBODY_READS
+        if isinstance(error, BrokenPipeError):
+            return NOBODY_READS
+        complain(f"error: the standard output cannot be written ({error.strerror})")
+        return 1
+
+
+def describe_refusal(error: PermissionError) -> str:
+    """Return the one line about a file or folder that this user may not use."""
+    return (
+        f"'{error.filename}' cannot be used ({error.strerror}); give this user access to it, or "
+        "start as the user to whom it belongs"
+    )
 
 
 def start_processes(
@@ -211,6 +227,8 @@ def on_main_process(accelerator: "Accelerator", function: Callable[[], T]) -> T:
             outcome[0] = function()
         except UsageError as error:
             outcome[1] = str(error)
+        except PermissionError as error:
+            outcome[1] = describe_refusal(error)
     result, refusal = broadcast_object_list(outcome)
     if refusal is not None:
         raise UsageError(refusal)

@@ -26,6 +26,7 @@ from cifar_dist.config import (
     parse_recipe,
     require,
 )
+from cifar_dist.console import complain, open_streams
 from cifar_dist.listing import looking_ahead
 from cifar_dist.preemption import EXIT_CODE, Preempted, Preemption
 from cifar_dist.runtime import (
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with preemption.listen():
             return run_verb(verb, argv)
     except Preempted:
-        print("stopped by a signal before training began; nothing was lost", file=sys.stderr)
+        complain("stopped by a signal before training began; nothing was lost")
         return EXIT_CODE
     except RunFailed as error:
         return _report(error)
@@ -112,6 +113,7 @@ def run(recipe: Recipe, origin: str = "Python") -> Result:
         Preempted: a signal came before training had begun; nothing was lost.
         RunFailed: anything else; status.json holds the same line.
     """
+    open_streams()
     preemption = Preemption()
     with preemption.listen(), looking_ahead(recipe.data) as find_key:
         return _run(recipe, origin, preemption, find_key)
@@ -128,9 +130,11 @@ def _run(
         session = _start(recipe, lock, preemption, find_key)
         with kept(session.out, session.accelerator.process_index, session.warned):
             try:
-                announce(session, origin)
+                with session.warned.spare("the banner"):
+                    announce(session, origin)
                 if not session.state.step:
-                    show_inputs(session)
+                    with session.warned.spare("showing the inputs"):
+                        show_inputs(session)
                 finished = _train(session, preemption)
                 return _finish(session, finished)
             except (Exception, KeyboardInterrupt) as error:
@@ -196,7 +200,7 @@ def _train(session: Session, preemption: Preemption) -> bool:
     """Train the epochs that are left, and say whether that is done; else a signal came."""
     from cifar_dist.data.batches import build_loader
     from cifar_dist.engine import refuse_bad_numbers, train_epoch
-    from cifar_dist.reporting import progress_bar, report_epoch, report_window
+    from cifar_dist.reporting import ProgressBar, report_epoch, report_window
     from cifar_dist.schedule import learning_rate, total_steps
     from cifar_dist.session import compare_weights, save
 
@@ -222,7 +226,7 @@ def _train(session: Session, preemption: Preemption) -> bool:
         order.start_at(
             epoch, (state.step - begin) * train.accumulate, (end - begin) * train.accumulate
         )
-        bar = progress_bar(session, epoch)
+        bar = ProgressBar(session, epoch)
         session.clock = time.monotonic()
         for _ in train_epoch(accelerator, state, loader, pixels, train, schedule, epoch):
             bar.update()
@@ -332,7 +336,7 @@ def _report(failure: RunFailed) -> int:
     One process does; the others' own words are in their logs.
     """
     if failure.ending and failure.ending.speaks:
-        print(f"{failure.ending.traceback}error: {failure}", file=sys.stderr, flush=True)
+        complain(f"{failure.ending.traceback}error: {failure}")
     return 1
 
 
