@@ -403,7 +403,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe written by `dump_recipe`."""
-    return from_dict(yaml.safe_load(path.read_text()))
+    return from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def recipe_names() -> list[str]:
@@ -521,7 +521,7 @@ def _resolve_config(argv: list[str]) -> tuple[list[str], Path]:
 def _refuse_unknown_keys(path: Path) -> None:
     known = flatten(Recipe())
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"recipe {path} is not readable as YAML: {reason}") from error

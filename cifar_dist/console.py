@@ -21,14 +21,15 @@ def open_streams() -> None:
     opens would get its descriptor, and receive what libraries print. Characters that a console
     cannot encode are shown as escapes.
     """
-    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+    modes = {"stdin": "r", "stdout": "w", "stderr": "w"}
+    for descriptor, mode in enumerate(modes.values()):
         try:
             os.fstat(descriptor)
-        except OSError:  # the lowest free descriptor is this one
-            os.open(os.devnull, os.O_RDONLY if name == "stdin" else os.O_WRONLY)
+        except OSError:  # it is closed, and the lowest that is free
+            os.open(os.devnull, os.O_RDONLY if mode == "r" else os.O_WRONLY)
             os.set_inheritable(descriptor, True)
+    for name, mode in modes.items():
         if getattr(sys, name) is None:
-            mode = "r" if name == "stdin" else "w"
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's and a test's may be others

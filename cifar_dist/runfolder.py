@@ -27,7 +27,7 @@ def replace_file(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        with temporary.open("x") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -196,7 +196,7 @@ def write_status(out: Path, state: str, step: int, epoch: float, message: str = 
         if error.errno != errno.ENOSPC or not path.is_file() or path.is_symlink():
             raise
         # A full disk has no room for a second file, but the first one's is ours.
-        with path.open("r+") as file:
+        with path.open("r+", encoding="utf-8") as file:
             file.write(text)
             file.truncate()
 
@@ -204,7 +204,7 @@ def write_status(out: Path, state: str, step: int, epoch: float, message: str = 
 def describe_run(out: Path, facts: dict[str, Any], step: int) -> None:
     """Write run.json: the facts given, versions, commit and command; earlier starts are kept."""
     path = out / "run.json"
-    starts = json.loads(path.read_text())["starts"] if path.is_file() else []
+    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
     here = {
         **facts,
         "command": [sys.executable, *sys.argv],
@@ -269,7 +269,7 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -284,7 +284,8 @@ def _git_commit() -> str | None:
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],
             cwd=Path(__file__).parent,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

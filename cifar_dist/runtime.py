@@ -241,7 +241,7 @@ def usable_cores() -> int:
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.is_file():
-        allowed, period = quota.read_text().split()
+        allowed, period = quota.read_text(encoding="utf-8").split()
         if allowed != "max":
             cores = min(cores, max(1, int(allowed) // int(period)))
     return cores

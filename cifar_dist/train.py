@@ -350,7 +350,7 @@ def _note_preempted(out: Path, lock: RunLock) -> None:
         lock.take(out)
         saved = {"step": 0, "epoch": 0}
         for path in checkpoints_in(out / "checkpoints")[-1:]:
-            saved = json.loads((path / "state.json").read_text())
+            saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
         write_status(out, "preempted", saved["step"], saved["epoch"])
 
 

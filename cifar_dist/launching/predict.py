@@ -182,7 +182,7 @@ def read_link(path: str) -> tuple[float, float]:
         UsageError: it is not the output of a live doctor on several processes.
     """
     try:
-        found = json.loads(Path(path).read_text())["all_reduce"]
+        found = json.loads(Path(path).read_text(encoding="utf-8"))["all_reduce"]
         return float(found["latency_seconds"]), float(found["bytes_per_second"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         require(
@@ -210,7 +210,9 @@ def read_rate(path: str) -> float:
         f"'{path}' is not a run folder with recorded speeds; name one whose track.every_steps is "
         "not 0",
     )
-    world = json.loads((Path(path).expanduser() / "run.json").read_text())["world_size"]
+    world = json.loads((Path(path).expanduser() / "run.json").read_text(encoding="utf-8"))[
+        "world_size"
+    ]
     return float(np.median(rates)) / float(world)
 
 
