@@ -187,7 +187,12 @@ def _parse(argv: Sequence[str]) -> Any:
         default="none",
         help="average over mirrored, and over shifted, views of each image",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object; with the confusion matrix up to 1000 classes, above that with "
+        "confusion_pairs: [true label, predicted label, images]",
+    )
     parser.add_class_arguments(DataConfig, "data")
     refuse_unknown_options(parser, argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -345,7 +345,9 @@ def _note_preempted(out: Path, lock: RunLock) -> None:
     from cifar_dist.checkpoint import checkpoints_in
     from cifar_dist.runfolder import write_status
 
-    with suppress(UsageError, OSError, ValueError):  # what is wrong there, the next start will say
+    with suppress(
+        UsageError, OSError, ValueError, LookupError, TypeError
+    ):  # what is wrong there, the next start will say
         out.mkdir(parents=True, exist_ok=True)
         lock.take(out)
         saved = {"step": 0, "epoch": 0}
