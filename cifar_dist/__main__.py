@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from cifar_dist.console import complain, open_streams
+
 VERBS = {
     "train": "train a recipe, or continue a run",
     "evaluate": "measure a checkpoint on a dataset, exactly",
@@ -20,13 +22,14 @@ LAUNCHING = ("plan", "doctor", "parity")
 
 def main() -> int:
     """Run the verb named by the first argument and return its exit code."""
+    open_streams()
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("-h", "--help"):
         print("usage: cifar-dist VERB [options]; `cifar-dist VERB --help` lists the options\n")
         print("\n".join(f"  {name:10} {what}" for name, what in VERBS.items()))
         return 0
     if verb not in VERBS:
-        print(f"error: unknown verb '{verb}'; choose from {', '.join(VERBS)}", file=sys.stderr)
+        complain(f"error: unknown verb '{verb}'; choose from {', '.join(VERBS)}")
         return 2
     package = "cifar_dist.launching" if verb in LAUNCHING else "cifar_dist"
     module = importlib.import_module(f"{package}.{verb}")

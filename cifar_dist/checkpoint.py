@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from cifar_dist.config import RunError, UsageError
 
@@ -142,11 +142,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     names = verify(path)
     try:
         tensors = {
-            name.removesuffix(".safetensors"): load_file(path / name)
+            name.removesuffix(".safetensors"): read_tensors(path / name)
             for name in names
             if name.endswith(".safetensors")
         }
-        state = json.loads((path / "state.json").read_text())
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         wrong = [key for key, kind in NEEDED.items() if not isinstance(state.get(key), kind)]
         wrong += [part for part in ("model", "optim", "processes") if part not in tensors]
         if wrong:
@@ -164,7 +164,7 @@ def verify(path: Path) -> list[str]:
     """
     try:
         _refuse_links(path, path / MANIFEST)
-        listed = json.loads((path / MANIFEST).read_text())["files"]
+        listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, expected in listed.items():
             file = path / name
             if file.parent != path or file.is_symlink():
@@ -315,12 +315,12 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     for name, tensors in checkpoint.tensors.items():
         plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(plain, folder / f"{name}.safetensors")
-    (folder / "state.json").write_text(json.dumps(checkpoint.state, indent=1))
+    (folder / "state.json").write_text(json.dumps(checkpoint.state, indent=1), encoding="utf-8")
     listed = {
         path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.iterdir())
     }
-    (folder / MANIFEST).write_text(json.dumps({"files": listed}, indent=1))
+    (folder / MANIFEST).write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
         _sync(path)
 
@@ -367,3 +367,16 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_tensors(path: Path) -> Tensors:
+    """Read a safetensors file.
+
+    Raises:
+        SafetensorError: it is not one.
+    """
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:  # a path that safetensors does not open
+        return load(path.read_bytes())
+    return load_file(path)

@@ -362,9 +362,11 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     if after["train.epochs"] >= before["train.epochs"] and before["train.epochs"] % 1 == 0:
         before["train.epochs"] = after["train.epochs"]
     return [
-        f"{key} is {before[key]} there and {after[key]} here"
+        f"{key} is {before[key]} there and {after.get(key)} here"
         for key in before
-        if before[key] != after[key] and key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)
+        if before[key] != after.get(key)
+        and key not in FREE_KEYS
+        and not key.startswith(FREE_SECTIONS)
     ]
 
 
@@ -387,7 +389,7 @@ def from_dict(values: dict[str, Any]) -> Recipe:
                 for name, value in values.items()
             }
         )
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"a recipe of another version of cifar_dist: {error}") from error
 
 
@@ -402,8 +404,23 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe written by `dump_recipe`."""
-    return from_dict(yaml.safe_load(path.read_text()))
+    """Read a recipe written by `dump_recipe`.
+
+    Raises:
+        UsageError: it cannot be read, is cut short, or is not a recipe.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"'{path}' cannot be read ({' '.join(str(error).split())})") from error
+    sections = [name for name, value in vars(Recipe()).items() if dataclasses.is_dataclass(value)]
+    whole = text.endswith("\n") and isinstance(values, dict)
+    require(
+        whole and all(isinstance(values.get(name), dict) for name in sections),
+        f"'{path}' is not a whole recipe",
+    )
+    return from_dict(values)
 
 
 def recipe_names() -> list[str]:
@@ -521,7 +538,7 @@ def _resolve_config(argv: list[str]) -> tuple[list[str], Path]:
 def _refuse_unknown_keys(path: Path) -> None:
     known = flatten(Recipe())
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"recipe {path} is not readable as YAML: {reason}") from error

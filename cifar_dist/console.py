@@ -14,12 +14,42 @@ from typing import TextIO
 from cifar_dist.runfolder import Warned
 
 
-def is_unread(stream: TextIO) -> bool:
-    """Say whether nobody reads a stream any more; it leads nowhere from then on."""
+def open_streams() -> None:
+    """Make sure that printing works: call it first in every command.
+
+    A standard stream that is closed leads nowhere from then on; else the next file that anything
+    opens would get its descriptor, and receive what libraries print. Characters that a console
+    cannot encode are shown as escapes.
+    """
+    modes = {"stdin": "r", "stdout": "w", "stderr": "w"}
+    for descriptor, mode in enumerate(modes.values()):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # it is closed, and the lowest that is free
+            os.open(os.devnull, os.O_RDONLY if mode == "r" else os.O_WRONLY)
+            os.set_inheritable(descriptor, True)
+    for name, mode in modes.items():
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's and a test's may be others
+            stream.reconfigure(errors="backslashreplace")
+
+
+def complain(line: str) -> None:
+    """Print a line on standard error, if that can still be written."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        is_lost(sys.stderr)
+
+
+def is_lost(stream: TextIO) -> bool:
+    """Return whether a stream can no longer be written; it leads nowhere from then on."""
     try:
         stream.write("\n")  # an unbuffered one has nothing left to flush
         stream.flush()
-    except BrokenPipeError:
+    except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
@@ -28,9 +58,12 @@ def is_unread(stream: TextIO) -> bool:
 
 
 class _Copy(io.TextIOBase):
-    """A stream that writes to a file, and to the stream it stands for if that is to be shown."""
+    """A stream that writes to a file, and to the stream it stands for if that is to be shown.
 
-    def __init__(self, stream: TextIO, shown: bool, file: TextIO, warned: Warned) -> None:
+    Writing never raises: what a process prints only observes the run.
+    """
+
+    def __init__(self, stream: TextIO, shown: bool, file: TextIO | None, warned: Warned) -> None:
         self.stream, self.shown, self.file, self.warned = stream, shown, file, warned
 
     def write(self, text: str) -> int:
@@ -38,7 +71,7 @@ class _Copy(io.TextIOBase):
         if self.shown:
             with self._lost():
                 self.stream.write(text)
-        if "\r" not in text:
+        if self.file is not None and "\r" not in text:
             with self.warned.spare("the log"):
                 self.file.write(text)
         return len(text)
@@ -50,14 +83,20 @@ class _Copy(io.TextIOBase):
 
     @contextmanager
     def _lost(self) -> Iterator[None]:
-        """Within the block, if nobody reads the console any more, let it lead nowhere."""
-        try:
-            yield
-        except BrokenPipeError:  # the terminal is gone, or the connection of ssh
-            is_unread(self.stream)
+        """Within the block, if the console cannot be written any more, let it lead nowhere.
+
+        The terminal is gone, or the connection of ssh, or the disk that holds the output is full.
+        """
+        with self.warned.spare("the console"):
+            try:
+                yield
+            except OSError as error:
+                lost = is_lost(self.stream)
+                if not (lost and isinstance(error, BrokenPipeError)):
+                    raise
 
     def isatty(self) -> bool:
-        """Say whether a person is looking."""
+        """Return whether a person is looking."""
         return self.shown and self.stream.isatty()
 
     def fileno(self) -> int:
@@ -73,7 +112,7 @@ def kept(out: Path, rank: int, warned: Warned) -> Iterator[None]:
     share the run folder the files are in one of the same name.
 
     Args:
-        rank: rank 0's words are shown on the console too, the others' are not.
+        rank: rank 0's words are shown on the console too, the others' only where they have no log.
         warned: a log that cannot be written is warned of, and does not end the run.
     """
     file: TextIO | None = None
@@ -83,18 +122,18 @@ def kept(out: Path, rank: int, warned: Warned) -> Iterator[None]:
         file = path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         file.write(f"# {now}, rank {rank}, process {os.getpid()} on {platform.node()}\n")
-    if file is None:
-        yield
-        return
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Copy(stream, rank == 0, file, warned) for stream in before)
+    shown = rank == 0 or file is None
+    sys.stdout, sys.stderr = (_Copy(stream, shown, file, warned) for stream in before)
     try:
         yield
     except BaseException:
         with warned.spare("the log"):
-            file.write(traceback.format_exc())
+            if file is not None:
+                file.write(traceback.format_exc())
         raise
     finally:
         sys.stdout, sys.stderr = before
         with warned.spare("the log"):
-            file.close()
+            if file is not None:
+                file.close()

@@ -8,7 +8,6 @@ process has failed.
 from __future__ import annotations
 
 import re
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cifar_dist.config import RunError, UsageError
+from cifar_dist.console import complain
 from cifar_dist.preemption import EXIT_CODE, Preempted, ignore_signals, local_rank
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def end_command(error: BaseException) -> int:
 def print_ending(ending: Ending) -> None:
     """Print the traceback of the process that failed first, and after it the line."""
     begin = "" if ending.code == EXIT_CODE else f"{ending.traceback}error: "
-    print(f"{begin}{ending.line}", file=sys.stderr, flush=True)
+    complain(f"{begin}{ending.line}")
 
 
 def agree(
@@ -96,7 +96,7 @@ def agree(
     from cifar_dist.peers import Peers, PeersMissing
 
     peers = Peers.current or (None if isinstance(error, PeersMissing) else Peers.late())
-    own = _describe(error, where, peers)
+    own = _describe(error, where, peers, in_training)
     if peers is None or peers.world == 1:
         if local_rank() > 0:  # the first process reports the same, and the launcher ends this one
             time.sleep(GRACE_SECONDS)
@@ -176,12 +176,22 @@ def lost_peer(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or bool(LOST.search(str(error)))
 
 
-def _describe(error: BaseException, where: str, peers: Peers | None) -> Ending:
+def describe_refusal(error: PermissionError) -> str:
+    """Return the line about a file or folder that this user may not use."""
+    return (
+        f"'{error.filename}' cannot be used ({error.strerror}); give this user access to it, or "
+        "start as the user to whom it belongs"
+    )
+
+
+def _describe(error: BaseException, where: str, peers: Peers | None, in_training: bool) -> Ending:
     """Return the ending that `error` alone would be."""
     if isinstance(error, Preempted):
         return Ending(EXIT_CODE, STOPPED)
     if isinstance(error, UsageError):
         return Ending(REFUSED, str(error))
+    if isinstance(error, PermissionError) and error.filename is not None and not in_training:
+        return Ending(REFUSED, describe_refusal(error))
     if isinstance(error, (RunError, PeerLost)):
         return Ending(FAILED, str(error))
     if isinstance(error, KeyboardInterrupt):

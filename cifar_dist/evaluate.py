@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from cifar_dist.checkpoint import Checkpoint
     from cifar_dist.data.images import Images
 
+MATRIX_CLASSES = 1000  # classes up to which JSON holds the confusion matrix
+TABLE_CLASSES = 20  # classes up to which the table has a column for each
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, print, and return the exit code."""
@@ -65,7 +68,9 @@ def evaluate_checkpoint(
 
     Returns:
         checkpoint, step, split, tta, accuracy, correct, count, loss, calibration_error, per_class
-        (name to share, None without images) and confusion (rows are the truth).
+        (name to share, None without images) and confusion (rows are the truth). For more than
+        MATRIX_CLASSES classes, instead of confusion: confusion_pairs, a list of [true label,
+        predicted label, images] without the pairs that have none.
 
     Raises:
         UsageError: no such checkpoint or dataset, or their classes differ.
@@ -96,6 +101,10 @@ def evaluate_checkpoint(
     )
     assert result is not None  # nobody stops it
     peers.leave()
+    if len(classes) <= MATRIX_CLASSES:
+        confusion = {"confusion": result.confusion.tolist()}
+    else:
+        confusion = {"confusion_pairs": result.pairs.tolist()}
     shares = [None if math.isnan(share) else share for share in result.per_class]
     return {
         "checkpoint": str(path),
@@ -108,7 +117,7 @@ def evaluate_checkpoint(
         "loss": result.totals.loss,
         "calibration_error": result.calibration_error,
         "per_class": dict(zip(classes, shares, strict=True)),
-        "confusion": result.confusion.tolist(),
+        **confusion,
     }
 
 
@@ -178,7 +187,12 @@ def _parse(argv: Sequence[str]) -> Any:
         default="none",
         help="average over mirrored, and over shifted, views of each image",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object; with the confusion matrix up to 1000 classes, above that with "
+        "confusion_pairs: [true label, predicted label, images]",
+    )
     parser.add_class_arguments(DataConfig, "data")
     refuse_unknown_options(parser, argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -202,13 +216,14 @@ def _table(result: dict[str, Any]) -> str:
     ]
     names = list(result["per_class"])
     width = max(map(len, names))
-    cell = max(5, len(str(max(map(max, result["confusion"])))) + 1)
-    lines += [f"{'class':{width}}  accuracy   taken for (columns in the same order)"]
-    for name, row in zip(names, result["confusion"], strict=True):
+    matrix = result["confusion"] if len(names) <= TABLE_CLASSES else [[]] * len(names)
+    cell = max(5, len(str(max(max(row, default=0) for row in matrix))) + 1)
+    heading = "   taken for (columns in the same order)" if matrix[0] else ""
+    lines += [f"{'class':{width}}  accuracy{heading}"]
+    for name, row in zip(names, matrix, strict=True):
         share = result["per_class"][name]
         shown = "       -" if share is None else f"{share:8.4f}"
-        cells = "".join(f"{number:{cell}}" for number in row) if len(names) <= 20 else ""
-        lines += [f"{name:{width}}  {shown}  {cells}"]
+        lines += [f"{name:{width}}  {shown}  {''.join(f'{number:{cell}}' for number in row)}"]
     return "\n".join(lines)
 
 

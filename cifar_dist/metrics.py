@@ -67,27 +67,50 @@ class Evaluation:
 
     Attributes:
         loss_sum: of the cross-entropy over all images.
-        confusion: int64 [C, C], images of class (row) that were taken for class (column).
+        classes: number of classes C.
+        pairs: int64 [K, 3], sorted: true label, predicted label, number of images. Pairs without
+            an image are left out, so memory grows with the images and not with C squared.
         bins: float64 [3, B] by confidence: images, correct ones, sum of confidences.
         wrong: (position, predicted label) of images this process got wrong, in order.
     """
 
     loss_sum: float
-    confusion: np.ndarray
+    classes: int
+    pairs: np.ndarray
     bins: np.ndarray
     wrong: list[tuple[int, int]]
 
     @property
     def totals(self) -> Totals:
         """Loss and accuracy as sums."""
-        return Totals(self.loss_sum, int(np.trace(self.confusion)), int(self.confusion.sum()))
+        truth, predicted, images = self.pairs.T
+        return Totals(self.loss_sum, int(images[truth == predicted].sum()), int(images.sum()))
 
     @property
     def per_class(self) -> list[float]:
         """Share of each class's images that were recognised; nan for a class without images."""
-        counts = self.confusion.sum(axis=1)
-        recalled = np.where(counts > 0, np.diag(self.confusion) / np.maximum(counts, 1), np.nan)
-        return [float(share) for share in recalled]
+        truth, predicted, images = self.pairs.T
+        counts = np.bincount(truth, images, minlength=self.classes)
+        recalled = np.bincount(truth, images * (truth == predicted), minlength=self.classes)
+        shares = np.where(counts > 0, recalled / np.maximum(counts, 1), np.nan)
+        return [float(share) for share in shares]
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """int64 [C, C], images of class (row) that were taken for class (column)."""
+        return self.coarse_confusion(self.classes)
+
+    def coarse_confusion(self, most: int) -> np.ndarray:
+        """Return the confusion matrix with at most `most` rows; int64 [S, S], S = min(C, most).
+
+        Neighbouring classes share a row and a column where C is larger.
+        """
+        side = min(self.classes, most)
+        truth, predicted, images = self.pairs.T
+        matrix = np.zeros((side, side), dtype=np.int64)
+        cells = truth * side // self.classes, predicted * side // self.classes
+        np.add.at(matrix, cells, images)
+        return matrix
 
     @property
     def calibration_error(self) -> float:
@@ -125,23 +148,39 @@ def summarise(accelerator: Accelerator, outcome: Outcome, classes: int) -> Evalu
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     parts = [
         losses.sum(dtype=np.float64, keepdims=True),
-        np.bincount(truth * classes + predicted, minlength=classes * classes),
         np.bincount(bins, minlength=CALIBRATION_BINS),
         np.bincount(bins, weights=predicted == truth, minlength=CALIBRATION_BINS),
         np.bincount(bins, weights=confidence, minlength=CALIBRATION_BINS),
     ]
-    # float64 holds these counts exactly, so one collective carries everything.
+    # float64 holds these counts exactly, so one collective carries them with the loss.
     sums = torch.from_numpy(np.concatenate(parts).astype(np.float64))
     if accelerator.num_processes > 1:
         sums = reduce_sum(accelerator, sums.to(accelerator.device)).cpu()
-    loss_sum, confusion, binned = np.split(sums.numpy(), [1, 1 + classes * classes])
+    loss_sum, binned = np.split(sums.numpy(), [1])
     wrong = np.flatnonzero(predicted != truth)
     return Evaluation(
         loss_sum=float(loss_sum[0]),
-        confusion=confusion.astype(np.int64).reshape(classes, classes),
+        classes=classes,
+        pairs=_count_pairs(accelerator, truth, predicted, classes),
         bins=binned.reshape(3, CALIBRATION_BINS),
         wrong=list(zip(positions[wrong].tolist(), predicted[wrong].tolist(), strict=True)),
     )
+
+
+def _count_pairs(
+    accelerator: Accelerator, truth: np.ndarray, predicted: np.ndarray, classes: int
+) -> np.ndarray:
+    """Return `Evaluation.pairs` over the labels of all processes, int64 [N] each."""
+    codes, images = np.unique(truth * classes + predicted, return_counts=True)
+    if accelerator.num_processes > 1:
+        mine = torch.from_numpy(np.stack([codes, images], axis=1)).to(accelerator.device)
+        # Padded rows count no image.
+        rows = accelerator.gather(accelerator.pad_across_processes(mine)).cpu().numpy()
+        codes, places = np.unique(rows[:, 0], return_inverse=True)
+        images = np.zeros(len(codes), dtype=np.int64)
+        np.add.at(images, places, rows[:, 1])
+    pairs = np.stack([codes // classes, codes % classes, images], axis=1)
+    return pairs[images > 0]
 
 
 def reduce_sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:

@@ -4,13 +4,13 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from cifar_dist.config import RunError
 from cifar_dist.data import Dataset
@@ -18,10 +18,12 @@ from cifar_dist.data.augment import augment
 from cifar_dist.data.batches import Batch
 from cifar_dist.listing import HIDDEN, describe, shown
 from cifar_dist.metrics import Evaluation, Totals
-from cifar_dist.runfolder import describe_run, write_status
+from cifar_dist.runfolder import MetricsLog, describe_run, write_status
 from cifar_dist.runtime import describe_device, precision_in_force
 from cifar_dist.session import Session
-from cifar_dist.tracking import TILES, confusion_picture, image_grid, wrong_images
+from cifar_dist.tracking import CONFUSION_SIDE, TILES, confusion_picture, image_grid, wrong_images
+
+CLASS_SCALARS = 100  # classes up to which the accuracy of each is tracked
 
 
 def announce(session: Session, origin: str) -> None:
@@ -69,8 +71,10 @@ def announce(session: Session, origin: str) -> None:
     for reason in dataset.skipped:
         print(f"warning: left out, cannot be decoded: {reason}", flush=True)
     _warn_of_images(dataset, facts["identical_images"])
-    describe_run(session.out, facts, session.state.step)
-    write_status(session.out, "running", session.state.step, session.epochs_done)
+    with session.warned.spare("run.json"):
+        describe_run(session.out, facts, session.state.step)
+    with session.warned.spare("status.json"):
+        write_status(session.out, "running", session.state.step, session.epochs_done)
 
 
 def _warn_of_images(dataset: Dataset, identical: Mapping[str, int]) -> None:
@@ -99,9 +103,9 @@ def _first(names: Sequence[str], most: int = 10) -> str:
 
 def show_inputs(session: Session) -> None:
     """Track the network's graph and a grid of training images as it will see them. On rank 0."""
-    if not session.accelerator.is_main_process:
-        return
     dataset, pixels, tracker = session.dataset, session.pixels, session.tracker
+    if not tracker.active:
+        return
     positions = np.arange(len(dataset.train))[:: max(1, len(dataset.train) // TILES)][:TILES]
     rows = dataset.train.selected[positions]
     batch = Batch(
@@ -109,24 +113,46 @@ def show_inputs(session: Session) -> None:
         torch.from_numpy(dataset.train.labels[rows]),
         torch.from_numpy(positions),
     )
-    images, hole = augment(batch, pixels.augment, pixels.seed, 0)
-    shown = images if hole is None else images.masked_fill(hole, 127)
-    tracker.picture("train_images", image_grid(shown.numpy()), 0)
+
+    def draw() -> np.ndarray:
+        images, hole = augment(batch, pixels.augment, pixels.seed, 0)
+        shown = images if hole is None else images.masked_fill(hole, 127)
+        return image_grid(shown.numpy())
+
+    tracker.picture("train_images", draw, 0)
     device = session.accelerator.device
     tracker.graph(session.state.network, pixels.for_evaluation(batch.images[:1]).to(device))
 
 
-def progress_bar(session: Session, epoch: int) -> Any:
-    """Return a bar over the steps of an epoch, shown on a terminal only."""
-    shown = session.accelerator.is_main_process and sys.stderr.isatty()
-    return tqdm(
-        total=session.end_of(epoch) - epoch * session.steps_per_epoch,
-        initial=session.state.step % session.steps_per_epoch,
-        desc=f"epoch {epoch + 1}/{session.recipe.train.epochs}",
-        unit=" steps",
-        leave=False,
-        disable=not shown,
-    )
+class ProgressBar:
+    """A bar over the steps of an epoch, shown by rank 0 and on a terminal only."""
+
+    def __init__(self, session: Session, epoch: int) -> None:
+        self._warned, self._bar = session.warned, None
+        with self._warned.spare("the progress bar"):
+            if not (session.accelerator.is_main_process and sys.stderr.isatty()):
+                return
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=session.end_of(epoch) - epoch * session.steps_per_epoch,
+                initial=session.state.step % session.steps_per_epoch,
+                desc=f"epoch {epoch + 1}/{session.recipe.train.epochs}",
+                unit=" steps",
+                leave=False,
+            )
+
+    def update(self) -> None:
+        """Advance by one step."""
+        if self._bar is not None:
+            with self._warned.spare("the progress bar"):
+                self._bar.update()
+
+    def close(self) -> None:
+        """Remove the bar from the terminal."""
+        if self._bar is not None:
+            with self._warned.spare("the progress bar"):
+                self._bar.close()
 
 
 def report_window(session: Session, epoch: int) -> None:
@@ -136,13 +162,16 @@ def report_window(session: Session, epoch: int) -> None:
     window, session.reported = totals.since(session.reported), totals
     seconds, session.clock = time.monotonic() - session.clock, time.monotonic()
     _refuse_non_finite(window, state.step)
-    values = {
-        "learning_rate": float(state.optimizer.param_groups[0]["lr"]),
-        "gradient_norm": state.gradient_norm.item(),
-        "images_per_second": window.count / seconds,
-        "memory_mb": _memory_used(session.accelerator),
-    }
-    if session.log:
+    if session.log is None:
+        return
+    with session.warned.spare("the report of a window"):
+        values = {
+            "learning_rate": float(state.optimizer.param_groups[0]["lr"]),
+            "gradient_norm": state.gradient_norm.item(),
+            "images_per_second": window.count / seconds,
+        }
+        with session.warned.spare("reading the memory in use"):
+            values["memory_mb"] = _memory_used(session.accelerator)
         session.log.write(_line("train_window", epoch, state.step, window) | values)
         session.tracker.scalars({"train_loss": window.loss, **values}, state.step)
 
@@ -163,15 +192,22 @@ def report_epoch(session: Session, epoch: int, results: Mapping[str, Evaluation]
     session.epochs_done = min(epoch + 1, session.recipe.train.epochs)
     if session.log is None:
         return
+    with session.warned.spare("the report of an epoch"):
+        _show_epoch(session, session.log, epoch, lines)
+        _show_evaluation(session, results)
+
+
+def _show_epoch(session: Session, log: MetricsLog, epoch: int, lines: list[dict[str, Any]]) -> None:
+    """Record the lines of an epoch, one a split, and print them as one."""
+    step = session.state.step
     for line in lines:
-        session.log.write(line)
+        log.write(line)
         prefix = "train_epoch" if line["split"] == "train" else line["split"]
         session.tracker.scalars(
-            {f"{prefix}_loss": line["loss"], f"{prefix}_accuracy": line["accuracy"]}, state.step
+            {f"{prefix}_loss": line["loss"], f"{prefix}_accuracy": line["accuracy"]}, step
         )
-    _show_evaluation(session, results)
     print(
-        f"epoch {epoch + 1}/{session.recipe.train.epochs}  step {state.step}  "
+        f"epoch {epoch + 1}/{session.recipe.train.epochs}  step {step}  "
         + "  ".join(
             f"{line['split']} loss {line['loss']:.4f} accuracy {line['accuracy']:.4f} "
             f"({line['correct']}/{line['count']})"
@@ -183,17 +219,20 @@ def report_epoch(session: Session, epoch: int, results: Mapping[str, Evaluation]
 
 def _show_evaluation(session: Session, results: Mapping[str, Evaluation]) -> None:
     """Track per-class accuracy, the confusion matrix and some wrong images of each split."""
-    step, classes = session.state.step, session.dataset.classes
-    for name, result in results.items():
-        shares = zip(classes, result.per_class, strict=True)
-        scalars = {f"{name}_class/{kind}": share for kind, share in shares if share == share}
-        session.tracker.scalars(scalars, step)
-        session.tracker.picture(
-            f"{name}_confusion", confusion_picture(result.confusion, classes), step
-        )
-        picture = wrong_images(session.dataset.evaluation[name], result.wrong)
-        if picture is not None:
-            session.tracker.picture(f"{name}_wrong", picture, step)
+    step, dataset, tracker = session.state.step, session.dataset, session.tracker
+    for name, result in results.items() if tracker.active else ():
+        if len(dataset.classes) <= CLASS_SCALARS:
+            shares = zip(dataset.classes, result.per_class, strict=True)
+            scalars = {f"{name}_class/{kind}": share for kind, share in shares if share == share}
+            tracker.scalars(scalars, step)
+        tracker.picture(f"{name}_confusion", partial(draw_confusion, result, dataset.classes), step)
+        images = dataset.evaluation[name]
+        tracker.picture(f"{name}_wrong", partial(wrong_images, images, result.wrong), step)
+
+
+def draw_confusion(result: Evaluation, classes: Sequence[str]) -> np.ndarray:
+    """Draw the confusion matrix of a result; above CONFUSION_SIDE classes, neighbours share."""
+    return confusion_picture(result.coarse_confusion(CONFUSION_SIDE), classes)
 
 
 def _line(split: str, epoch: int, step: int, totals: Totals) -> dict[str, Any]:

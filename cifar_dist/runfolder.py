@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +22,14 @@ from typing import Any
 from cifar_dist import __version__
 from cifar_dist.config import Recipe, UsageError, differences, dump_recipe, load_recipe
 
+LINE = {"split": str, "epoch": int, "step": int}  # keys of every line of metrics.jsonl
+
 
 def replace_file(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        with temporary.open("x") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -102,6 +104,7 @@ def check_out(recipe: Recipe, lock: RunLock) -> None:
         )
     if recipe.out and out.is_dir():
         _take(lock, out)
+        _check_checkpoints(out)
         _check_recipe(recipe, out)
 
 
@@ -120,9 +123,12 @@ def claim(recipe: Recipe, lock: RunLock) -> Path:
         if not lock.held:
             _take(lock, out)
             _check_recipe(recipe, out)
+        damage = _damage_of(out / "recipe.yaml")
         replace_file(out / "recipe.yaml", dump_recipe(recipe))
     except OSError as error:
         raise UsageError(_unusable(out, error)) from error
+    if damage:
+        print(f"warning: {damage}; it is written again, as the checkpoint's recipe", flush=True)
     return out
 
 
@@ -134,23 +140,61 @@ def _take(lock: RunLock, out: Path) -> None:
 
 
 def _unusable(out: Path, error: OSError) -> str:
-    return f"the run folder '{out}' cannot be used ({error.strerror}); name another with --out"
+    place = f": '{error.filename}'" if error.filename else ""
+    return (
+        f"the run folder '{out}' cannot be used ({error.strerror}{place}); name another with --out"
+    )
+
+
+def _check_checkpoints(out: Path) -> None:
+    """Refuse now what would let every save fail."""
+    folder = out / "checkpoints"
+    if folder.is_symlink():
+        raise UsageError(f"'{folder}' is a symbolic link; put the folder itself there")
+    usable = folder.is_dir() and os.access(folder, os.R_OK | os.W_OK | os.X_OK)
+    if os.path.lexists(folder) and not usable:
+        reason = "cannot be read and written" if folder.is_dir() else "is not a folder"
+        raise UsageError(
+            f"the run folder '{out}' cannot be used: '{folder}' {reason}; name another with --out"
+        )
 
 
 def _check_recipe(recipe: Recipe, out: Path) -> None:
-    if not ((out / "recipe.yaml").is_file() and (out / "status.json").is_file()):
+    path = out / "recipe.yaml"
+    saved = any(
+        next((out / "checkpoints").glob(names), None) for names in ("step-*", ".step-*.old")
+    )
+    if not saved and not (os.path.lexists(path) and os.path.lexists(out / "status.json")):
         return  # no run, or one that was refused before it began
     if recipe.resume != "auto":
         raise UsageError(
             f"'{out}' already holds a run; name another folder with --out, or continue that run "
             "with --resume auto"
         )
-    found = differences(load_recipe(out / "recipe.yaml"), recipe)
+    damage = _damage_of(path)
+    if saved and (damage or not os.path.lexists(path)):
+        return  # every checkpoint holds the recipe too, and is compared with it
+    if damage:
+        raise UsageError(
+            f"{damage}, and no checkpoint in '{out}' holds the recipe; name another folder with "
+            "--out"
+        )
+    found = differences(load_recipe(path), recipe)
     if found:
         raise UsageError(
             f"'{out}' holds a run of another recipe ({'; '.join(found)}); name another folder with "
             "--out, or use the same recipe to continue"
         )
+
+
+def _damage_of(path: Path) -> str:
+    """Return why a recipe that is there cannot be used, or ""."""
+    if os.path.lexists(path):
+        try:
+            load_recipe(path)
+        except UsageError as error:
+            return str(error)
+    return ""
 
 
 class Warned:
@@ -171,9 +215,11 @@ class Warned:
         except Exception as error:
             if what not in self.reasons:
                 self.reasons[what] = " ".join(f"{type(error).__name__}: {error}".split())
-                print(
-                    f"warning: {what} failed, training goes on ({self.reasons[what]})", flush=True
-                )
+                with suppress(OSError):  # the console may be what has failed
+                    print(
+                        f"warning: {what} failed, training goes on ({self.reasons[what]})",
+                        flush=True,
+                    )
 
 
 def write_status(out: Path, state: str, step: int, epoch: float, message: str = "") -> None:
@@ -194,7 +240,7 @@ def write_status(out: Path, state: str, step: int, epoch: float, message: str = 
         if error.errno != errno.ENOSPC or not path.is_file() or path.is_symlink():
             raise
         # A full disk has no room for a second file, but the first one's is ours.
-        with path.open("r+") as file:
+        with path.open("r+", encoding="utf-8") as file:
             file.write(text)
             file.truncate()
 
@@ -202,7 +248,7 @@ def write_status(out: Path, state: str, step: int, epoch: float, message: str = 
 def describe_run(out: Path, facts: dict[str, Any], step: int) -> None:
     """Write run.json: the facts given, versions, commit and command; earlier starts are kept."""
     path = out / "run.json"
-    starts = json.loads(path.read_text())["starts"] if path.is_file() else []
+    starts = _read_starts(path)
     here = {
         **facts,
         "command": [sys.executable, *sys.argv],
@@ -224,6 +270,24 @@ def describe_run(out: Path, facts: dict[str, Any], step: int) -> None:
     replace_file(path, json.dumps({**here, "starts": starts}, indent=1))
 
 
+def _read_starts(path: Path) -> list[Any]:
+    """Return the earlier starts that run.json lists; none, with a warning, if it is damaged."""
+    try:
+        starts = json.loads(path.read_bytes())["starts"]
+        if not isinstance(starts, list):
+            raise TypeError("starts is not a list")
+        return starts
+    except FileNotFoundError:
+        return []
+    except (PermissionError, ValueError, LookupError, TypeError, RecursionError) as error:
+        print(
+            f"warning: '{path}' is damaged ({error!r}); it is written again, without the starts "
+            "before this one",
+            flush=True,
+        )
+        return []
+
+
 class MetricsLog:
     """metrics.jsonl, continued: lines written after the checkpoint, before a stop, go.
 
@@ -236,14 +300,29 @@ class MetricsLog:
 
     def __init__(self, out: Path, step: int, epoch: float, warned: Warned) -> None:
         self.path, self.warned = out / "metrics.jsonl", warned
-        kept = [
-            line
-            for line in (read_metrics(out) if step else [])
-            if line["step"] <= step
-            and (line["epoch"] < epoch or line["split"] in ("train_window", "notice"))
-        ]
-        replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        with warned.spare("metrics.jsonl"):
+            lines = self._read_earlier() if step else []
+            kept = [
+                line
+                for line in lines
+                if line["step"] <= step
+                and (line["epoch"] < epoch or line["split"] in ("train_window", "notice"))
+            ]
+            replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._noticed = len(warned.reasons)
+
+    def _read_earlier(self) -> list[dict[str, Any]]:
+        """Return the lines that are whole, with a warning if there are others."""
+        try:
+            lines, damaged = _parse_metrics(self.path)
+        except FileNotFoundError:
+            return []
+        except PermissionError as error:
+            print(f"warning: '{self.path}' cannot be read ({error.strerror}); it begins again")
+            return []
+        if damaged:
+            print(f"warning: '{self.path}': {damaged} damaged lines are left out", flush=True)
+        return lines
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; before it, what has failed since the last one."""
@@ -262,17 +341,26 @@ class MetricsLog:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl; a last line cut short by a kill is left out."""
-    path = out / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
+    """Return the lines of metrics.jsonl; damaged ones are left out.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+    """
+    return _parse_metrics(out / "metrics.jsonl")[0]
+
+
+def _parse_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the whole lines, and how many others there are but a last one cut short by a kill."""
+    lines, damaged = [], 0
+    for text in path.read_bytes().splitlines(keepends=True):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+            line = json.loads(text)
+            if not all(type(line[key]) is kind for key, kind in LINE.items()):
+                raise ValueError("not a line of ours")
+            lines.append(line)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            damaged += text.endswith(b"\n") or not text.startswith(b"{")
+    return lines, damaged
 
 
 def _git_commit() -> str | None:
@@ -282,7 +370,8 @@ def _git_commit() -> str | None:
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],
             cwd=Path(__file__).parent,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cifar_dist.config import TrainConfig, UsageError, require
-from cifar_dist.console import is_unread
-from cifar_dist.ending import RunFailed, end_command
+from cifar_dist.console import complain, is_lost, open_streams
+from cifar_dist.ending import RunFailed, describe_refusal, end_command
 from cifar_dist.peers import Peers, PeersMissing, describe_process
 from cifar_dist.preemption import Preempted, is_launched
 
@@ -38,8 +38,10 @@ TWO_ON_CPU = "accelerate launch --multi_gpu --num_processes 2 -m cifar_dist.trai
 def run_verb(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
     """Run a command and return its exit code; a UsageError becomes one line and code 2.
 
-    Where the reader of its output has seen enough, as `head` has, it ends without a word.
+    So does a file that this user may not read or write. Where the reader of its output has seen
+    enough, as `head` has, it ends without a word.
     """
+    open_streams()
     try:
         try:
             return verb(sys.argv[1:] if argv is None else argv)
@@ -47,10 +49,15 @@ def run_verb(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -
             sys.stdout.flush()
     except (UsageError, RunFailed, Preempted) as error:
         return end_command(error)
-    except BrokenPipeError:
-        if not is_unread(sys.stdout):
+    except OSError as error:
+        if isinstance(error, PermissionError) and error.filename is not None:
+            return end_command(error)
+        if error.filename is not None or not is_lost(sys.stdout):
             raise
-        return NOBODY_READS
+        if isinstance(error, BrokenPipeError):
+            return NOBODY_READS
+        complain(f"error: the standard output cannot be written ({error.strerror})")
+        return 1
 
 
 def start_processes(
@@ -203,6 +210,8 @@ def on_main_process(accelerator: "Accelerator", function: Callable[[], T]) -> T:
             outcome[0] = function()
         except UsageError as error:
             outcome[1] = str(error)
+        except PermissionError as error:
+            outcome[1] = describe_refusal(error)
     result, refusal = broadcast_object_list(outcome)
     if refusal is not None:
         raise UsageError(refusal)
@@ -215,7 +224,7 @@ def usable_cores() -> int:
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.is_file():
-        allowed, period = quota.read_text().split()
+        allowed, period = quota.read_text(encoding="utf-8").split()
         if allowed != "max":
             cores = min(cores, max(1, int(allowed) // int(period)))
     return cores

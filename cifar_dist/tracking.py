@@ -1,7 +1,8 @@
 """What people watch: scalars and pictures, through Accelerate's trackers, on rank 0 only."""
 
+import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from cifar_dist.runfolder import Warned
 TILES = 64  # images in a grid
 WRONG = 32  # wrong test images in a picture
 LABEL_HEIGHT = 12  # pixels of text under a picture
+CONFUSION_SIDE = (
+    960  # pixels of a confusion matrix, and so the most classes with a row of their own
+)
 
 
 class Tracker:
@@ -34,7 +38,8 @@ class Tracker:
     def __init__(
         self, accelerator: Accelerator, recipe: Recipe, out: Path, step: int, warned: Warned
     ) -> None:
-        self._warned, self._trackers = warned, []
+        self._warned = warned
+        self._trackers: list[Any] = []
         if not accelerator.is_main_process:
             return
         accelerator.project_configuration.logging_dir = str(out)
@@ -47,32 +52,60 @@ class Tracker:
         if not step:
             self._each(lambda tracker: _store(tracker, recipe))
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        """Record named numbers at a step."""
-        self._each(lambda tracker: tracker.log(values, step=step))
+    @property
+    def active(self) -> bool:
+        """Whether anything is tracked; else none of it needs to be computed."""
+        return bool(self._trackers)
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        """Record a picture, uint8 [H, W, 3], with every tracker that takes pictures."""
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Record named numbers at a step."""
+        plain = {printable(name): value for name, value in values.items()}
+        self._each(lambda tracker: tracker.log(plain, step=step))
+
+    def picture(self, name: str, draw: Callable[[], np.ndarray | None], step: int) -> None:
+        """Record a picture with every tracker that takes pictures.
+
+        Args:
+            draw: returns uint8 [H, W, 3], or None for no picture. Called only where a tracker
+                takes it; a picture that fails is warned of once and left out from then on.
+        """
+        what = f"the picture {name}"
+        taken = any(hasattr(tracker, "log_images") for tracker in self._trackers)
+        image = None
+        if taken and what not in self._warned.reasons:
+            with self._warned.spare(what):
+                image = draw()
+        if image is None:
+            return
+        images = {name: image[None]}
 
         def record(tracker: Any) -> None:
             if hasattr(tracker, "log_images"):
                 extra = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: image[None]}, step=step, **extra)
+                tracker.log_images(images, step=step, **extra)
 
         self._each(record)
 
     def graph(self, network: nn.Module, images: torch.Tensor) -> None:
-        """Record the network's graph in TensorBoard, traced on `images` [N, 3, H, W]."""
+        """Record the network's graph in TensorBoard, traced on `images` [N, 3, H, W].
 
-        def record(tracker: Any) -> None:
-            if tracker.name == "tensorboard":
-                with warnings.catch_warnings():  # TensorBoard has no other tracer than torch.jit
-                    warnings.simplefilter("ignore")
-                    # Traced here: TensorBoard would trace it twice more, to compare.
-                    traced = torch.jit.trace(network.eval(), images, check_trace=False)
+        A copy is traced, so that a network that changes when it is called stays as it is. One that
+        cannot be traced is warned of.
+        """
+        if not any(tracker.name == "tensorboard" for tracker in self._trackers):
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TensorBoard has no other tracer than torch.jit
+            traced = None
+            with self._warned.spare("the graph of the network"):
+                # Traced here: TensorBoard would trace it twice more, to compare.
+                traced = torch.jit.trace(copy.deepcopy(network).eval(), images, check_trace=False)
+
+            def record(tracker: Any) -> None:
+                if traced is not None and tracker.name == "tensorboard":
                     tracker.writer.add_graph(traced, images)
 
-        self._each(record)
+            self._each(record)
 
     def finish(self) -> None:
         """Flush and close."""
@@ -92,6 +125,14 @@ def _store(tracker: Any, recipe: Recipe) -> None:
         tracker.writer.add_text("recipe", f"```\n{dump_recipe(recipe)}```", 0)
     else:
         tracker.store_init_configuration(flatten(recipe))
+
+
+def printable(name: str) -> str:
+    """Return a name as text that any encoding of Unicode can hold.
+
+    A file name that is not UTF-8 holds surrogates, which none can.
+    """
+    return name.encode(errors="backslashreplace").decode()
 
 
 def image_grid(images: np.ndarray, captions: Sequence[str] | None = None) -> np.ndarray:
@@ -121,7 +162,7 @@ def wrong_images(images: Images, wrong: Sequence[tuple[int, int]]) -> np.ndarray
     wrong = wrong[:: -(-len(wrong) // WRONG)]  # from all over the set, hence of all classes
     positions = np.array([position for position, _ in wrong])
     rows = images.selected[positions]
-    names = [name[:6] for name in images.classes]
+    names = [printable(name[:6]) for name in images.classes]
     captions = [
         f"{names[images.labels[row]]}>{names[predicted]}"
         for row, (_, predicted) in zip(rows, wrong, strict=False)
@@ -130,27 +171,29 @@ def wrong_images(images: Images, wrong: Sequence[tuple[int, int]]) -> np.ndarray
 
 
 def confusion_picture(confusion: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """Draw a confusion matrix, int64 [C, C]: rows are the truth, darker means more of the row."""
-    count = len(classes)
-    cell = max(8, min(48, 960 // count))
+    """Draw a confusion matrix: rows are the truth, darker means more of the row.
+
+    Args:
+        confusion: int64 [S, S], S up to CONFUSION_SIDE; see `Evaluation.coarse_confusion`.
+        classes: names, shown where there is room for them, and then one a row.
+    """
+    count = len(confusion)
+    cell = max(1, min(48, CONFUSION_SIDE // count))
     margin = 80
-    canvas = Image.new("RGB", (margin + count * cell, margin + count * cell), "white")
-    draw = ImageDraw.Draw(canvas)
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    for row in range(count):
-        if cell >= 12:
-            draw.text((2, margin + (row + 0.3) * cell), classes[row][:13], fill="black")
-            draw.text(
-                (margin + row * cell + 2, margin - 14 - row % 2 * 12),
-                classes[row][:8],
-                fill="black",
-            )
-        for column in range(count):
-            x, y = margin + column * cell, margin + row * cell
-            level = int(255 * (1 - share[row, column]))
-            draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=(level, level, 255))
-            if cell >= 32:
-                text = "white" if share[row, column] > 0.5 else "black"
-                draw.text((x + 4, y + cell * 0.35), str(confusion[row, column]), fill=text)
+    levels = (255 * (1 - share)).astype(np.uint8).repeat(cell, axis=0).repeat(cell, axis=1)
+    cells = np.stack([levels, levels, np.full_like(levels, 255)], axis=2)
+    canvas = Image.new("RGB", (margin + count * cell, margin + count * cell), "white")
+    canvas.paste(Image.fromarray(cells), (margin, margin))
+    draw = ImageDraw.Draw(canvas)
     draw.text((2, 2), "rows: truth, columns: prediction", fill="black")
+    if cell < 12:
+        return np.asarray(canvas)
+    for row, name in enumerate(map(printable, classes)):
+        draw.text((2, margin + (row + 0.3) * cell), name[:13], fill="black")
+        draw.text((margin + row * cell + 2, margin - 14 - row % 2 * 12), name[:8], fill="black")
+        for column in range(count if cell >= 32 else 0):
+            text = "white" if share[row, column] > 0.5 else "black"
+            place = margin + column * cell + 4, margin + (row + 0.35) * cell
+            draw.text(place, str(confusion[row, column]), fill=text)
     return np.asarray(canvas)

@@ -25,6 +25,7 @@ from cifar_dist.config import (
     parse_recipe,
     require,
 )
+from cifar_dist.console import open_streams
 from cifar_dist.ending import FAILED, Ending, agree, print_ending
 from cifar_dist.ending import RunFailed as RunFailed  # run raises it
 from cifar_dist.listing import looking_ahead
@@ -94,6 +95,7 @@ def run(recipe: Recipe, origin: str = "Python") -> Result:
         Preempted: a signal came before training had begun; nothing was lost.
         RunFailed: anything else; status.json holds the same line.
     """
+    open_streams()
     preemption = Preemption()
     with preemption.listen(), looking_ahead(recipe.data) as find_key:
         return _run(recipe, origin, preemption, find_key, lambda ending: None)
@@ -115,9 +117,11 @@ def _run(
         try:
             session = _start(recipe, lock, preemption, find_key)
             with kept(session.out, session.accelerator.process_index, session.warned):
-                announce(session, origin)
+                with session.warned.spare("the banner"):
+                    announce(session, origin)
                 if not session.state.step:
-                    show_inputs(session)
+                    with session.warned.spare("showing the inputs"):
+                        show_inputs(session)
                 finished = _train(session, preemption)
                 return _finish(session, finished)
         except (Exception, KeyboardInterrupt, Preempted) as error:
@@ -166,7 +170,7 @@ def _train(session: Session, preemption: Preemption) -> bool:
     """Train the epochs that are left, and say whether that is done; else a signal came."""
     from cifar_dist.data.batches import build_loader
     from cifar_dist.engine import refuse_bad_numbers, train_epoch
-    from cifar_dist.reporting import progress_bar, report_epoch, report_window
+    from cifar_dist.reporting import ProgressBar, report_epoch, report_window
     from cifar_dist.schedule import learning_rate, total_steps
     from cifar_dist.session import compare_weights, save
 
@@ -192,7 +196,7 @@ def _train(session: Session, preemption: Preemption) -> bool:
         order.start_at(
             epoch, (state.step - begin) * train.accumulate, (end - begin) * train.accumulate
         )
-        bar = progress_bar(session, epoch)
+        bar = ProgressBar(session, epoch)
         session.clock = time.monotonic()
         for _ in train_epoch(accelerator, state, loader, pixels, train, schedule, epoch):
             bar.update()
@@ -313,12 +317,14 @@ def _note_preempted(out: Path, lock: RunLock) -> None:
     from cifar_dist.checkpoint import checkpoints_in
     from cifar_dist.runfolder import write_status
 
-    with suppress(UsageError, OSError, ValueError):  # what is wrong there, the next start will say
+    with suppress(
+        UsageError, OSError, ValueError, LookupError, TypeError
+    ):  # what is wrong there, the next start will say
         out.mkdir(parents=True, exist_ok=True)
         lock.take(out)
         saved = {"step": 0, "epoch": 0}
         for path in checkpoints_in(out / "checkpoints")[-1:]:
-            saved = json.loads((path / "state.json").read_text())
+            saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
         write_status(out, "preempted", saved["step"], saved["epoch"])
 
 

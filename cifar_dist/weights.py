@@ -4,10 +4,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from cifar_dist.checkpoint import Tensors, find_checkpoint
+from cifar_dist.checkpoint import Tensors, find_checkpoint, read_tensors
 from cifar_dist.config import UsageError, require
 
 SHOWN = 3  # names of each kind in a message
@@ -72,7 +71,7 @@ def _read(place: str) -> Tensors:
         "checkpoint",
     )
     try:
-        return load_file(path)
+        return read_tensors(path)
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(

@@ -92,7 +92,7 @@ def _build(folder: Path, key: str, build: Callable[[CacheWriter], None]) -> None
         writer = CacheWriter(temporary)
         build(writer)
         meta = {"classes": writer.classes, "skipped": writer.skipped, **_measure(temporary)}
-        (temporary / "meta.json").write_text(json.dumps(meta))
+        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         temporary.chmod(0o755)
         os.replace(temporary, folder / key)
     except OSError:
@@ -105,7 +105,7 @@ def _build(folder: Path, key: str, build: Callable[[CacheWriter], None]) -> None
 def open_cached(folder: Path, key: str) -> Source:
     """Open the dataset cached as `folder`/`key`, its images mapped into memory."""
     target = folder / key
-    meta = json.loads((target / "meta.json").read_text())
+    meta = json.loads((target / "meta.json").read_text(encoding="utf-8"))
     classes = tuple(meta["classes"])
     splits = {}
     for path in sorted(target.glob("*-images.npy")):

@@ -146,4 +146,4 @@ def _source(place: str) -> str:
     )
     assert spec is not None
     assert spec.origin is not None
-    return (Path(spec.origin).parent / place).read_text()
+    return (Path(spec.origin).parent / place).read_text(encoding="utf-8")

@@ -74,7 +74,9 @@ def _parser() -> Options:
 
 def _explain(place: str, as_json: bool) -> int:
     try:
-        text = sys.stdin.read() if place == "-" else Path(place).read_text(errors="replace")
+        log = 0 if place == "-" else place
+        with open(log, encoding="utf-8", errors="replace", closefd=place != "-") as file:
+            text = file.read()
     except OSError as failure:
         raise UsageError(f"'{place}' cannot be read ({failure.strerror}); name a log") from failure
     findings, first = explain(text), first_traceback(text)

@@ -102,7 +102,9 @@ def find_devices() -> list[Device]:
     query = "index,name,uuid,compute_cap,driver_version"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        listed = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=PATIENCE
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
     devices = []
@@ -228,7 +230,7 @@ def _read_script(place: str | None) -> tuple[str, str] | None:
     if place is None:
         return None
     try:
-        return place, Path(place).expanduser().read_text()
+        return place, Path(place).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"'{place}' cannot be read ({error}); name a Slurm script") from error
 

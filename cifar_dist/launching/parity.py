@@ -221,7 +221,11 @@ def _train(processes: int, options: Sequence[str], out: Path, program: Sequence[
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     start = [sys.executable, *launcher * (processes > 1), *program]
     done = subprocess.run(
-        [*start, *options, "--out", str(out)], capture_output=True, text=True, check=False
+        [*start, *options, "--out", str(out)],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
     )
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -234,7 +238,7 @@ def _train(processes: int, options: Sequence[str], out: Path, program: Sequence[
         [line["loss"] for line in steps],
         [line["gradient_norm"] for line in steps],
         [load_file(path / "model.safetensors") for path in checkpoints_in(out / "checkpoints")],
-        json.loads((out / "run.json").read_text()),
+        json.loads((out / "run.json").read_text(encoding="utf-8")),
     )
     shutil.rmtree(out)  # a network's weights and momenta, once a step
     return run

@@ -192,14 +192,16 @@ def _filled(engine: str, machines: int, per_machine: int, own: Sequence[str]) ->
         "installed with the package; make the plan in a checkout",
     )
     if engine == "kubernetes":
-        content = yaml.safe_load((TEMPLATES / "kubernetes/trainjob.yaml").read_text())
+        content = yaml.safe_load(
+            (TEMPLATES / "kubernetes/trainjob.yaml").read_text(encoding="utf-8")
+        )
         trainer = content["spec"]["trainer"]
         trainer["numNodes"], trainer["numProcPerNode"] = machines, per_machine
         trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] = per_machine
         kept = trainer["args"][2 if "--config" in own else 0 :]  # it begins with --config
         trainer["args"] = [*kept, *own]
     else:
-        content = yaml.safe_load((TEMPLATES / "skypilot.yaml").read_text())
+        content = yaml.safe_load((TEMPLATES / "skypilot.yaml").read_text(encoding="utf-8"))
         content["num_nodes"] = machines
         kind = content["resources"]["accelerators"].partition(":")[0]
         content["resources"]["accelerators"] = f"{kind}:{per_machine}"

@@ -1,6 +1,7 @@
 """What a run will do, worked out from its recipe alone; tests compare it with what runs record."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,7 @@ def read_link(path: str) -> tuple[float, float]:
         UsageError: it is not the output of a live doctor on several processes.
     """
     try:
-        found = json.loads(Path(path).read_text())["all_reduce"]
+        found = json.loads(Path(path).read_text(encoding="utf-8"))["all_reduce"]
         return float(found["latency_seconds"]), float(found["bytes_per_second"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         require(
@@ -203,18 +204,21 @@ def read_rate(path: str) -> float:
     """
     from cifar_dist.runfolder import read_metrics
 
-    rates = [
-        line["images_per_second"]
-        for line in read_metrics(Path(path).expanduser())
-        if line["split"] == "train_window"
-    ]
+    folder, rate, reason = Path(path).expanduser(), 0.0, ""
+    try:
+        lines = read_metrics(folder)
+        rates = [line["images_per_second"] for line in lines if line["split"] == "train_window"]
+        world = json.loads((folder / "run.json").read_text(encoding="utf-8"))["world_size"]
+        if rates:
+            rate = float(np.median(rates)) / float(world)
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+        reason = f" ({' '.join(str(error).split()) or type(error).__name__})"
     require(
-        bool(rates),
-        f"'{path}' is not a run folder with recorded speeds; name one whose track.every_steps is "
-        "not 0",
+        0 < rate < math.inf,
+        f"'{path}' is not a run folder with recorded speeds{reason}; name one whose "
+        "track.every_steps is not 0",
     )
-    world = json.loads((Path(path).expanduser() / "run.json").read_text())["world_size"]
-    return float(np.median(rates)) / float(world)
+    return rate
 
 
 def _rates(recipe: Recipe, per_epoch: int) -> dict[int, float]:

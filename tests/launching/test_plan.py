@@ -260,7 +260,8 @@ def test_the_time_of_a_step_comes_from_measurements_only(
     assert "give --like RUN and --link JSON" in planned(capsys, *argv)["seconds_per_step"]
     link = {"all_reduce": {"latency_seconds": 0.5, "bytes_per_second": 1e6}}
     (tmp_path / "link.json").write_text(json.dumps(link))
-    speeds = [{"split": "train_window", "images_per_second": rate} for rate in (100.0, 64.0, 9.0)]
+    line = {"split": "train_window", "epoch": 0, "step": 1}
+    speeds = [{**line, "images_per_second": rate} for rate in (100.0, 64.0, 9.0)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, speeds)))
     (tmp_path / "run.json").write_text(json.dumps({"world_size": 2}))
     measured = ["--like", str(tmp_path), "--link", str(tmp_path / "link.json")]

@@ -1,0 +1,186 @@
+"""What observes a run: bounded by the images, computed only where it is watched, never fatal."""
+
+import json
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import tqdm
+from accelerate import Accelerator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from cifar_dist import evaluate, reporting
+from cifar_dist.config import Recipe, parse_recipe
+from cifar_dist.metrics import Evaluation, Outcome, summarise
+from cifar_dist.runfolder import Warned
+from cifar_dist.tracking import Tracker, confusion_picture
+from cifar_dist.train import Result, run
+from tests.helpers import TINY, digest_of, read_lines
+
+BOARD = [*TINY, "--track.log_with", "[tensorboard]"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the weights that the run of TINY ends with."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    run(parse_recipe([*TINY, "--out", str(out)])[0])
+    return digest_of(out)
+
+
+def measured(classes: int, images: int = 2000) -> Evaluation:
+    """Return the result of guessing at random."""
+    chance = torch.Generator().manual_seed(0)
+    truth, predicted = torch.randint(classes, (2, images), generator=chance)
+    confidence = torch.rand(images, generator=chance)
+    outcome = Outcome(torch.arange(images), truth, predicted, confidence, confidence)
+    return summarise(Accelerator(cpu=True), outcome, classes)
+
+
+def test_the_result_and_the_picture_of_20000_classes_take_the_memory_of_few() -> None:
+    names = [f"class {number}" for number in range(20_000)]
+    tracemalloc.start()
+    try:
+        result = measured(20_000)
+        assert len(result.per_class) == 20_000
+        picture = reporting.draw_confusion(result, names)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert picture.shape == (1040, 1040, 3)
+    assert peak < 60e6  # the matrix itself has 3.2 GB
+    assert result.coarse_confusion(960).sum() == result.totals.count == 2000
+
+
+def test_neighbouring_classes_share_a_row_where_there_are_too_many() -> None:
+    result = measured(6, 500)
+    fine = result.confusion
+    assert result.coarse_confusion(6).tolist() == fine.tolist()
+    assert result.coarse_confusion(3).tolist() == fine.reshape(3, 2, 3, 2).sum((1, 3)).tolist()
+
+
+@pytest.mark.parametrize("classes", [2, 10, 31, 80, 81, 960])
+def test_every_cell_of_the_confusion_picture_is_its_share(classes: int) -> None:
+    matrix = np.random.default_rng(0).integers(1, 50, (classes, classes))
+    picture = confusion_picture(matrix, ["x"] * classes)
+    cell = max(1, min(48, 960 // classes))
+    corners = picture[80::cell, 80::cell]
+    share = matrix / matrix.sum(axis=1, keepdims=True)
+    assert corners[..., 0].tolist() == (255 * (1 - share)).astype(int).tolist()
+    assert (corners[..., 2] == 255).all()
+
+
+def test_evaluate_lists_pairs_where_a_matrix_would_be_too_large(
+    trained: Result, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--checkpoint", str(trained.out)]
+    capfd.readouterr()
+    assert evaluate.main([*options, "--json"]) == 0
+    matrix = np.array(json.loads(capfd.readouterr().out)["confusion"])
+    monkeypatch.setattr(evaluate, "MATRIX_CLASSES", 9)
+    monkeypatch.setattr(evaluate, "TABLE_CLASSES", 9)
+    assert evaluate.main([*options, "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert "confusion" not in result
+    assert {(row, column): n for row, column, n in result["confusion_pairs"]} == {
+        (row, column): matrix[row, column] for row, column in np.argwhere(matrix).tolist()
+    }
+    assert evaluate.main(options) == 0
+    rows = capfd.readouterr().out.splitlines()[3:]
+    assert [len(row.split()) for row in rows[1:]] == [
+        len(name.split()) + 1 for name in result["per_class"]
+    ]
+    assert "taken for" not in rows[0]
+
+
+def test_accuracy_by_class_is_tracked_for_some_classes_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "CLASS_SCALARS", 9)
+    run(parse_recipe([*BOARD, "--out", str(tmp_path)])[0])
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0, "scalars": 0})
+    tags = events.Reload().Tags()
+    assert "test_accuracy" in tags["scalars"]
+    assert not any(tag.startswith("test_class/") for tag in tags["scalars"])
+    assert "test_confusion" in tags["images"]
+
+
+def test_a_run_without_trackers_computes_nothing_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def called(*_: Any) -> None:
+        pytest.fail("computed, and nobody watches")  # no Exception: it is not spared
+
+    for name in ("confusion_picture", "draw_confusion", "wrong_images", "image_grid", "augment"):
+        monkeypatch.setattr(reporting, name, called)
+    monkeypatch.setattr(torch.jit, "trace", called)
+    monkeypatch.setattr(Evaluation, "per_class", property(called))
+    run(parse_recipe([*TINY, "--out", str(tmp_path)])[0])
+
+
+def test_observers_that_run_out_of_memory_change_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError("an observer's own")
+
+    for name in ("draw_confusion", "wrong_images", "image_grid", "_memory_used", "describe_run"):
+        monkeypatch.setattr(reporting, name, fail)
+    monkeypatch.setattr(torch.jit, "trace", fail)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(tqdm.tqdm, "update", fail)
+    monkeypatch.setattr(reporting, "write_status", fail)
+    assert run(parse_recipe([*BOARD, "--out", str(tmp_path)])[0]).state == "finished"
+    assert digest_of(tmp_path) == undisturbed
+    notices = [line["message"] for line in read_lines(tmp_path) if line["split"] == "notice"]
+    failed = {"run.json", "status.json", "the graph of the network", "the progress bar"}
+    failed |= {f"the picture {name}" for name in ("train_images", "test_confusion", "test_wrong")}
+    failed |= {"reading the memory in use"}
+    assert sorted(notices) == sorted(
+        f"{what} failed: MemoryError: an observer's own" for what in failed
+    )
+
+
+@pytest.mark.parametrize("name", ["announce", "show_inputs", "_show_epoch", "_show_evaluation"])
+def test_a_report_that_fails_changes_no_weights(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a bug in a report")
+
+    monkeypatch.setattr(reporting, name, fail)
+    assert run(parse_recipe([*BOARD, "--out", str(tmp_path)])[0]).state == "finished"
+    assert digest_of(tmp_path) == undisturbed
+
+
+class Counting(nn.Module):
+    """A network that changes each time it is called, and may return what cannot be traced."""
+
+    def __init__(self, traceable: bool) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.traceable = traceable
+
+    def forward(self, images: torch.Tensor) -> Any:
+        self.calls += 1
+        return images.mean(dim=(2, 3)) if self.traceable else {1, 2}
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+def test_drawing_the_graph_leaves_the_network_as_it_is(traceable: bool, tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    network, warned = Counting(traceable), Warned()
+    tracker = Tracker(accelerator, Recipe(), tmp_path, 0, warned)
+    tracker.graph(network, torch.zeros(1, 3, 8, 8))
+    tracker.scalars({"caf\udce9": 1.0}, 1)
+    tracker.finish()
+    assert (network.calls, network.training) == (0, True)
+    tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()
+    assert tags["graph"] == traceable
+    assert tags["scalars"] == ["caf\\udce9"]  # though a file name that is not UTF-8
+    assert list(warned.reasons) == ([] if traceable else ["the graph of the network"])
