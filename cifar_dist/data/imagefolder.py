@@ -5,7 +5,7 @@ from itertools import chain
 from pathlib import Path
 
 from cifar_dist.config import DataConfig, cache_folder, require
-from cifar_dist.data.cache import CacheWriter, is_cached, load_or_build, open_cached
+from cifar_dist.data.cache import CacheWriter, load_or_build, open_cached
 from cifar_dist.data.decode import decode_files
 from cifar_dist.data.images import Source
 from cifar_dist.listing import find_images, labels_of
@@ -24,8 +24,8 @@ def load_imagefolder(config: DataConfig, key: str = "") -> Source:
     root = Path(config.root).expanduser()
     require(root.is_dir(), f"data.root '{config.root}' is not a folder; name one of class folders")
     cache, size = cache_folder(config), config.side
-    if key and is_cached(cache, key):
-        return open_cached(cache, key)
+    if key and (source := open_cached(cache, key)):
+        return source
     listing = find_images(root)
 
     def build(writer: CacheWriter) -> None:
