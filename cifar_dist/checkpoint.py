@@ -2,37 +2,47 @@
 
 A checkpoint is written beside its place, synced to disk and renamed; older ones go only then. Order
 is by step, never by time of change. Links are not followed.
+
+Checkpoints may be read while a run saves and removes them: a read that meets that is repeated. What
+this user may not read raises PermissionError and is never taken for damaged or absent.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 
+from cifar_dist import files
 from cifar_dist.config import RunError, UsageError
 
 MANIFEST = "MANIFEST.json"
 FAILED_SAVES = 3  # in a row, that end a run
+ATTEMPTS = 50  # to read what a run replaces or removes at the same time
 NEEDED = {  # of state.json
     **{"step": int, "epoch": int | float, "recipe": dict, "classes": list, "image_size": int},
     **{"mean": list, "std": list, "dataset": str, "optimizer": dict, "scaler": dict},
     **{"best": dict, "metrics": dict, "reported": dict},
 }
 Tensors = dict[str, torch.Tensor]
+T = TypeVar("T")
 
 
 class DamagedCheckpoint(Exception):
     """A checkpoint that is incomplete, or differs from what was written."""
+
+
+class RemovedCheckpoint(DamagedCheckpoint):
+    """A checkpoint that is not there, or not any more: a run has removed it meanwhile."""
 
 
 class SaveFailed(Exception):
@@ -138,22 +148,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         DamagedCheckpoint: a file is missing, differs from the manifest, or is not what it should
             be.
+        PermissionError: this user may not read it.
     """
-    names = verify(path)
-    try:
-        tensors = {
-            name.removesuffix(".safetensors"): read_tensors(path / name)
-            for name in names
-            if name.endswith(".safetensors")
-        }
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        wrong = [key for key, kind in NEEDED.items() if not isinstance(state.get(key), kind)]
-        wrong += [part for part in ("model", "optim", "processes") if part not in tensors]
-        if wrong:
-            raise DamagedCheckpoint(f"{path.name}: no {', '.join(wrong)} in it")
-    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path.name}: {error}") from error
-    return Checkpoint(tensors, state)
+    return _read_at_rest(path, _load)
 
 
 def verify(path: Path) -> list[str]:
@@ -161,28 +158,17 @@ def verify(path: Path) -> list[str]:
 
     Raises:
         DamagedCheckpoint: naming the first file that is missing or differs.
+        PermissionError: this user may not read it.
     """
-    try:
-        _refuse_links(path, path / MANIFEST)
-        listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, expected in listed.items():
-            file = path / name
-            if file.parent != path or file.is_symlink():
-                raise DamagedCheckpoint(f"{path.name}: {name} is a link or lies elsewhere")
-            if file.stat().st_size != expected["size"]:
-                raise DamagedCheckpoint(f"{path.name}: the size of {name} differs")
-            if _sha256(file) != expected["sha256"]:
-                raise DamagedCheckpoint(f"{path.name}: the SHA-256 of {name} differs")
-        unknown = {file.name for file in path.iterdir()} - {MANIFEST, *listed}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path.name}: {error}") from error
-    if unknown:
-        print(f"warning: {path.name} holds unknown files: {', '.join(sorted(unknown))}", flush=True)
-    return list(listed)
+    return _read_at_rest(path, _verify)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the committed checkpoints, by step, ascending."""
+    """Return the committed checkpoints, by step, ascending.
+
+    Raises:
+        PermissionError: this user may not list the folder.
+    """
     return [path for _, path in sorted(_committed(folder).items())]
 
 
@@ -190,26 +176,13 @@ def load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
     """Return the newest checkpoint that verifies, or None if there never was one.
 
     Raises:
-        UsageError: there are checkpoints, and all are damaged.
+        UsageError: there are checkpoints, and all are damaged; or this user may not read one, and
+            none that is newer is whole.
     """
-    if folder.is_symlink():
-        raise UsageError(f"'{folder}' is a symbolic link; put the folder itself there")
-    reasons = []
-    for _, path in sorted(_committed(folder).items(), reverse=True):
-        try:
-            found = load_checkpoint(path)
-        except DamagedCheckpoint as error:
-            reasons.append(str(error))
-        else:
-            for reason in reasons:
-                print(f"warning: damaged checkpoint {reason}; using {path.name}", flush=True)
-            return path, found
-    if reasons:
-        raise UsageError(
-            f"no checkpoint in '{folder}' is whole ({'; '.join(reasons)}); restore one, or start "
-            "anew with another --out"
-        )
-    return None
+    with _permissions_named():
+        if folder.is_symlink():
+            raise UsageError(f"'{folder}' is a symbolic link; put the folder itself there")
+        return _read_again(folder, lambda: _load_newest(folder))
 
 
 def find_checkpoint(place: str, best: bool = False) -> tuple[Path, Checkpoint]:
@@ -220,28 +193,24 @@ def find_checkpoint(place: str, best: bool = False) -> tuple[Path, Checkpoint]:
         best: of a run folder, the best by validation accuracy instead.
 
     Raises:
-        UsageError: there is none, or it is damaged.
+        UsageError: there is none, it is damaged, or this user may not read it.
     """
     path = Path(place).expanduser().resolve()  # a link that the user names is meant
-    if (path / "checkpoints").is_dir():
-        newest = load_newest(path / "checkpoints")
-        if newest is None:
-            raise UsageError(f"the run in '{place}' has not saved a checkpoint yet")
-        if not best:
-            return newest
-        step = newest[1].state["best"]["step"]
-        if step is None:
-            raise UsageError(
-                f"the run in '{place}' held out no validation images (data.val_fraction), so it "
-                "has no best checkpoint; leave out --best for the newest"
-            )
-        path = _place(path / "checkpoints", step)
-    if not (path / MANIFEST).is_file():
-        raise UsageError(
-            f"'{place}' is neither a run folder nor a checkpoint (a folder with {MANIFEST})"
-        )
+    folder = path / "checkpoints"
     try:
-        return path, load_checkpoint(path)
+        with _permissions_named():
+            if _exists(folder):
+                newest = _read_again(
+                    folder, lambda: _load_best(folder) if best else _load_newest(folder)
+                )
+                if newest is None:
+                    raise UsageError(f"the run in '{place}' has not saved a checkpoint yet")
+                return newest
+            if not _exists(path / MANIFEST):
+                raise UsageError(
+                    f"'{place}' is neither a run folder nor a checkpoint (a folder with {MANIFEST})"
+                )
+            return path, load_checkpoint(path)
     except DamagedCheckpoint as error:
         raise UsageError(f"the checkpoint is damaged: {error}") from error
 
@@ -302,39 +271,181 @@ def _set_aside(target: Path) -> Path:
 
 def _committed(folder: Path) -> dict[int, Path]:
     """Return the committed checkpoints by step."""
-    names = {path.name: path for path in folder.glob("*") if path.is_dir() or path.is_symlink()}
+    try:
+        with os.scandir(folder) as entries:
+            names = {e.name for e in entries if e.is_symlink() or e.is_dir()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     found = {}
     for pattern in (r"\.step-(\d+)\.old", r"step-(\d+)"):  # the second kind is the newer one
-        for name, path in names.items():
+        for name in names:
             if match := re.fullmatch(pattern, name):
-                found[int(match.group(1))] = path
+                found[int(match.group(1))] = folder / name
     return found
 
 
+def _exists(path: Path) -> bool:
+    """Return whether `path` exists; raise PermissionError if this user may not know."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+@contextmanager
+def _permissions_named() -> Iterator[None]:
+    """Turn PermissionError into a UsageError that names the file or folder."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UsageError(
+            f"'{error.filename}' cannot be read by this user ({error.strerror}); correct its "
+            "permissions or its owner, and try again"
+        ) from error
+
+
+def _read_again(folder: Path, read: Callable[[], T]) -> T:
+    """Return `read()`; repeat it while it meets checkpoints that a run has just removed."""
+    for _ in range(ATTEMPTS):
+        with suppress(RemovedCheckpoint):
+            return read()
+    raise UsageError(
+        f"the checkpoints in '{folder}' are removed faster than they can be read; try again when "
+        "the run has ended"
+    )
+
+
+def _read_at_rest(path: Path, read: Callable[[Path], T]) -> T:
+    """Return `read(path)` of a folder that nobody has replaced or removed meanwhile."""
+
+    def identity() -> tuple[int, int]:
+        try:
+            status = path.lstat()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise RemovedCheckpoint(f"{path.name} is missing") from error
+        return status.st_ino, status.st_ctime_ns
+
+    for _ in range(ATTEMPTS):
+        before = identity()
+        try:
+            result = read(path)
+        except Exception:
+            if identity() == before:
+                raise
+        else:
+            if identity() == before:
+                return result
+    raise RemovedCheckpoint(f"{path.name} is replaced faster than it can be read")
+
+
+def _load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
+    reasons = []
+    for path in reversed(checkpoints_in(folder)):
+        try:
+            found = load_checkpoint(path)
+        except RemovedCheckpoint:
+            raise
+        except DamagedCheckpoint as error:
+            reasons.append(str(error))
+        else:
+            for reason in reasons:
+                print(f"warning: damaged checkpoint {reason}; using {path.name}", flush=True)
+            return path, found
+    if reasons:
+        raise UsageError(
+            f"no checkpoint in '{folder}' is whole ({'; '.join(reasons)}); restore one, or start "
+            "anew with another --out"
+        )
+    return None
+
+
+def _load_best(folder: Path) -> tuple[Path, Checkpoint] | None:
+    """Return the best checkpoint by validation accuracy, as the newest one records it."""
+    newest = _load_newest(folder)
+    if newest is None:
+        return None
+    step = newest[1].state["best"]["step"]
+    if step is None:
+        raise UsageError(
+            f"the run in '{folder.parent}' held out no validation images (data.val_fraction), so "
+            "it has no best checkpoint; leave out --best for the newest"
+        )
+    committed = _committed(folder)
+    if step not in committed and committed.get(max(committed, default=0)) == newest[0]:
+        raise UsageError(
+            f"the best checkpoint, '{_place(folder, step)}', is missing; restore it, or leave out "
+            "--best for the newest"
+        )
+    path = committed.get(step, _place(folder, step))
+    return path, load_checkpoint(path)
+
+
+def _load(path: Path) -> Checkpoint:
+    names = _verify(path)
+    try:
+        tensors = {
+            name.removesuffix(".safetensors"): read_tensors(path / name)
+            for name in names
+            if name.endswith(".safetensors")
+        }
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        wrong = [key for key, kind in NEEDED.items() if not isinstance(state.get(key), kind)]
+        wrong += [part for part in ("model", "optim", "processes") if part not in tensors]
+        if wrong:
+            raise DamagedCheckpoint(f"{path.name}: no {', '.join(wrong)} in it")
+    except PermissionError:
+        raise
+    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path.name}: {error}") from error
+    return Checkpoint(tensors, state)
+
+
+def _verify(path: Path) -> list[str]:
+    try:
+        _refuse_links(path, path / MANIFEST)
+        listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, expected in listed.items():
+            file = path / name
+            if file.parent != path or file.is_symlink():
+                raise DamagedCheckpoint(f"{path.name}: {name} is a link or lies elsewhere")
+            if file.stat().st_size != expected["size"]:
+                raise DamagedCheckpoint(f"{path.name}: the size of {name} differs")
+            if _sha256(file) != expected["sha256"]:
+                raise DamagedCheckpoint(f"{path.name}: the SHA-256 of {name} differs")
+        unknown = {file.name for file in path.iterdir()} - {MANIFEST, *listed}
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path.name}: {error}") from error
+    if unknown:
+        print(f"warning: {path.name} holds unknown files: {', '.join(sorted(unknown))}", flush=True)
+    return list(listed)
+
+
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    state = folder / "state.json"
+    state.write_text(json.dumps(checkpoint.state, indent=1), encoding="utf-8")
     for name, tensors in checkpoint.tensors.items():
         plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(plain, folder / f"{name}.safetensors")
-    (folder / "state.json").write_text(json.dumps(checkpoint.state, indent=1), encoding="utf-8")
+        shutil.copymode(state, folder / f"{name}.safetensors")  # save_file gives 0600
     listed = {
         path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.iterdir())
     }
     (folder / MANIFEST).write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
-    for path in (*folder.iterdir(), folder):
-        _sync(path)
 
 
 def _commit(temporary: Path, target: Path) -> None:
     """Put a folder in its place; at every moment the new one or the old one can be found."""
     aside = _set_aside(target)
-    if target.exists():
-        if aside.exists():
-            shutil.rmtree(aside)
-        os.replace(target, aside)
-    os.replace(temporary, target)
-    _sync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    if target.exists() and aside.exists():
+        shutil.rmtree(aside)
+    files.put_in_place(temporary, target, aside)
+    if aside.exists():
+        os.replace(aside, temporary)  # renamed first: half a removed checkpoint is none
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _refuse_links(*paths: Path) -> None:
@@ -353,20 +464,8 @@ def _require_space(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return files.sha256_of(file)
 
 
 def read_tensors(path: Path) -> Tensors:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from cifar_dist.config import UsageError, require
+from cifar_dist.files import replace_file
 from cifar_dist.runtime import run_verb
 
 if TYPE_CHECKING:
@@ -52,8 +53,6 @@ def convert(source: Path, target: Path, key: str | None = None) -> Tensors:
         UsageError: `source` holds no such dict, or what might run code, or `target` exists or
             cannot be written.
     """
-    from tempfile import TemporaryDirectory
-
     from safetensors.torch import save
 
     require(
@@ -63,11 +62,7 @@ def convert(source: Path, target: Path, key: str | None = None) -> Tensors:
     require(not os.path.lexists(target), f"'{target}' exists; remove it or choose another name")
     tensors = _make_plain(_choose(_read(source), key, source), source)
     try:
-        content = save(tensors)
-        with TemporaryDirectory(prefix=".convert-", dir=target.parent) as folder:
-            written = Path(folder, target.name)
-            written.write_bytes(content)
-            os.replace(written, target)
+        replace_file(target, save(tensors))
     except KeyError as error:
         raise UsageError(
             f"'{source}' has tensors of type {error}, which safetensors does not know; save others"

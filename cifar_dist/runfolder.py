@@ -11,7 +11,6 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -21,22 +20,9 @@ from typing import Any
 
 from cifar_dist import __version__
 from cifar_dist.config import Recipe, UsageError, differences, dump_recipe, load_recipe
+from cifar_dist.files import replace_file
 
 LINE = {"split": str, "epoch": int, "step": int}  # keys of every line of metrics.jsonl
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class RunLock:

@@ -1,7 +1,7 @@
 """Verify checkpoints: `python -m cifar_dist.verify RUN_OR_STEP...`.
 
-Compares the size and SHA-256 of every file with the manifest; a line a checkpoint. The exit code is
-0 if all are whole, 1 if one is damaged.
+Compares the size and SHA-256 of every file with the manifest, and prints one line per checkpoint.
+The exit code is 0 if all are whole, 1 if one is damaged or not readable by this user.
 """
 
 import argparse
@@ -20,24 +20,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = argparse.ArgumentParser("cifar_dist.verify", allow_abbrev=False)
         parser.add_argument("places", nargs="+", metavar="RUN_OR_STEP")
         places = parser.parse_args(list(arguments)).places
-        from cifar_dist.checkpoint import DamagedCheckpoint, checkpoints_in, verify
-
-        damaged = 0
-        for place in map(Path, places):
-            inside = checkpoints_in(place / "checkpoints")
-            require(
-                bool(inside) or (place.is_dir() and not (place / "checkpoints").is_dir()),
-                f"'{place}' holds no checkpoint; name a run folder or one checkpoint's folder",
-            )
-            for path in inside or [place]:
-                try:
-                    print(f"{path}: whole, {len(verify(path))} files")
-                except DamagedCheckpoint as error:
-                    damaged += 1
-                    print(f"{path}: damaged: {error}")
-        return 1 if damaged else 0
+        results = [_verify_all(place) for place in map(Path, places)]
+        return 0 if all(results) else 1
 
     return run_verb(verb, argv)
+
+
+def _verify_all(place: Path) -> bool:
+    """Verify one checkpoint, or all of a run; return whether none is damaged or unreadable."""
+    from cifar_dist.checkpoint import checkpoints_in
+
+    try:
+        inside = checkpoints_in(place / "checkpoints")
+        require(
+            bool(inside) or (place.is_dir() and not (place / "checkpoints").is_dir()),
+            f"'{place}' holds no checkpoint; name a run folder or one checkpoint's folder",
+        )
+    except PermissionError as error:
+        print(_not_readable(place, error))
+        return False
+    results = [_verify_one(path) for path in inside or [place]]
+    return all(results)
+
+
+def _verify_one(path: Path) -> bool:
+    from cifar_dist.checkpoint import DamagedCheckpoint, RemovedCheckpoint, verify
+
+    try:
+        print(f"{path}: whole, {len(verify(path))} files")
+    except RemovedCheckpoint:
+        print(f"{path}: removed by its run in the meantime")
+    except DamagedCheckpoint as error:
+        print(f"{path}: damaged: {error}")
+        return False
+    except PermissionError as error:
+        print(_not_readable(path, error))
+        return False
+    return True
+
+
+def _not_readable(path: Path, error: PermissionError) -> str:
+    return f"{path}: not readable: {error.filename}: {error.strerror}"
 
 
 if __name__ == "__main__":

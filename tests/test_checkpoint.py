@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
     names = {"MANIFEST.json", "state.json"}
     names |= {f"{part}.safetensors" for part in ("model", "optim", "processes")}
     assert {p.name for p in path.iterdir()} == names
+
+
+def test_files_have_the_mode_that_umask_gives(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = save_checkpoint(tmp_path, 1, sample())
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o750
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o640}
 
 
 @pytest.mark.parametrize("name", ["MANIFEST.json", "model.safetensors", "optim.safetensors"])

@@ -87,6 +87,29 @@ def test_a_file_replaced_with_the_same_size_and_time_is_decoded_again(
     assert load(root).train.images[4, 0, 0].tolist() == [0, 0, 255]
 
 
+def test_a_link_to_another_file_of_the_same_size_and_times_is_decoded_again(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", {"train": 12, "test": 6})
+    red, blue = tmp_path / "red.bmp", tmp_path / "blue.bmp"
+    for path in (red, blue):
+        Image.new("RGB", (32, 32), path.stem).save(path)
+    for _ in range(1000):  # until both are changed within one tick of the kernel's clock
+        os.utime(red, (1577836800,) * 2)
+        os.utime(blue, (1577836800,) * 2)
+        if red.stat().st_ctime_ns == blue.stat().st_ctime_ns:
+            break
+    file = root / "train" / "disc" / "a.bmp"
+    file.symlink_to(red)
+    assert load(root).train.images[4, 0, 0].tolist() == [255, 0, 0]
+    file.unlink()
+    file.symlink_to(blue)
+    assert load(root).train.images[4, 0, 0].tolist() == [0, 0, 255]
+
+
+def test_each_size_is_decoded_by_itself(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", {"train": 12, "test": 6})
+    assert [load(root, image_size=size).train.image_size for size in (32, 16, 8)] == [32, 16, 8]
+
+
 def test_a_folder_that_changes_while_it_is_decoded_is_decoded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,10 +375,13 @@ def test_identical_images_in_train_and_in_the_measured_split_are_counted(
     root = write_folder(tmp_path / "set", {"train": 36, "test": 9})
     first, second = sorted((root / "train" / "disc").iterdir())[:2]
     shutil.copy(first, root / "test" / "ring" / "copy.png")
-    Image.open(second).save(root / "test" / "disc" / "same pixels.bmp")
+    image = Image.open(second)
+    image.save(root / "test" / "disc" / "same pixels.bmp")
+    image.paste("white", (31, 31, 32, 32))
+    image.save(root / "test" / "disc" / "one pixel differs.bmp")
     output, facts = trained(capfd, tmp_path, "--data.root", str(root))
     assert facts["identical_images"] == {"test": 2}
-    assert "warning: 2 of 11 test images are identical to training images" in output
+    assert "warning: 2 of 12 test images are identical to training images" in output
     dataset = load(root, limit_train=3)  # what is not trained on does not count
     chosen = {first, second} & {
         sorted((root / "train").rglob("*.png"))[row] for row in dataset.train.selected

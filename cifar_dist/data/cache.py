@@ -1,13 +1,23 @@
-"""Decode once: datasets as arrays on disk that every process of a machine maps into its memory."""
+"""Decode once: datasets as arrays on disk that every process of a machine maps into its memory.
+
+An entry of the cache is a folder: the images, labels and digests of each split as .npy files, and
+meta.json with the rest and with the size, SHA-256 and stamp of every file. It is used only if all
+of them are as they were written, else it is built again. Other files in the folder are ignored.
+"""
 
 import hashlib
 import json
 import math
 import os
+import platform
+import secrets
 import shutil
-import tempfile
+import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -15,8 +25,15 @@ from PIL import Image
 
 from cifar_dist.config import UsageError, require
 from cifar_dist.data.images import Images, Source
+from cifar_dist.files import put_in_place, replace_file, sha256_of, sync
 
+FORMAT = 2  # of an entry
+META = "meta.json"
 CHUNK = 512  # images handled at a time when measuring: few enough to stay in a core's cache
+
+
+class Damaged(Exception):
+    """An entry that is not as it was written; names the file."""
 
 
 class CacheWriter:
@@ -40,7 +57,8 @@ class CacheWriter:
         require(
             needed < free,
             f"the decoded {split} images need {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are "
-            f"free in {self.folder.parent}; make room, or name another folder with --data.cache",
+            f"free in {self.folder.parents[1]}; make room, or name another folder with "
+            "--data.cache",
         )
         np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
         if hasattr(os, "posix_fallocate"):  # else a disk that fills up ends a mapping by SIGBUS
@@ -57,73 +75,209 @@ class CacheWriter:
 
 
 def load_or_build(folder: Path, key: str, build: Callable[[CacheWriter], None]) -> Source:
-    """Open the dataset cached as `folder`/`key`; if it is absent, build it first.
+    """Open the dataset cached as `folder`/`key`. If it is absent or damaged, build it first.
 
     Under a lock: one process of the machine builds, the others wait and open the result. The
     build happens in a temporary folder that is renamed at the end, so a killed one leaves nothing.
 
     Raises:
-        UsageError: the folder cannot be written.
+        UsageError: the folder cannot be written, or this user may not read what is cached.
     """
-    if not is_cached(folder, key):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(folder / f"{key}.lock"):
-                if not is_cached(folder, key):
-                    _build(folder, key, build)
-        except OSError as error:
-            raise UsageError(
-                f"the cache folder {folder} cannot be written ({error.strerror}); "
-                "name another with --data.cache"
-            ) from error
-    return open_cached(folder, key)
+    source = open_cached(folder, key)
+    if source is not None:
+        return source
+    damage = ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / f"{key}.lock"):
+            try:
+                return _open(folder, key)
+            except FileNotFoundError:
+                pass
+            except Damaged as error:
+                damage = f"the cached images in {_place(folder, key)} are damaged ({error})"
+            if damage:
+                print(f"warning: {damage}; decoding them again", file=sys.stderr, flush=True)
+            _build(folder, key, build)
+            return _open(folder, key)
+    except OSError as error:
+        raise UsageError(
+            (f"{damage}, and " if damage else "")
+            + f"the cache folder {folder} cannot be written ({error.strerror or error}); "
+            "name another with --data.cache"
+        ) from error
 
 
-def is_cached(folder: Path, key: str) -> bool:
-    """Say whether `folder` holds the dataset `key`; what is there is whole."""
-    return (folder / key / "meta.json").is_file()
+def open_cached(folder: Path, key: str) -> Source | None:
+    """Open the dataset cached as `folder`/`key`; return None if it is absent or damaged.
+
+    Raises:
+        UsageError: this user may not read it.
+    """
+    try:
+        return _open(folder, key)
+    except (OSError, Damaged):
+        return None
+
+
+def _place(folder: Path, key: str) -> Path:
+    return folder / f"{key}-v{FORMAT}"
 
 
 def _build(folder: Path, key: str, build: Callable[[CacheWriter], None]) -> None:
-    for abandoned in folder.glob(f".{key}-*"):  # of a process that was killed
-        shutil.rmtree(abandoned, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder))
+    place, own = _place(folder, key), f".{key}-{platform.node()}-"
+    for work in folder.glob(f".{key}-*"):  # of a process that was killed
+        # A lock may not reach other machines: what one of them builds is left alone for a day.
+        if work.name.startswith(own) or time.time() - work.stat().st_mtime > 86400:
+            shutil.rmtree(work, ignore_errors=True)
+    work = folder / f"{own}{secrets.token_hex(4)}"
     try:
-        writer = CacheWriter(temporary)
+        (work / "new").mkdir(parents=True)
+        writer = CacheWriter(work / "new")
         build(writer)
-        meta = {"classes": writer.classes, "skipped": writer.skipped, **_measure(temporary)}
-        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        temporary.chmod(0o755)
-        os.replace(temporary, folder / key)
+        _write_meta(writer.folder, _describe(writer, place.name))
+        put_in_place(writer.folder, place, aside=work / "damaged")
     except OSError:
-        if not is_cached(folder, key):  # else another machine was faster
+        if open_cached(folder, key) is None:  # else another machine was faster
             raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
-def open_cached(folder: Path, key: str) -> Source:
-    """Open the dataset cached as `folder`/`key`, its images mapped into memory."""
-    target = folder / key
-    meta = json.loads((target / "meta.json").read_text(encoding="utf-8"))
-    classes = tuple(meta["classes"])
-    splits = {}
-    for path in sorted(target.glob("*-images.npy")):
-        split = path.name.removesuffix("-images.npy")
-        # "c": writes stay private; torch warns about arrays that are mapped read-only.
-        images = np.load(path, mmap_mode="c")
-        labels = np.load(target / f"{split}-labels.npy")
-        digests = np.load(target / f"{split}-digests.npy")
-        splits[split] = Images(images, labels, classes, digests=digests)
+def _describe(writer: CacheWriter, name: str) -> dict[str, Any]:
+    """Return what meta.json holds, once all arrays are on disk and no longer change."""
+    files, measured = {}, _measure(writer.folder)
+    for path in sorted(writer.folder.glob("*.npy")):
+        sync(path)  # before its times are taken: a mapping is written back late
+        with path.open("rb") as file:
+            sha256, status = sha256_of(file), os.fstat(file.fileno())
+        files[path.name] = {
+            "size": status.st_size,
+            "sha256": sha256,
+            "shape": np.load(path, mmap_mode="r").shape,
+            "stamp": _stamp(status),
+        }
+    entry = {"name": name, "classes": writer.classes, "skipped": writer.skipped}
+    return {**entry, **measured, "files": files}
+
+
+def _open(folder: Path, key: str) -> Source:
+    """Map the arrays of an entry into memory after comparing each with what was written.
+
+    Raises:
+        FileNotFoundError: there is no such entry.
+        Damaged: naming the first file that is missing or differs.
+        UsageError: this user may not read it.
+    """
+    place = _place(folder, key)
+    try:
+        place.lstat()
+        entry, written = _read_meta(place)
+        arrays = {
+            name: _open_array(place / name, known, written)
+            for name, known in entry["files"].items()
+        }
+    except PermissionError as error:
+        raise UsageError(
+            f"the cached images in {error.filename} cannot be read by this user "
+            f"({error.strerror}); correct the permissions, or name another folder with --data.cache"
+        ) from error
+    statuses = {name: status for name, (_, status) in arrays.items()}
+    if not all(_is_same(entry["files"][name], statuses[name], written) for name in arrays):
+        _renew_stamps(place, entry, statuses)
+    classes, splits = tuple(entry["classes"]), {}
+    for name, (images, _) in arrays.items():
+        split, _, part = name.removesuffix(".npy").rpartition("-")
+        if part == "images":
+            labels, digests = (arrays[f"{split}-{of}.npy"][0] for of in ("labels", "digests"))
+            splits[split] = Images(images, labels, classes, digests=digests)
     return Source(
-        splits, tuple(meta["mean"]), tuple(meta["std"]), meta["digest"], tuple(meta["skipped"])
+        splits, tuple(entry["mean"]), tuple(entry["std"]), entry["digest"], tuple(entry["skipped"])
     )
 
 
-def _measure(folder: Path) -> dict[str, object]:
+def _open_array(
+    path: Path, known: dict[str, Any], written: int
+) -> tuple[np.ndarray, os.stat_result]:
+    """Return an array that is as it was `written`, and the status of its file.
+
+    Images are read and hashed only if their stamp differs, labels and digests always.
+    """
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_size != known["size"]:
+                raise Damaged(f"{path.name}: {status.st_size} bytes, expected {known['size']}")
+            is_small = not path.name.endswith("-images.npy")
+            if is_small or not _is_same(known, status, written):
+                if sha256_of(file) != known["sha256"]:
+                    raise Damaged(f"{path.name}: the SHA-256 differs")
+                file.seek(0)
+            if is_small:
+                return np.load(file), status
+            shape = tuple(known["shape"])
+            # "c": writes stay private; torch warns about arrays that are mapped read-only.
+            start = known["size"] - math.prod(shape)
+            return np.memmap(file, np.uint8, "c", start, shape), status
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise Damaged(f"{path.name}: {error.strerror or error}") from error
+
+
+def _stamp(status: os.stat_result) -> list[int]:
+    """Return what a write to a file changes; no program can set ctime back."""
+    return [status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _is_same(known: dict[str, Any], status: os.stat_result, written: int) -> bool:
+    """Return whether a file is certainly the one that was hashed, by the rule of git's index.
+
+    A write in the same tick of the clock as `written`, when the stamp was stored, may not show.
+    """
+    return _stamp(status) == known["stamp"] and status.st_ctime_ns < written
+
+
+def _renew_stamps(place: Path, entry: dict[str, Any], statuses: dict[str, os.stat_result]) -> None:
+    """Store the stamps of files that were copied or restored, if the cache can be written."""
+    files = {n: {**known, "stamp": _stamp(statuses[n])} for n, known in entry["files"].items()}
+    with suppress(OSError):
+        for name in files:
+            sync(place / name)
+        _write_meta(place, {**entry, "files": files})
+
+
+def _write_meta(folder: Path, entry: dict[str, Any]) -> None:
+    content = {"sha256": _checksum(entry), "entry": entry}
+    replace_file(folder / META, json.dumps(content))
+
+
+def _read_meta(place: Path) -> tuple[dict[str, Any], int]:
+    """Return what meta.json holds, and when it was written, in nanoseconds of the file system."""
+    try:
+        with (place / META).open() as file:
+            content = json.load(file)
+            written = os.fstat(file.fileno()).st_ctime_ns
+        entry = content["entry"]
+        if content["sha256"] != _checksum(entry):
+            raise Damaged(f"{META}: the SHA-256 differs")
+        if entry["name"] != place.name:
+            raise Damaged(f"{META}: it is of {entry['name']}")
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{META}: {error}") from error
+    return entry, written
+
+
+def _checksum(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+
+
+def _measure(folder: Path) -> dict[str, Any]:
     """Hash all arrays, and take mean and deviation of the training images from exact counts.
 
-    Each image is hashed by itself too: see `Images.digests`.
+    Each image is hashed by itself too, into an array of its own: see `Images.digests`.
     """
     digest = hashlib.sha256()
     counts = np.zeros((3, 256), dtype=np.int64)

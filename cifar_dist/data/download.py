@@ -1,8 +1,6 @@
 """Download one file of known size and SHA-256: over https, resumable, once for all processes."""
 
-import hashlib
 import http.client
-import os
 import shutil
 import ssl
 import sys
@@ -16,6 +14,7 @@ from typing import IO
 import filelock
 
 from cifar_dist.config import UsageError, require
+from cifar_dist.files import put_in_place, sha256_of
 
 TIMEOUT = 30.0  # seconds without a byte until a connection is given up
 PAUSES = (0.5, 1.0, 2.0)  # seconds to wait after each attempt in a row that brings nothing new
@@ -55,17 +54,9 @@ def download(url: str, target: Path, size: int, sha256: str) -> None:
                 _require_space(part, size)
                 _fetch(url, part, size)
                 _verify(url, part, size, sha256)
-                os.replace(part, target)
+                put_in_place(part, target)
     except OSError as error:
         raise UsageError(f"{target} cannot be written: {error.strerror or error}") from error
-
-
-def sha256_of(file: IO[bytes]) -> str:
-    """Return the SHA-256 of what is left to read of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _require_secure(url: str) -> None:
@@ -155,9 +146,8 @@ def _receive(url: str, answer: http.client.HTTPResponse, part: Path, have: int, 
 
 
 def _verify(url: str, part: Path, size: int, sha256: str) -> None:
-    with part.open("rb+") as file:
+    with part.open("rb") as file:
         found = sha256_of(file)
-        os.fsync(file.fileno())  # else a power cut may leave an empty file under the final name
     if found != sha256:
         part.unlink()
         raise UsageError(

@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 
 from cifar_dist.config import DataConfig, RunError, cache_folder, require
-from cifar_dist.data.cache import CacheWriter, is_cached, load_or_build, open_cached
+from cifar_dist.data.cache import CacheWriter, load_or_build, open_cached
 from cifar_dist.data.decode import decode_files
 from cifar_dist.data.images import Source
 from cifar_dist.listing import Listing, find_images, labels_of, read_ahead, shown
@@ -30,8 +30,8 @@ def load_imagefolder(config: DataConfig, ahead: str = "") -> Source:
     """
     cache = cache_folder(config)
     key, left_out = read_ahead(ahead)
-    if key and is_cached(cache, key):
-        return replace(open_cached(cache, key), left_out=left_out)
+    if key and (source := open_cached(cache, key)):
+        return replace(source, left_out=left_out)
     root = Path(config.root).expanduser()
     for _ in range(ATTEMPTS):
         try:

@@ -4,6 +4,7 @@
 launcher. Where a fault is to meet something from outside, it creates the file $FAULT_MARK first.
 """
 
+import atexit
 import ctypes
 import os
 import shutil
@@ -139,35 +140,29 @@ def bad_image(position: str, kind: str) -> None:
 
 def dies_at_write(number: str) -> None:
     """SIGKILL the whole job before the write operation of this number in the checkpoint store."""
-    from cifar_dist import checkpoint
+    from cifar_dist import checkpoint, files
 
     left = [int(number)]
 
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+    def count(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
         def call(*arguments: Any, **options: Any) -> Any:
-            left[0] -= 1
-            if left[0] == 0:
-                Path(os.environ.get("FAULT_MARK", os.devnull)).touch()
-                os.killpg(0, signal.SIGKILL)
+            # A path or an open file, of a checkpoint and no other file.
+            if any("/checkpoints" in str(one) for one in arguments if not isinstance(one, dict)):
+                left[0] -= 1
+                if left[0] == 0:
+                    Path(os.environ.get("FAULT_MARK", os.devnull)).touch()
+                    os.killpg(0, signal.SIGKILL)
             return function(*arguments, **options)
 
-        return call
+        setattr(module, name, call)
 
-    class Counted:
-        """A module with some of its functions counted."""
-
-        def __init__(self, module: Any, *names: str) -> None:
-            self.module = module
-            for name in names:
-                setattr(self, name, counted(getattr(module, name)))
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.module, name)
-
-    checkpoint.os = Counted(os, "replace", "fsync")  # type: ignore[attr-defined]
-    checkpoint.shutil = Counted(checkpoint.shutil, "rmtree")  # type: ignore[attr-defined]
-    checkpoint.save_file = counted(checkpoint.save_file)
-    checkpoint._sha256 = counted(checkpoint._sha256)
+    count(os, "replace")
+    count(shutil, "rmtree")
+    count(files, "sync")
+    count(files, "sha256_of")
+    count(checkpoint, "save_file")
 
 
 def slow_saving(seconds: str) -> None:
@@ -294,6 +289,15 @@ def joins_alone() -> None:
         return original(*arguments, **options)
 
     original, accelerate.Accelerator = accelerate.Accelerator, build
+
+
+def obeys_modes() -> None:
+    """Subject the main thread to the modes of files, also as root."""
+    from tests.helpers import obeying_modes
+
+    within = obeying_modes()
+    within.__enter__()
+    atexit.register(within.__exit__, None, None, None)  # and so kept until then
 
 
 def dies_of_pickles() -> None:

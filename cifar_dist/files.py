@@ -1,0 +1,60 @@
+"""Files and folders that are whole or absent: written beside their place, synced, then renamed."""
+
+import errno
+import hashlib
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+
+def put_in_place(written: Path, target: Path, aside: Path | None = None) -> None:
+    """Sync a file, or a folder with the files in it, and rename it to `target`.
+
+    After a power cut `target` is what it was, or all of the new, or absent where `aside` was used.
+
+    Args:
+        aside: where to move what has the name `target`; a folder cannot be replaced in one step.
+    """
+    if written.is_dir():
+        for path in written.iterdir():
+            sync(path)
+    sync(written)
+    if aside is not None:
+        with suppress(FileNotFoundError):
+            os.replace(target, aside)
+    os.replace(written, target)
+    sync(target.parent)
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+        put_in_place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(file: IO[bytes]) -> str:
+    """Return the SHA-256 of what is left to read of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
