@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cifar_dist.config import RunError, UsageError
+from cifar_dist.config import RunError, UsageError, local_path
 
 MANIFEST = "MANIFEST.json"
 FAILED_SAVES = 3  # in a row, that end a run
@@ -222,7 +222,7 @@ def find_checkpoint(place: str, best: bool = False) -> tuple[Path, Checkpoint]:
     Raises:
         UsageError: there is none, or it is damaged.
     """
-    path = Path(place).expanduser().resolve()  # a link that the user names is meant
+    path = local_path(place).resolve()  # a link that the user names is meant
     if (path / "checkpoints").is_dir():
         newest = load_newest(path / "checkpoints")
         if newest is None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from cifar_dist.config import DataConfig, require
+from cifar_dist.config import DataConfig, local_path, require
 from cifar_dist.preemption import ignore_signals, local_rank, uninterrupted
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -74,7 +74,7 @@ def looking_ahead(config: DataConfig) -> Iterator[Callable[[], str]]:
 def main(root: str, image_size: str, bad_images: str) -> None:
     """Print the key of a folder."""
     ignore_signals()
-    listing = find_images(Path(root).expanduser())
+    listing = find_images(local_path(root))
     print(listing.key(int(image_size), bad_images), end="")
 
 

@@ -22,6 +22,7 @@ from cifar_dist.config import (
     RunError,
     UsageError,
     flatten,
+    local_path,
     nearest_multiples,
     parse_recipe,
     require,
@@ -175,13 +176,13 @@ def _start(
             if not isinstance(error, Preempted):
                 raise
             if recipe.out and os.environ.get("RANK", "0") == "0":
-                _note_preempted(Path(recipe.out).expanduser(), lock)
+                _note_preempted(local_path(recipe.out), lock)
             raise error from None
         ending = peers.explain(error, "at the start")
         if ending.line != STOPPED:  # a launcher sends SIGTERM to the others when one has failed
             raise RunFailed(ending.line, ending) from error
         if recipe.out and peers.rank == 0:
-            _note_preempted(Path(recipe.out).expanduser(), lock)
+            _note_preempted(local_path(recipe.out), lock)
         raise Preempted from error
 
 

@@ -2,9 +2,8 @@
 
 import os
 from itertools import chain
-from pathlib import Path
 
-from cifar_dist.config import DataConfig, cache_folder, require
+from cifar_dist.config import DataConfig, cache_folder, local_path, require
 from cifar_dist.data.cache import CacheWriter, is_cached, load_or_build, open_cached
 from cifar_dist.data.decode import decode_files
 from cifar_dist.data.images import Source
@@ -21,7 +20,7 @@ def load_imagefolder(config: DataConfig, key: str = "") -> Source:
         UsageError: a folder is missing, a class is empty or missing in one part, or a file cannot
             be decoded and data.bad_images is stop.
     """
-    root = Path(config.root).expanduser()
+    root = local_path(config.root)
     require(root.is_dir(), f"data.root '{config.root}' is not a folder; name one of class folders")
     cache, size = cache_folder(config), config.side
     if key and is_cached(cache, key):

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from cifar_dist.config import UsageError, require
+from cifar_dist.config import UsageError, local_path, require
 
 # Keys of the file that `accelerate launch` reads and does not use: it takes a key only where its
 # own option has no value, and these always have one.
@@ -82,7 +82,7 @@ def read_config(path: str | None) -> AccelerateConfig:
     Raises:
         UsageError: it is missing, or not a mapping in YAML.
     """
-    place = Path(path).expanduser() if path else default_place()
+    place = local_path(path) if path else default_place()
     if not place.is_file():
         require(path is None, f"'{path}' is not a file; `accelerate config` writes one")
         return AccelerateConfig()
@@ -104,8 +104,8 @@ def read_config(path: str | None) -> AccelerateConfig:
 def default_place() -> Path:
     """Return where `accelerate config` writes, which every launch then reads without a word."""
     caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    home = Path(os.environ.get("HF_HOME", f"{caches}/huggingface")).expanduser()
-    return home / "accelerate" / "default_config.yaml"
+    home = os.path.expanduser(os.environ.get("HF_HOME", f"{caches}/huggingface"))  # as it does
+    return Path(home, "accelerate", "default_config.yaml")
 
 
 @cache

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cifar_dist.config import Recipe, UsageError, flatten
+from cifar_dist.config import Recipe, UsageError, flatten, local_path
 from cifar_dist.launching.accelerate_config import read_config
 from cifar_dist.launching.checks import Facts, check, check_ranks
 from cifar_dist.launching.facts import describe_machine, gather
@@ -139,7 +139,7 @@ def _compare(
     """Compare machines, devices and configurations, and collect what each has found."""
     token = f".doctor-{uuid.uuid4().hex}"
     token = str(peers.tell("token", token, STAGE_SECONDS)[0])
-    place = Path(facts.recipe.out or ".").expanduser().absolute()
+    place = local_path(facts.recipe.out or ".").absolute()
     folder = next(path for path in (place, *place.parents) if path.is_dir())
     if peers.rank == 0:
         (folder / token).touch()

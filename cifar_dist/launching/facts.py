@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from cifar_dist.config import Recipe, UsageError, cache_folder
+from cifar_dist.config import Recipe, UsageError, cache_folder, local_path
 from cifar_dist.data.cifar import ARCHIVES
 from cifar_dist.launching.accelerate_config import AccelerateConfig
 from cifar_dist.launching.checks import Device, Endpoint, Facts
@@ -53,7 +53,7 @@ def gather(
     per_machine = per_machine or max(1, config.per_machine)
     rank = _number("PET_NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
     place = _endpoint(config)
-    out = Path(recipe.out or "runs").expanduser().absolute()
+    out = local_path(recipe.out or "runs").absolute()
     existing = next(path for path in (out, *out.parents) if path.exists())
     return Facts(
         machines=machines,
@@ -192,7 +192,7 @@ def _dataset(recipe: Recipe) -> str:
     config = recipe.data
     if config.name not in ARCHIVES:
         return _refusal(lambda: count_images(config))
-    archive, root = ARCHIVES[config.name], Path(config.root).expanduser()
+    archive, root = ARCHIVES[config.name], local_path(config.root)
     places = (
         cache_folder(config) / f"{config.name}-{config.side}",
         root / archive.name,
@@ -228,7 +228,7 @@ def _read_script(place: str | None) -> tuple[str, str] | None:
     if place is None:
         return None
     try:
-        return place, Path(place).expanduser().read_text()
+        return place, local_path(place).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"'{place}' cannot be read ({error}); name a Slurm script") from error
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar_dist.config import DataConfig, Recipe, require
+from cifar_dist.config import DataConfig, Recipe, local_path, require
 from cifar_dist.data import Dataset, arrange
 from cifar_dist.data.images import Images, Source
 from cifar_dist.data.synthetic import SHAPES, counts
@@ -142,7 +142,7 @@ def count_images(config: DataConfig) -> Dataset:
         return Images(np.empty((len(labels), size, size, 0), np.uint8), np.array(labels), classes)
 
     if config.name == "imagefolder":
-        root = Path(config.root).expanduser()
+        root = local_path(config.root)
         require(
             root.is_dir(), f"data.root '{config.root}' is not a folder; name one of class folders"
         )
@@ -202,7 +202,7 @@ def read_rate(path: str) -> float:
 
     rates = [
         line["images_per_second"]
-        for line in read_metrics(Path(path).expanduser())
+        for line in read_metrics(local_path(path))
         if line["split"] == "train_window"
     ]
     require(
@@ -210,7 +210,7 @@ def read_rate(path: str) -> float:
         f"'{path}' is not a run folder with recorded speeds; name one whose track.every_steps is "
         "not 0",
     )
-    world = json.loads((Path(path).expanduser() / "run.json").read_text())["world_size"]
+    world = json.loads((local_path(path) / "run.json").read_text())["world_size"]
     return float(np.median(rates)) / float(world)
 
 
