@@ -9,7 +9,6 @@ what lies between them; warnings then exit with 0. `--explain LOG` reads the log
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import sys
 import time
@@ -29,7 +28,7 @@ from cifar_dist.launching.findings import Finding, error, show, warning
 from cifar_dist.launching.logs import explain, first_traceback
 from cifar_dist.launching.options import Options
 from cifar_dist.launching.predict import fit_line
-from cifar_dist.preemption import is_launched
+from cifar_dist.preemption import is_launched, launcher_number
 from cifar_dist.runtime import leave_processes, run_verb, start_processes
 from cifar_dist.train import OWN_KEYS
 
@@ -57,7 +56,7 @@ def _examine(argv: Sequence[str]) -> int:
         return _explain(options.explain, options.json)
     config = read_config(options.accelerate_config)
     facts = gather(config, recipe, options.machines, options.processes_per_machine, options.script)
-    if is_launched() and not facts.alone:
+    if is_launched() and not (facts.alone or facts.sharded):
         return _meet(facts, options.json)
     return show(check(facts), describe_machine(facts), options.json)
 
@@ -98,7 +97,7 @@ def _meet(facts: Facts, as_json: bool) -> int:
     train = dataclasses.replace(
         Recipe().train, precision=facts.recipe.train.precision, timeout=STAGE_SECONDS
     )
-    rank, stage = int(os.environ.get("RANK", "0")), "when they met"
+    rank, stage = launcher_number("RANK") or 0, "when they met"
     findings = check(facts)
     peers: Peers | None = None
     told: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 import errno
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -19,12 +20,13 @@ from cifar_dist.data.cifar import ARCHIVES
 from cifar_dist.launching.accelerate_config import AccelerateConfig
 from cifar_dist.launching.checks import Device, Endpoint, Facts
 from cifar_dist.launching.predict import count_images, predict
-from cifar_dist.preemption import is_launched
+from cifar_dist.preemption import is_launched, launcher_number
 from cifar_dist.runfolder import RunLock, check_out
 from cifar_dist.runtime import (
     address_towards,
     asked_world_size,
     interface_of,
+    sharding,
     usable_cores,
     user_environment,
 )
@@ -58,15 +60,17 @@ def gather(
     return Facts(
         machines=machines,
         per_machine=per_machine,
-        rank=int(config.values.get("machine_rank") or 0) if rank is None else rank,
+        rank=config.machine_rank if rank is None else rank,
         config=config,
         recipe=recipe,
         environment=user_environment(),
         platform=sys.platform,
         alone=_refusal(asked_world_size),
+        sharded=sharding(),
         devices=find_devices(),
         cores=usable_cores(),
-        address=_address(),
+        host=platform.node(),
+        address=own_address(),
         interface=_interface(place.host) if place else "",
         endpoint=place,
         batch_script=_read_script(script),
@@ -121,8 +125,8 @@ def _endpoint(config: AccelerateConfig) -> Endpoint | None:
     """Return where the processes are to meet, and whether that is possible from here."""
     env = os.environ
     host = env.get("PET_MASTER_ADDR") or env.get("MASTER_ADDR")
-    port = env.get("PET_MASTER_PORT") or env.get("MASTER_PORT") or "29500"
-    if not host and "PET_RDZV_ENDPOINT" in env:
+    port = str(launcher_number("PET_MASTER_PORT", "MASTER_PORT") or 29500)
+    if not host and env.get("PET_RDZV_ENDPOINT"):
         host, _, port = env["PET_RDZV_ENDPOINT"].partition(":")
     if not host:
         values = config.values
@@ -180,7 +184,8 @@ def _interface(host: str) -> str:
     return ""
 
 
-def _address() -> str:
+def own_address() -> str:
+    """Return the address that the name of this machine means, or ""."""
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
@@ -234,8 +239,9 @@ def _read_script(place: str | None) -> tuple[str, str] | None:
 
 
 def _number(*names: str) -> int | None:
-    found = next((os.environ[name] for name in names if name in os.environ), "")
-    return int(found) if found.isdigit() else None
+    """Return the first variable that is a number; torchrun takes ranges and words, too."""
+    words = re.compile(r"\d+:\d+|auto|cpu|gpu|xpu")
+    return launcher_number(*(n for n in names if not words.fullmatch(os.environ.get(n, ""))))
 
 
 def _has_mps() -> bool:

@@ -218,7 +218,9 @@ def _train(processes: int, options: Sequence[str], out: Path, program: Sequence[
 
     from cifar_dist.checkpoint import checkpoints_in
 
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    # The name of this machine may mean no address.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
+    launcher += ["--nproc_per_node", str(processes)]
     start = [sys.executable, *launcher * (processes > 1), *program]
     done = subprocess.run(
         [*start, *options, "--out", str(out)], capture_output=True, text=True, check=False
