@@ -140,6 +140,14 @@ def test_a_wrong_variable_is_named(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_compiler_chosen_with_the_launcher_is_said(tmp_path: Path) -> None:
+    options = [*TINY, "--train.epochs", "1", "--out", str(tmp_path / "run")]
+    with forked.start(options, folder=tmp_path / "out", ACCELERATE_DYNAMO_BACKEND="EAGER") as job:
+        assert job.wait() == [0], job.text()
+        assert "precision fp32, compiled by the launcher's dynamo_backend eager, " in job.text()
+    assert json.loads((tmp_path / "run/run.json").read_text())["dynamo_backend"] == "eager"
+
+
 def test_the_first_of_a_list_of_threads_counts() -> None:
     assert runtime.chosen_threads({"OMP_NUM_THREADS": "4,2"}) == 4
     assert runtime.chosen_threads({"OMP_NUM_THREADS": " "}) is None

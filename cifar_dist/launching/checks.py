@@ -75,7 +75,8 @@ class Facts:
         recipe: what is to be trained.
         alone: why this process would train alone, as `runtime.asked_world_size` says.
         sharded: what the launcher was told to divide networks with, or "".
-        host, address: this machine's name, and what it resolves to.
+        address: what the host name resolves to.
+        nameless: the host name, if it resolves to nothing.
         interface: the network interface that leads to the endpoint.
         batch_script: text of a Slurm script, with its place.
         dataset: why the dataset is not ready, or "".
@@ -94,8 +95,8 @@ class Facts:
     sharded: str = ""
     devices: Sequence[Device] = ()
     cores: int = 1
-    host: str = ""
     address: str = ""
+    nameless: str = ""
     interface: str = ""
     endpoint: Endpoint | None = None
     batch_script: tuple[str, str] | None = None
@@ -197,12 +198,13 @@ def interface(facts: Facts) -> Iterator[Finding]:
                 f"this machine's name means {facts.address}, which gloo would tell the others",
                 f"{fix} if the live doctor fails (cifar_dist sets it where it knows the way)",
             )
-    if facts.host and not facts.address:
-        local = "; on this machine alone, torchrun --standalone --local_addr 127.0.0.1 ... and "
+    if facts.nameless:
+        name = facts.nameless
         yield warning(
             "unknown-host-name",
-            f"this machine's name {facts.host} means no address, and torchrun would wait for it",
-            f"add '127.0.0.1 {facts.host}' to /etc/hosts{local}accelerate launch work without",
+            f"this machine's name {name} means no address, and torchrun would wait for it",
+            f"add '127.0.0.1 {name}' to /etc/hosts; or, for this machine alone, use accelerate "
+            "launch, or torchrun --standalone --local_addr 127.0.0.1",
         )
 
 

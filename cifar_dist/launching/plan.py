@@ -88,8 +88,7 @@ def _facts(options: argparse.Namespace, config: AccelerateConfig, recipe: Recipe
         recipe=recipe,
         devices=devices,
         endpoint=place,
-        host=platform.node(),
-        address=own_address(),
+        nameless="" if own_address() else platform.node(),
     )
 
 

@@ -273,7 +273,7 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
     ),
     "a name without an address": (
         11,
-        Facts(host="nohost.invalid"),
+        Facts(nameless="nohost.invalid"),
         "unknown-host-name",
         "this machine's name nohost.invalid means no address, and torchrun would wait for it; add",
     ),
