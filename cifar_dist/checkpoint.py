@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 
 from cifar_dist import files
-from cifar_dist.config import RunError, UsageError
+from cifar_dist.config import RunError, UsageError, local_path
 
 MANIFEST = "MANIFEST.json"
 FAILED_SAVES = 3  # in a row, that end a run
@@ -195,7 +195,7 @@ def find_checkpoint(place: str, best: bool = False) -> tuple[Path, Checkpoint]:
     Raises:
         UsageError: there is none, it is damaged, or this user may not read it.
     """
-    path = Path(place).expanduser().resolve()  # a link that the user names is meant
+    path = local_path(place).resolve()  # a link that the user names is meant
     folder = path / "checkpoints"
     try:
         with _permissions_named():

@@ -8,10 +8,15 @@ import dataclasses
 import difflib
 import math
 import os
+import re
+import stat
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -183,13 +188,19 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "bias_lr", "head_lr"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"optim.{name} is {value}; give a number above 0")
+            require(
+                value is None or 0 < value < math.inf,
+                f"optim.{name} is {value}; give a number above 0",
+            )
         require(
             self.name == "muon" or (self.bias_lr is None and self.head_lr is None),
             f"optim.bias_lr and optim.head_lr are of muon; optim.name is {self.name}: {OF_ITS_OWN}",
         )
         require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; give 0 to 0.99")
-        require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; give >= 0")
+        require(
+            0 <= self.weight_decay < math.inf,
+            f"optim.weight_decay is {self.weight_decay}; give >= 0",
+        )
         require(
             not self.nesterov or self.momentum > 0, "optim.nesterov needs optim.momentum above 0"
         )
@@ -400,27 +411,200 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML; `--config PATH` reads it back."""
-    return yaml.safe_dump(to_dict(recipe), sort_keys=False)
+    return _dump(to_dict(recipe))
 
 
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe written by `dump_recipe`.
 
     Raises:
-        UsageError: it cannot be read, is cut short, or is not a recipe.
+        UsageError: as of `read_recipe`, it is cut short, or a value is out of range.
+    """
+    values = read_recipe(path)
+    sections = [name for name, value in vars(Recipe()).items() if dataclasses.is_dataclass(value)]
+    whole = path.read_bytes().endswith(b"\n") and set(sections) <= set(values)
+    require(whole, f"'{path}' is not a whole recipe")
+    return from_dict(values)
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Reads YAML in which each key stands once and a number is what it looks like.
+
+    PyYAML's own loader keeps the last of several equal keys, and reads numbers as YAML 1.1 does:
+    010 as 8, 1:30 as 90, and 1e-3 as text.
+    """
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # as PyYAML declares it
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Compose a mapping, and refuse one with a key that is given twice."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key.value, str):
+                require(
+                    key.value not in lines,
+                    f"{key.value} is given twice in {self.name}, "
+                    f"lines {lines.get(key.value)} and {line}",
+                )
+                lines[key.value] = line
+        return node
+
+
+class RecipeDumper(yaml.SafeDumper):
+    """Quotes every text that RecipeLoader would read as something else."""
+
+
+CORE = "tag:yaml.org,2002:"
+FLOAT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$"
+    r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
+    r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+)
+WORDS = "yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF"
+SCALARS = {  # in the order in which they are tried, with the first letters they may have
+    "null": (re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    "bool": (re.compile(f"(?:{WORDS})$"), list("yYnNtTfFoO")),
+    "int": (re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")),
+    "float": (FLOAT, list("-+.0123456789")),
+}
+for _name, _scalar in SCALARS.items():
+    RecipeLoader.add_implicit_resolver(f"{CORE}{_name}", *_scalar)
+RecipeDumper.add_implicit_resolver(f"{CORE}float", *SCALARS["float"])
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, Loader=RecipeLoader)
+
+
+def _dump(values: Any) -> str:
+    return yaml.dump(values, Dumper=RecipeDumper, sort_keys=False)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe file into plain values: {key: value} and {section: {key: value}}.
+
+    Raises:
+        UsageError: it is not readable, a key is unknown or given twice, or a value is not of the
+            kind that its key takes.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"'{path}' cannot be read ({' '.join(str(error).split())})") from error
-    sections = [name for name, value in vars(Recipe()).items() if dataclasses.is_dataclass(value)]
-    whole = text.endswith("\n") and isinstance(values, dict)
+        with path.open("rb") as file:
+            loader = RecipeLoader(file)
+            root = loader.get_single_node()
+        require(
+            isinstance(root, yaml.MappingNode),
+            f"recipe {path} holds no keys; see the shipped recipes",
+        )
+        return _read_keys(loader, root, path)
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"recipe {path} is not readable as YAML: {reason}") from error
+
+
+def _read_keys(loader: RecipeLoader, root: Any, path: Path) -> dict[str, Any]:
+    """Return what a recipe file holds, from the node of its mapping."""
+    types = _types()
+    values: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    for key, line, node in _leaves(root):
+        place = f"{path}, line {line}"
+        if any(known.startswith(f"{key}.") for known in types):  # a section
+            require(
+                node.tag == f"{CORE}null",
+                f"{key} is a section with no keys of its own in {place}; write them below it",
+            )
+            continue
+        require(key in types, f"unknown key '{key}' in {path}{_suggest(key, sorted(types))}")
+        # One of the two may be the key `train.epochs` outside of the section `train`.
+        require(
+            key not in lines, f"{key} is given twice in {path}, lines {lines.get(key)} and {line}"
+        )
+        lines[key] = line
+        section, _, name = key.rpartition(".")
+        holder = values.setdefault(section, {}) if section else values
+        holder[name] = _read_value(loader, node, types[key], key, place)
+    return values
+
+
+def _leaves(root: Any) -> Iterator[tuple[str, int, Any]]:
+    """Yield key, line and node of everything in a recipe but sections that hold something."""
+    for name, node in root.value:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                yield f"{name.value}.{key.value}", key.start_mark.line + 1, value
+        else:
+            yield str(name.value), name.start_mark.line + 1, node
+
+
+def _read_value(loader: RecipeLoader, node: Any, types: Sequence[Any], key: str, place: str) -> Any:
+    """Return the value of a key, which takes any of `types`, from its node."""
+    items = next((get_args(kind) for kind in types if get_origin(kind) is list), None)
+    if items and isinstance(node, yaml.SequenceNode):
+        return [_read_value(loader, item, items, key, place) for item in node.value]
+    require(isinstance(node, yaml.ScalarNode), f"{key} is not a single value in {place}")
+    text, plain = node.value, node.style is None
     require(
-        whole and all(isinstance(values.get(name), dict) for name in sections),
-        f"'{path}' is not a whole recipe",
+        node.tag in (f"{CORE}str", loader.resolve(yaml.ScalarNode, text, (plain, not plain))),
+        f"{key} has the tag {node.tag} in {place}; leave the tag out",
     )
-    return from_dict(values)
+    value = loader.construct_object(node)
+    if value is None:
+        require(NoneType in types, f"{key} has no value in {place}; give one, or remove the key")
+    elif plain:
+        words = [word for kind in types if get_origin(kind) is Literal for word in get_args(kind)]
+        if words or str in types:
+            require(
+                not words or text in words,
+                f"{key} is {text} in {place}; give one of {', '.join(words)}",
+            )
+            require(
+                isinstance(value, str),
+                f'{key}: write "{text}" in quotes in {place}; without them YAML reads {value}',
+            )
+        elif items:
+            require(False, f"{key} is {text} in {place}; give a list, such as [] or [{text}]")
+    if value is not None:
+        _require_number(text, types, f"{key} in {place}")
+    return value
+
+
+def _require_number(text: str, types: Sequence[Any], name: str) -> None:
+    """Refuse what is given for a number and is none; jsonargparse would read YAML 1.1 in it."""
+    if {int, float} & set(types):
+        tag = RecipeLoader("").resolve(yaml.ScalarNode, text.strip(), (True, False))
+        allowed = ("int", "float", *["null"] * (NoneType in types))
+        require(
+            tag in [f"{CORE}{kind}" for kind in allowed],
+            f"{name}: '{text}' is not a decimal number; give one such as 10 or 0.5",
+        )
+
+
+def _require_numbers(argv: Sequence[str]) -> None:
+    """Do the same for the numbers on a command line."""
+    types = _types()
+    for arg, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, equals, value = arg.partition("=")
+        kinds = types.get(name.removeprefix("--").rstrip("+"), ())
+        text = value if equals else following
+        _require_number(text, kinds, name)
+        for kind in kinds:
+            if get_origin(kind) is list:
+                for item in re.findall(r"[^][, ]+", text):
+                    _require_number(item.strip("'\""), get_args(kind), name)
+
+
+def _types() -> dict[str, tuple[Any, ...]]:
+    """Return {"section.key": types}, of which a value has any one."""
+    found: dict[str, Any] = {}
+    for name, kind in get_type_hints(Recipe).items():
+        if dataclasses.is_dataclass(kind):
+            inner = get_type_hints(kind)
+            found |= {f"{name}.{key}": inner[key] for key in inner}
+        else:
+            found[name] = kind
+    return {key: get_args(k) if isinstance(k, UnionType) else (k,) for key, k in found.items()}
 
 
 def recipe_names() -> list[str]:
@@ -441,26 +625,50 @@ def parse_recipe(argv: Sequence[str]) -> tuple[Recipe, str]:
         UsageError: an unknown recipe or key, or a value of the wrong type.
     """
     argv, path = _resolve_config(list(argv))
-    _refuse_unknown_keys(path)
-    parser = _parser()
+    content = read_recipe(path)
+    parser = new_parser("cifar_dist.train")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help=f"YAML file or shipped recipe ({', '.join(recipe_names())}); default: cifar10",
+    )
+    parser.add_class_arguments(Recipe)
     refuse_unknown_options(parser, argv)
-    values = parse_strictly(parser, argv)
+    values = parse_strictly(parser, argv, content)
     recipe = Recipe(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Recipe)})
-    overrides = sum(arg.startswith("--") for arg in argv) - 1
+    overrides = sum(arg.startswith("--") for arg in argv)
     shown = path.stem if path.parent == RECIPES else str(path)
     return recipe, f"recipe {shown}" + (f" with {overrides} overrides" if overrides else "")
 
 
-def parse_strictly(parser: Any, argv: Sequence[str]) -> Any:
+def new_parser(prog: str) -> Any:
+    """Return a jsonargparse parser that reads values as RecipeLoader does."""
+    import jsonargparse
+
+    jsonargparse.set_loader("recipe", _load, exceptions=(yaml.YAMLError,))
+    jsonargparse.set_dumper("recipe", _dump)
+    return jsonargparse.ArgumentParser(
+        prog=prog, exit_on_error=False, allow_abbrev=False, parser_mode="recipe"
+    )
+
+
+def parse_strictly(parser: Any, argv: Sequence[str], content: dict[str, Any] | None = None) -> Any:
     """Parse with a jsonargparse parser and return its instantiated values.
+
+    Args:
+        parser: as of `new_parser`.
+        argv: the command line.
+        content: what a file holds, which the command line overrides.
 
     Raises:
         UsageError: with jsonargparse's several lines folded into one.
     """
     import argparse
 
+    _require_numbers(argv)
     try:
-        return parser.instantiate(parser.parse_args(list(argv)))
+        namespace = parser.parse_object(content) if content else None
+        return parser.instantiate(parser.parse_args(list(argv), namespace=namespace))
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise UsageError("; ".join(line for line in lines if line)) from error
@@ -478,6 +686,8 @@ def refuse_unknown_options(parser: Any, argv: Sequence[str]) -> None:
         for option in action.option_strings
         if option.startswith("--")
     }
+    # A section, such as --train, would read another file, past the checks of `read_recipe`.
+    known -= {key.partition(".")[0] for key in known if "." in key}
     for arg in argv:
         key = arg[2:].partition("=")[0].rstrip("+")
         if arg.startswith("--"):
@@ -500,51 +710,24 @@ def _at_least(section: Any, prefix: str, least: float, *names: str) -> None:
         )
 
 
-def _parser() -> Any:
-    import jsonargparse
-
-    parser = jsonargparse.ArgumentParser(
-        prog="cifar_dist.train", exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--config",
-        action="config",
-        help=f"YAML file or shipped recipe ({', '.join(recipe_names())}); default: cifar10",
-    )
-    parser.add_class_arguments(Recipe)
-    return parser
-
-
 def _resolve_config(argv: list[str]) -> tuple[list[str], Path]:
-    """Put `--config PATH` first, with a shipped recipe's name replaced by its path."""
-    asked = "cifar10"
-    for position, arg in enumerate(argv):
-        if arg == "--config" or arg.startswith("--config="):
-            end = position + 1 if "=" in arg else position + 2
-            require(end <= len(argv), "--config names no recipe; give a file or a shipped name")
-            asked = arg.partition("=")[2] or argv[end - 1]
-            argv = argv[:position] + argv[end:]
-            break
+    """Return the command line without `--config RECIPE`, and the path of the recipe."""
+    asked, own = "cifar10", list(argv)
+    places = [n for n, arg in enumerate(argv) if arg.partition("=")[0] == "--config"]
+    require(len(places) < 2, "--config is given twice; give one recipe, and override single keys")
+    for place in places:
+        end = place + 1 if "=" in argv[place] else place + 2
+        require(end <= len(argv), "--config names no recipe; give a file or a shipped name")
+        asked = argv[end - 1].removeprefix("--config=")
+        del own[place:end]
     path = RECIPES / f"{asked}.yaml"
     if not path.is_file():
-        path = Path(asked)
+        path = local_path(asked)
     require(
         path.is_file(),
         f"recipe '{asked}' is neither a file nor a shipped recipe{_suggest(asked, recipe_names())}",
     )
-    return ["--config", str(path), *argv], path
-
-
-def _refuse_unknown_keys(path: Path) -> None:
-    known = flatten(Recipe())
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"recipe {path} is not readable as YAML: {reason}") from error
-    require(isinstance(content, dict), f"recipe {path} holds no keys; see the shipped recipes")
-    for key, _ in _walk(content):
-        require(key in known, f"unknown key '{key}' in {path}{_suggest(key, sorted(known))}")
+    return own, path
 
 
 def _walk(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -560,7 +743,47 @@ def _suggest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
 
 
+def local_path(place: str) -> Path:
+    """Return a path as the user means it: ~ and ~USER at its beginning are home folders.
+
+    As in a shell, a name such as ~new that is no user's is an ordinary name.
+
+    Raises:
+        UsageError: it begins with ~, and this user has no home folder.
+    """
+    path = Path(os.path.expanduser(place))
+    require(
+        path.parts[:1] != ("~",),
+        f"'{place}' begins with ~, but HOME is not set and user {_user()} has no home folder; "
+        "give a path without ~, or set HOME",
+    )
+    return path
+
+
 def cache_folder(config: DataConfig) -> Path:
-    """Return the folder of decoded datasets: data.cache, else XDG_CACHE_HOME, else ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(config.cache or f"{base}/cifar-dist").expanduser()
+    """Return the folder of decoded datasets: data.cache, else XDG_CACHE_HOME, else ~/.cache.
+
+    A user without a home folder, as in a container, gets one in the folder of temporary files.
+
+    Raises:
+        UsageError: that one belongs to somebody else.
+    """
+    if config.cache:
+        return local_path(config.cache)
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base or os.path.expanduser("~") != "~":
+        return local_path(base or "~/.cache") / "cifar-dist"
+    folder = Path(tempfile.gettempdir(), f"cifar-dist-{_user()}")
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    require(
+        stat.S_ISDIR(found.st_mode) and (found.st_uid, found.st_mode & 0o77) == (_user(), 0),
+        f"'{folder}' is not a folder that user {_user()} alone may use; name another with "
+        "--data.cache",
+    )
+    return folder
+
+
+def _user() -> int:
+    return os.getuid() if hasattr(os, "getuid") else 0  # Windows has none

@@ -16,6 +16,7 @@ from cifar_dist.config import (
     DataConfig,
     Recipe,
     from_dict,
+    new_parser,
     parse_strictly,
     refuse_unknown_options,
     require,
@@ -167,13 +168,9 @@ def _parse(argv: Sequence[str]) -> Any:
     """
     import argparse
 
-    import jsonargparse
-
     from cifar_dist.checkpoint import find_checkpoint
 
-    parser = jsonargparse.ArgumentParser(
-        prog="cifar_dist.evaluate", exit_on_error=False, allow_abbrev=False
-    )
+    parser = new_parser("cifar_dist.evaluate")
     parser.add_argument(
         "--checkpoint", required=True, help="run folder (its newest) or one checkpoint's folder"
     )

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from cifar_dist.config import DataConfig, UsageError, require
+from cifar_dist.config import DataConfig, UsageError, local_path, require
 from cifar_dist.preemption import ignore_signals, local_rank, uninterrupted
 
 # Those that Pillow registers for the raster formats it reads itself. A file's content, not its
@@ -116,7 +116,7 @@ def looking_ahead(config: DataConfig) -> Iterator[Callable[[], str]]:
 def main(root: str, image_size: str, bad_images: str) -> None:
     """Print what `read_ahead` reads."""
     ignore_signals()
-    listing = find_images(Path(root).expanduser(), bad_images)
+    listing = find_images(local_path(root), bad_images)
     print(json.dumps([listing.key(int(image_size), bad_images), listing.left_out]), end="")
 
 

@@ -19,7 +19,7 @@ from cifar_dist.data.batches import Batch
 from cifar_dist.listing import HIDDEN, describe, shown
 from cifar_dist.metrics import Evaluation, Totals
 from cifar_dist.runfolder import MetricsLog, describe_run, write_status
-from cifar_dist.runtime import describe_device, precision_in_force
+from cifar_dist.runtime import compiler_of_launcher, describe_device, precision_in_force
 from cifar_dist.session import Session
 from cifar_dist.tracking import CONFUSION_SIDE, TILES, confusion_picture, image_grid, wrong_images
 
@@ -33,12 +33,13 @@ def announce(session: Session, origin: str) -> None:
     recipe, dataset, accelerator = session.recipe, session.dataset, session.accelerator
     world = accelerator.num_processes
     backend = torch.distributed.get_backend() if world > 1 else "none"
-    precision = precision_in_force(accelerator)
+    precision, compiler = precision_in_force(accelerator), compiler_of_launcher(accelerator)
     facts = {
         "world_size": world,
         "device": describe_device(accelerator.device),
         "backend": backend,
         "precision": precision,
+        "dynamo_backend": compiler,
         "threads": torch.get_num_threads(),
         "classes": dataset.classes,
         "train_images": len(dataset.train),
@@ -52,12 +53,13 @@ def announce(session: Session, origin: str) -> None:
         "steps_per_epoch": session.steps_per_epoch,
     }
     per_process = recipe.train.batch_size // recipe.train.accumulate // world
+    compiled = f", compiled by the launcher's dynamo_backend {compiler}" if compiler else ""
     parts = f" in {recipe.train.accumulate} parts" if recipe.train.accumulate > 1 else ""
     dropped = len(dataset.train) - session.steps_per_epoch * recipe.train.batch_size
     print(
         f"cifar_dist: {origin}; out {session.out}\n"
         f"  {world} {'process' if world == 1 else 'processes'} on {facts['device']}, backend "
-        f"{backend}, precision {precision}, {facts['threads']} threads each\n"
+        f"{backend}, precision {precision}{compiled}, {facts['threads']} threads each\n"
         f"  {recipe.model.name} on {recipe.data.name}: {len(dataset.train)} training images, "
         + ", ".join(f"{count} {name}" for name, count in facts["evaluation_images"].items())
         + f", {len(dataset.classes)} classes\n"

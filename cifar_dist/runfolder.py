@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist import __version__
-from cifar_dist.config import Recipe, UsageError, differences, dump_recipe, load_recipe
+from cifar_dist.config import Recipe, UsageError, differences, dump_recipe, load_recipe, local_path
 from cifar_dist.files import replace_file
 
 LINE = {"split": str, "epoch": int, "step": int}  # keys of every line of metrics.jsonl
@@ -81,7 +81,7 @@ def check_out(recipe: Recipe, lock: RunLock) -> None:
         UsageError: it holds a run of another recipe (naming the keys that differ), is in use, or
             cannot be written.
     """
-    out = Path(recipe.out or "runs").expanduser()
+    out = local_path(recipe.out or "runs")
     existing = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         reason = "cannot be written" if existing.is_dir() else "is not a folder"
@@ -101,7 +101,7 @@ def claim(recipe: Recipe, lock: RunLock) -> Path:
         UsageError: it cannot be written, or another run has taken it meanwhile.
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = Path(recipe.out or f"runs/{recipe.name}-{stamp}").expanduser()
+    out = local_path(recipe.out or f"runs/{recipe.name}-{stamp}")
     while not recipe.out and out.exists():  # another run started in this second
         out = out.with_name(f"{out.name}-again")
     try:

@@ -4,8 +4,10 @@ Launchers start processes and speak through environment variables; what they can
 skip without a word. Each such case is refused here, before anything else happens.
 """
 
+import argparse
 import ctypes
 import ipaddress
+import itertools
 import os
 import shutil
 import signal
@@ -21,16 +23,43 @@ from cifar_dist.config import TrainConfig, UsageError, require
 from cifar_dist.console import complain, is_lost, open_streams
 from cifar_dist.ending import RunFailed, describe_refusal, end_command
 from cifar_dist.peers import Peers, PeersMissing, describe_process
-from cifar_dist.preemption import Preempted, is_launched
+from cifar_dist.preemption import (
+    LOCAL_RANKS,
+    Preempted,
+    is_launched,
+    launcher_number,
+)
 
 if TYPE_CHECKING:
+    import psutil
     import torch
     from accelerate import Accelerator
 
 T = TypeVar("T")
 
 SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
+LOCAL_SIZES = (
+    *("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+)
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+# Beginnings of the names of variables that launchers set, and that torch and Accelerate read.
+LAUNCHERS = (
+    *("ACCELERATE_", "FSDP_", "GROUP_", "LOCAL_", "MASTER_", "MPI_", "MV2_", "OMPI_", "PET_"),
+    *("PMI_", "RANK", "ROLE_", "SLURM_", "TORCHELASTIC_", "WORLD_SIZE"),
+)
+LAUNCHER_PROGRAMS = {
+    *("accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun"),
+    *("accelerate.commands.accelerate_cli", "torch.distributed.run", "torch.distributed.launch"),
+}
+PORTS = 65535
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED",
+    "ACCELERATE_USE_MEGATRON_LM": "MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+}
+TOO_MUCH = "is for networks that do not fit on one GPU, and all of these do"
 NOBODY_READS = 128 + signal.SIGPIPE  # as a shell counts it
 TWO_ON_CPU = "accelerate launch --multi_gpu --num_processes 2 -m cifar_dist.train ..."
 
@@ -75,6 +104,13 @@ def start_processes(
             processes differ in what they were told or in their code.
     """
     asked = asked_world_size()
+    require(not sharding(), f"{sharding()} {TOO_MUCH}; use MULTI_GPU")
+    threads = chosen_threads(user_environment())
+    parts = launcher_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", least=1)
+    require(
+        parts in (None, 1),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set; unset it and use train.accumulate",
+    )
     from accelerate import (
         Accelerator,
         DataLoaderConfiguration,
@@ -87,11 +123,11 @@ def start_processes(
     # A second run in one Python, as in a notebook, may ask for another precision.
     AcceleratorState._reset_state()
     use_cpu = _cpu_is_meant(asked)
-    _use_all_cores()
+    _use_all_cores(threads)
     if use_cpu:
         keep_memory()
     _choose_algorithms(train.deterministic)
-    peers = Peers(int(os.environ.get("RANK", "0")), asked, train.timeout)
+    peers = Peers(launcher_number("RANK") or 0, asked, train.timeout)
     peers.compare("code", describe_process())
     peers.compare("recipe", told or {})
     if asked > 1:
@@ -114,7 +150,8 @@ def start_processes(
             project_config=ProjectConfiguration(project_dir="."),  # the run folder is set later
         )
     except ValueError as error:
-        raise UsageError(f"Accelerate refuses this configuration: {error}") from error
+        given = ", ".join(f"{n}={v}" for n, v in os.environ.items() if n.startswith("ACCELERATE_"))
+        raise UsageError(f"Accelerate refuses this configuration: {error} ({given})") from error
     except RuntimeError as error:
         if "connectFullMesh" not in str(error):
             raise
@@ -234,10 +271,12 @@ def asked_world_size() -> int:
     """Return the number of processes the launcher meant, from what it left in the environment.
 
     Raises:
-        UsageError: several were meant, but this process cannot find the others.
+        UsageError: several were meant, but this process cannot find the others; or a variable has
+            a value that no launcher gives it.
     """
     env = os.environ
-    size = next((int(env[name]) for name in SIZE_VARIABLES if name in env), 1)
+    _check_variables()
+    size = launcher_number(*SIZE_VARIABLES, least=1) or 1
     by_mpi = any(name in env for name in SIZE_VARIABLES[1:])
     if by_mpi and size > 1:
         from accelerate.utils import get_cpu_distributed_information
@@ -259,26 +298,102 @@ def asked_world_size() -> int:
         for name, value in missing.items():
             env.setdefault(name, str(value))
     if "LOCAL_RANK" in env or by_mpi:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ():
+            require(
+                name in env,
+                f"WORLD_SIZE is {size}, but {name} is not set, so the processes cannot meet; start "
+                "them with torchrun or accelerate launch",
+            )
+        rank = launcher_number("RANK") or 0
+        require(rank < size, f"RANK is {rank}, but WORLD_SIZE is {size}; ranks begin with 0")
+        port = launcher_number("MASTER_PORT") or 0
+        require(port <= PORTS, f"MASTER_PORT is {port}; give a port of {PORTS} or less")
         return size
     # `accelerate launch --num_processes 2` starts a single process where it finds no GPUs, or
-    # with --cpu; the rendezvous address without a rank is the only trace of what was asked.
-    if "MASTER_ADDR" in env and "ACCELERATE_MIXED_PRECISION" in env:
-        raise UsageError(
-            "accelerate launch was asked for several processes but started only this one; "
-            f"on a CPU use: {TWO_ON_CPU}"
-        )
+    # with --cpu.
     require(
-        size == 1 and env.get("RANK", "0") == "0",
-        f"WORLD_SIZE is {size} and RANK is {env.get('RANK')}, but LOCAL_RANK is not set, so "
+        not _several_asked_of_accelerate(),
+        "accelerate launch was asked for several processes but started only this one; "
+        f"on a CPU use: {TWO_ON_CPU}",
+    )
+    rank = launcher_number("RANK") or 0
+    require(
+        (size, rank) == (1, 0),
+        f"WORLD_SIZE is {size} and RANK is {rank}, but LOCAL_RANK is not set, so "
         "Accelerate would train alone; start the processes with torchrun or accelerate launch",
     )
-    tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+    tasks = launcher_number("SLURM_STEP_NUM_TASKS", least=1) or 1
     require(
         tasks == 1,
         f"srun started {tasks} tasks of plain python, which would each train alone; start one "
         "task per node and in it torchrun or accelerate launch",
     )
     return 1
+
+
+def _check_variables() -> None:
+    """Refuse variables of launchers with values that none sets, and remove the empty ones.
+
+    torch and Accelerate read them too, and would fail of them without their names.
+    """
+    env = os.environ
+    for name, value in list(env.items()):
+        if name.startswith(LAUNCHERS) and not value.strip():
+            del env[name]
+    sizes = {name: launcher_number(name, least=1) for name in SIZE_VARIABLES if name in env}
+    for name in (*RANKS, *LOCAL_RANKS, "TORCHELASTIC_RESTART_COUNT"):
+        launcher_number(name)
+    for ranks, counts in ((RANKS, SIZE_VARIABLES), (LOCAL_RANKS, LOCAL_SIZES)):
+        for rank, count in zip(ranks, counts, strict=True):
+            size, number = launcher_number(count, least=1), launcher_number(rank) or 0
+            if size is not None and number >= size:
+                raise PeersMissing(f"{rank} is {number} and {count} is {size}; ranks begin with 0")
+    require(
+        "LOCAL_RANK" in env or len(set(sizes.values())) < 2,  # torchrun may run within mpirun
+        f"{' and '.join(f'{name} is {size}' for name, size in sizes.items())}; unset the one that "
+        "is not the launcher's",
+    )
+
+
+def _several_asked_of_accelerate() -> bool:
+    """Say whether accelerate launch, which has started this process alone, was asked for several.
+
+    The only trace is a rendezvous address, which the user may have set, too.
+    """
+    launcher = find_launcher()
+    if launcher is None or "MASTER_ADDR" not in os.environ:
+        return False
+    user = user_environment()
+    if any(user.get(name) != os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")):
+        return True
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("num_processes", "num_machines"):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", type=int)
+    parser.add_argument("--config_file", "--config-file")
+    asked = parser.parse_known_args(launcher.cmdline())[0]
+    config: Any = None
+    if asked.config_file or Path(default_config_file).is_file():
+        config = load_config_from_file(asked.config_file)
+    return any(
+        (getattr(asked, name) or getattr(config, name, None) or 1) > 1
+        for name in ("num_processes", "num_machines")
+    )
+
+
+def find_launcher() -> "psutil.Process | None":
+    """Return the process of accelerate launch or torchrun that started this one."""
+    import psutil
+
+    with suppress(psutil.Error, OSError):
+        for process in psutil.Process().parents():
+            words = process.cmdline()
+            modules = [word for before, word in itertools.pairwise(words) if before == "-m"]
+            programs = {Path(word).name for word in words[:4]}  # after python and its options
+            if LAUNCHER_PROGRAMS & {*programs, *modules[:1]}:
+                return process
+    return None
 
 
 def _cpu_is_meant(processes: int) -> bool:
@@ -295,7 +410,11 @@ def _cpu_is_meant(processes: int) -> bool:
 def _choose_precision(asked: str, use_cpu: bool) -> str:
     import torch
 
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    require(
+        asked != "auto" or launcher in ("no", "fp16", "bf16"),
+        f"ACCELERATE_MIXED_PRECISION is '{launcher}'; give no, fp16 or bf16",
+    )
     precision = launcher if asked == "auto" else asked
     require(
         not (precision == "fp16" and use_cpu),
@@ -322,11 +441,7 @@ def _check(
     kind = accelerator.distributed_type.value
     require(
         kind in ("NO", "MULTI_CPU", "MULTI_GPU"),
-        f"{kind} is for networks that do not fit on one GPU, and all of these do; use MULTI_GPU",
-    )
-    require(
-        accelerator.gradient_accumulation_steps == 1,
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set; unset it and use train.accumulate",
+        f"Accelerate found {kind}, and several processes train on CPUs or CUDA GPUs only",
     )
     require(
         len(accelerator.log_with) == len(log_with),
@@ -338,26 +453,40 @@ def _check(
     )
     compilers = (os.environ.get("CXX"), "g++", "clang++")
     require(
-        not train.compile
+        not (train.compile or compiler_of_launcher(accelerator))
         or accelerator.device.type == "cuda"
         or any(name and shutil.which(name) for name in compilers),
         "train.compile needs a C++ compiler on a CPU, and neither g++ nor clang++ was found; "
-        "install one, or leave train.compile out",
+        "install one, or leave train.compile, and the launcher's dynamo_backend, out",
     )
 
 
-def _use_all_cores() -> None:
+def _use_all_cores(chosen: int | None) -> None:
     """Share the cores among the processes of this machine, unless the user chose a number.
 
     accelerate launch and torchrun set OMP_NUM_THREADS to 1, which would leave cores idle.
     """
     import torch
 
-    chosen = user_environment().get("OMP_NUM_THREADS", "")
-    local = next((int(os.environ[name]) for name in LOCAL_SIZES if name in os.environ), 1)
-    threads = int(chosen) if chosen.isdigit() else max(1, usable_cores() // local)
+    local = launcher_number(*LOCAL_SIZES, least=1) or 1
+    threads = chosen or max(1, usable_cores() // local)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # else Accelerate chooses again
     torch.set_num_threads(threads)
+
+
+def chosen_threads(environment: Mapping[str, str]) -> int | None:
+    """Return the number of threads that the user chose; of a list, such as 4,2, the first.
+
+    Raises:
+        UsageError: OMP_NUM_THREADS is no number of threads.
+    """
+    text = environment.get("OMP_NUM_THREADS", "").strip()
+    first = text.partition(",")[0].strip()
+    require(
+        not text or (first.isdecimal() and int(first) > 0),
+        f"OMP_NUM_THREADS is '{text}'; give a number of threads of 1 or more, or unset it",
+    )
+    return int(first) if text else None
 
 
 def user_environment() -> dict[str, str]:
@@ -367,9 +496,21 @@ def user_environment() -> dict[str, str]:
     if not is_launched():
         return dict(os.environ)
     try:
-        return dict(psutil.Process(os.getppid()).environ())
+        return dict((find_launcher() or psutil.Process(os.getppid())).environ())
     except (psutil.Error, OSError):
         return {}
+
+
+def sharding() -> str:
+    """Return what the launcher was told to divide networks with, or ""."""
+    used = (kind for name, kind in SHARDING.items() if os.environ.get(name, "").lower() == "true")
+    return next(used, "")
+
+
+def compiler_of_launcher(accelerator: "Accelerator") -> str | None:
+    """Return the dynamo backend with which Accelerate compiles each network, as configured."""
+    backend = accelerator.state.dynamo_plugin.backend.value
+    return None if backend == "NO" else backend.lower()
 
 
 def describe_device(device: "torch.device") -> str:

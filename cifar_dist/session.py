@@ -21,7 +21,15 @@ from cifar_dist.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
 )
-from cifar_dist.config import Recipe, UsageError, differences, from_dict, require, to_dict
+from cifar_dist.config import (
+    Recipe,
+    UsageError,
+    differences,
+    from_dict,
+    local_path,
+    require,
+    to_dict,
+)
 from cifar_dist.data import Dataset
 from cifar_dist.data.augment import Pixels
 from cifar_dist.engine import TrainState, gather_buffers, settle_buckets, write_buffers
@@ -98,7 +106,7 @@ def find_start(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:
     if recipe.resume == "never":
         return None
     if recipe.resume == "auto":
-        found = load_newest(Path(recipe.out).expanduser() / "checkpoints") if recipe.out else None
+        found = load_newest(local_path(recipe.out) / "checkpoints") if recipe.out else None
     else:
         found = find_checkpoint(recipe.resume)
     if found is None:

@@ -21,6 +21,7 @@ from cifar_dist.config import (
     RunError,
     UsageError,
     flatten,
+    local_path,
     nearest_multiples,
     parse_recipe,
     require,
@@ -297,7 +298,7 @@ def _end(
     if session is None:
         ending = agree(error, "at the start", report)
         if ending.code == EXIT_CODE and ending.writes and recipe.out:
-            _note_preempted(Path(recipe.out).expanduser(), lock)
+            _note_preempted(local_path(recipe.out), lock)
         return ending
     state = session.state
     ending = agree(error, f"at step {state.step}", report, in_training=True)

@@ -1,13 +1,11 @@
 """Weights to start from: a safetensors file, or what a run has saved; all that fits, or nothing."""
 
-from pathlib import Path
-
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from cifar_dist.checkpoint import Tensors, find_checkpoint, read_tensors
-from cifar_dist.config import UsageError, require
+from cifar_dist.config import UsageError, local_path, require
 
 SHOWN = 3  # names of each kind in a message
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # may stand for one another
@@ -61,7 +59,7 @@ def name_some(names: list[str]) -> str:
 
 
 def _read(place: str) -> Tensors:
-    path = Path(place).expanduser()
+    path = local_path(place)
     if path.is_dir():
         tensors = find_checkpoint(place)[1].tensors
         return tensors.get("ema", tensors["model"])

@@ -1,6 +1,7 @@
 """Recipes: what is accepted, what is refused, and how fast."""
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from cifar_dist.config import (
     OptimConfig,
     Recipe,
     ScheduleConfig,
+    TrackConfig,
     UsageError,
     differences,
     dump_recipe,
@@ -91,6 +93,15 @@ def test_names_in_recipes_are_those_that_exist(choices: dict, section: type) -> 
         (["--model.dropout", "1"], "model.dropout"),
         (["--augment.grayscale", "2"], "augment.grayscale"),
         (["stray"], "stray"),
+        (["--train.epochs", "010"], "--train.epochs: '010' is not a decimal number"),
+        (["--train.timeout=1:30"], "--train.timeout: '1:30' is not a decimal number"),
+        (
+            ["--model.name", "speednet", "--model.widths", "[8, 1:30]"],
+            "--model.widths: '1:30' is not a decimal number",
+        ),
+        (["--train.epochs", "null"], "--train.epochs: 'null' is not a decimal number"),
+        (["--train", "{timeout: 1:30}"], "unknown option '--train'"),
+        (["--config", "smoke", "--config", "tutorial"], "--config is given twice"),
     ],
 )
 def test_bad_options_are_one_line(arguments: list[str], message: str) -> None:
@@ -108,14 +119,99 @@ def test_bad_options_are_one_line(arguments: list[str], message: str) -> None:
         ("- a\n- b", "holds no keys"),
         ("train: {epochs: [", "not readable as YAML"),
         ("train: {epochs: x}", "epochs"),
+        ("name: a\ntrain:\n  epochs: 3\ntrain:\n  seed: 1", "train is given twice in"),
+        ("train:\n  epochs: 3\n\n  epochs: 4", "epochs is given twice in"),
+        ("train: {epochs: 3}\ntrain.epochs: 4", "train.epochs is given twice in"),
+        ("train:\n  precision: no", 'train.precision: write "no" in quotes in'),
+        ("name: off", 'name: write "off" in quotes in'),
+        ("out: 2024", 'out: write "2024" in quotes in'),
+        ("track: {log_with: [tensorboard, no]}", 'track.log_with: write "no" in quotes in'),
+        ("augment: {flip: off}", "give one of none, random, alternating"),
+        ("track: {log_with: no}", "track.log_with is no in"),
+        ("model: {dropout: no}", "'no' is not a decimal number"),
+        ("train: {epochs: 010}", "'010' is not a decimal number"),
+        ("train: {epochs: '010'}", "'010' is not a decimal number"),
+        ("train: {timeout: 1:30}", "'1:30' is not a decimal number"),
+        ("train: {timeout: '1:30'}", "'1:30' is not a decimal number"),
+        ("train: {epochs: 1:30.5}", "'1:30.5' is not a decimal number"),
+        ("train: {seed: 0b11}", "'0b11' is not a decimal number"),
+        ("model: {name: speednet, widths: [8, 016]}", "'016' is not a decimal number"),
+        ("train: {epochs: 2026-11-29}", "'2026-11-29' is not a decimal number"),
+        ("train: {epochs: =}", "'=' is not a decimal number"),
+        ("train: {epochs: !!python/name:os.system }", "tag:yaml.org,2002:python/name:os.system"),
+        ("train: {epochs: !!float x}", "has the tag tag:yaml.org,2002:float"),
+        (f"train: {{seed: {'9' * 5000}}}", "not readable as YAML: Exceeds the limit"),
+        ("train:\n  epochs:", "train.epochs has no value in"),
+        ("train: 5", "train is a section with no keys of its own in"),
+        ("train: {<<: {epochs: 3}}", "unknown key 'train.<<'"),
+        ("train: {epochs: {a: 3}}", "train.epochs is not a single value in"),
+        ("track: {log_with: &a [*a]}", "track.log_with is not a single value in"),
+        ("optim: {lr: 1e999}", "optim.lr is inf"),
+        ("optim: {weight_decay: .inf}", "optim.weight_decay is inf"),
+        ("train:\n\tepochs: 3", "cannot start any token"),
+        ("name: a\n---\nname: b", "expected a single document"),
+        ("[" * 1500, "not readable as YAML"),
+        (b"name: caf\xe9", "not readable as YAML"),
+        (b"\x00\x01", "not readable as YAML"),
+        ("", "holds no keys"),
     ],
 )
-def test_bad_recipe_files_are_one_line(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(text)
+def test_bad_recipe_files_are_one_line(text: str | bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError) as refused:
         parse_recipe(["--config", str(tmp_path / "r.yaml")])
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_what_is_given_twice_is_named_with_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("name: mine\ntrain: {epochs: 3}\noptim: {lr: 0.05}\ntrain: {seed: 1}\n")
+    with pytest.raises(UsageError) as refused:
+        parse_recipe(["--config", str(path)])
+    assert str(refused.value) == f"train is given twice in {path}, lines 2 and 4"
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("augment:\n#  flip: random\ntrain:\n  epochs: 2", {"train.epochs": 2}),
+        ("out:\nmodel: {dropout: ~}", {"out": None, "model.dropout": None}),
+        ("optim: {lr: 1e-3, momentum: .5, nesterov: yes}", {"optim.lr": 0.001}),
+        ("optim: {lr: +5., momentum: 0.9, nesterov: off}", {"optim.nesterov": False}),
+        ("train: {batch_size: 1_000, seed: 0xC0FFEE}", {"train.seed": 12648430}),
+        ("train: {epochs: '3'}\ncheckpoint.keep: 4", {"train.epochs": 3, "checkpoint.keep": 4}),
+        ("train: {epochs: &n 8, seed: *n}", {"train.epochs": 8, "train.seed": 8}),
+        ("name: 2026-11-29\nout: 010", {"name": "2026-11-29", "out": "010"}),
+        ("train: {precision: 'no'}\nname: !!str no", {"train.precision": "no", "name": "no"}),
+        ("\ufeffname: =\nout: 1:30", {"name": "=", "out": "1:30"}),
+    ],
+)
+def test_a_recipe_means_what_it_looks_like(
+    text: str, values: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    found = flatten(parse_recipe(["--config", str(tmp_path / "r.yaml")])[0])
+    assert {key: found[key] for key in values} == values
+
+
+def test_any_text_survives_in_a_recipe(tmp_path: Path) -> None:
+    words = ["no", "1e3", "-.5E-1", "010", "1:30", "~", "", "null", "0x1f", "2026-11-29", "=", "<<"]
+    words += [".inf", "1_000", "*a", "&a", "- a", "a: b", "#a", "\ta", "caf\u00e9", "\udcff", "'\""]
+    for text in words:
+        recipe = Recipe(name=text, data=DataConfig(root=text, cache=text))
+        (tmp_path / "copy.yaml").write_text(dump_recipe(recipe))
+        assert load_recipe(tmp_path / "copy.yaml") == recipe
+    recipe = Recipe(name="1e3", track=TrackConfig(log_with=words))
+    (tmp_path / "copy.yaml").write_text(dump_recipe(recipe))
+    assert parse_recipe(["--config", str(tmp_path / "copy.yaml")])[0] == recipe
+
+
+def test_a_folder_or_a_pipe_is_no_recipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(UsageError, match="is neither a file nor a shipped recipe"):
+            parse_recipe(["--config", str(tmp_path / name)])
 
 
 def test_what_may_differ_between_a_run_and_its_continuation() -> None:

@@ -251,10 +251,12 @@ def test_all_cores_are_used_unless_the_user_chose(
             {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
             "on several machines, and none knows where the first one is; add -x MASTER_ADDR",
         ),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "but RANK is not set, so the processes cannot"),
         (
-            {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"},
-            "started only this one",
+            {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "RANK": "0"},
+            "but MASTER_ADDR is not set, so the processes cannot meet",
         ),
+        ({"WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "unset the one that is not the"),
     ],
 )
 def test_environments_in_which_accelerate_would_train_alone(

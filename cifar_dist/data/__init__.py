@@ -1,9 +1,8 @@
 """Datasets by name: `load_dataset` gives the splits to train and to measure on."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from cifar_dist.config import DataConfig, UsageError, require
+from cifar_dist.config import DataConfig, UsageError, local_path, require
 from cifar_dist.data.cifar import load_cifar
 from cifar_dist.data.imagefolder import load_imagefolder
 from cifar_dist.data.images import Images, Source
@@ -66,7 +65,7 @@ def arrange(source: Source, config: DataConfig) -> Dataset:
         UsageError: it has no part to train or to measure on.
     """
     if "train" not in source.splits:
-        others = [path.name for path in find_splits(Path(config.root).expanduser()).values()]
+        others = [path.name for path in find_splits(local_path(config.root)).values()]
         raise UsageError(
             f"'{config.root}' has no train folder beside its {' and '.join(others)} folder; name "
             "the folder of training images train or training"

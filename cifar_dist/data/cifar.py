@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cifar_dist.config import DataConfig, UsageError, cache_folder, require
+from cifar_dist.config import DataConfig, UsageError, cache_folder, local_path, require
 from cifar_dist.data.cache import CacheWriter, load_or_build
 from cifar_dist.data.download import download
 from cifar_dist.data.images import Source
@@ -128,7 +128,7 @@ def load_cifar(config: DataConfig) -> Source:
             for row, image in enumerate(image for images, _ in batches for image in images):
                 array[row] = image if size == 32 else _resized(image, size)
 
-    root = Path(config.root).expanduser()
+    root = local_path(config.root)
     if root.exists() and not root.is_dir():
         raise UsageError(f"data.root '{config.root}' is a file; name a folder")
     return load_or_build(cache_folder(config), f"{config.name}-{size}", build)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from cifar_dist.config import DataConfig, RunError, cache_folder, require
+from cifar_dist.config import DataConfig, RunError, cache_folder, local_path, require
 from cifar_dist.data.cache import CacheWriter, load_or_build, open_cached
 from cifar_dist.data.decode import decode_files
 from cifar_dist.data.images import Source
@@ -32,7 +32,7 @@ def load_imagefolder(config: DataConfig, ahead: str = "") -> Source:
     key, left_out = read_ahead(ahead)
     if key and (source := open_cached(cache, key)):
         return replace(source, left_out=left_out)
-    root = Path(config.root).expanduser()
+    root = local_path(config.root)
     for _ in range(ATTEMPTS):
         try:
             return _load_as_listed(config, root, cache)

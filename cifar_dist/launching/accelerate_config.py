@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,13 +17,21 @@ from typing import Any
 
 import yaml
 
-from cifar_dist.config import UsageError, require
+from cifar_dist.config import RecipeLoader, UsageError, local_path, require
 
 # Keys of the file that `accelerate launch` reads and does not use: it takes a key only where its
 # own option has no value, and these always have one.
 IGNORED = ("downcast_bf16", "enable_cpu_affinity", "rdzv_backend", "same_network")
-# Kinds for which it starts several processes; with all others, one a machine.
-SEVERAL = ("MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "MULTI_MUSA")
+# Keys that it takes from files of former versions, and reads as others.
+OLD = ("dynamo_backend", "fp16")
+# Kinds that divide a network among processes, which train refuses.
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+# Kinds for which it starts several processes; with NO and MULTI_CPU, one a machine.
+SEVERAL = (
+    *("MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "MULTI_MUSA"),
+    *SHARDED,
+)
+ALONE = ("NO", "MULTI_CPU")
 
 
 @dataclass(frozen=True)
@@ -33,14 +41,16 @@ class AccelerateConfig:
     Attributes:
         path: the file; None where there is none.
         chosen: it was named, and not just found in its usual place.
-        values: what it holds, as YAML reads it.
+        values: what it holds, as Accelerate reads it, which is by YAML 1.1.
         digest: the start of its SHA-256.
+        misread: what Accelerate reads otherwise than it looks.
     """
 
     path: Path | None = None
     chosen: bool = False
     values: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
+    misread: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -52,6 +62,26 @@ class AccelerateConfig:
     def machines(self) -> int:
         """How many machines it speaks of."""
         return self._number("num_machines", 1)
+
+    @property
+    def machine_rank(self) -> int:
+        """The number of this machine."""
+        return self._number("machine_rank", 0)
+
+    @property
+    def precision(self) -> str:
+        """The precision that it asks for; `fp16` is the old key for one of them."""
+        old = "fp16" if self.values.get("fp16") else "no"
+        return str(self.values.get("mixed_precision", old) or "no")
+
+    @property
+    def compiler(self) -> str:
+        """The dynamo backend that compiles every network, or ""."""
+        section = self.values.get("dynamo_config")
+        inner = section if isinstance(section, dict) else {}
+        found = inner.get("dynamo_backend", inner.get("backend"))
+        found = str(self.values.get("dynamo_backend", found) or "no")
+        return "" if found.lower() == "no" else found.lower()
 
     @property
     def processes(self) -> int:
@@ -82,14 +112,14 @@ def read_config(path: str | None) -> AccelerateConfig:
     Raises:
         UsageError: it is missing, or not a mapping in YAML.
     """
-    place = Path(path).expanduser() if path else default_place()
+    place = local_path(path) if path else default_place()
     if not place.is_file():
         require(path is None, f"'{path}' is not a file; `accelerate config` writes one")
         return AccelerateConfig()
-    content = place.read_bytes()
     try:
+        content = place.read_bytes()
         values = yaml.safe_load(content)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"'{place}' is not readable as YAML: {reason}") from error
     require(
@@ -98,14 +128,39 @@ def read_config(path: str | None) -> AccelerateConfig:
         "`accelerate config`",
     )
     digest = hashlib.sha256(content).hexdigest()[:16]
-    return AccelerateConfig(place, path is not None, values, digest)
+    misread = tuple(_find_misread(place, content, values))
+    return AccelerateConfig(place, path is not None, values, digest, misread)
+
+
+def _find_misread(place: Path, content: bytes, values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what YAML 1.1 makes of a file that it does not look like."""
+    loader = RecipeLoader(content)
+    loader.name = str(place)
+    try:
+        looks = loader.get_single_data()
+    except UsageError as error:  # a key is given twice
+        yield f"{error}, and the last one counts"
+        return
+    shown = dict(_flat(looks))
+    for key, reads in _flat(values):
+        seen = shown.get(key, reads)
+        if seen != reads:
+            yield f"{key} is {seen}, and is read as {reads!r}"
+
+
+def _flat(values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+        else:
+            yield str(key), value
 
 
 def default_place() -> Path:
     """Return where `accelerate config` writes, which every launch then reads without a word."""
     caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    home = Path(os.environ.get("HF_HOME", f"{caches}/huggingface")).expanduser()
-    return home / "accelerate" / "default_config.yaml"
+    home = os.path.expanduser(os.environ.get("HF_HOME", f"{caches}/huggingface"))  # as it does
+    return Path(home, "accelerate", "default_config.yaml")
 
 
 @cache

@@ -8,15 +8,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cifar_dist.config import Recipe, nearest_multiples
+from cifar_dist.config import Recipe, UsageError, nearest_multiples
 from cifar_dist.launching.accelerate_config import (
+    ALONE,
     IGNORED,
+    OLD,
     SEVERAL,
+    SHARDED,
     AccelerateConfig,
     known_keys,
     unknown_nested,
 )
 from cifar_dist.launching.findings import Finding, error, note, warning
+from cifar_dist.runtime import TOO_MUCH, chosen_threads
 
 LOOPBACK = ("127.", "::1", "localhost")
 # Compute capability by what a GPU's name contains, for plans; on a machine it is asked.
@@ -70,7 +74,9 @@ class Facts:
         rank: of this machine.
         recipe: what is to be trained.
         alone: why this process would train alone, as `runtime.asked_world_size` says.
+        sharded: what the launcher was told to divide networks with, or "".
         address: what the host name resolves to.
+        nameless: the host name, if it resolves to nothing.
         interface: the network interface that leads to the endpoint.
         batch_script: text of a Slurm script, with its place.
         dataset: why the dataset is not ready, or "".
@@ -86,9 +92,11 @@ class Facts:
     environment: Mapping[str, str] = field(default_factory=dict)
     platform: str = "linux"
     alone: str = ""
+    sharded: str = ""
     devices: Sequence[Device] = ()
     cores: int = 1
     address: str = ""
+    nameless: str = ""
     interface: str = ""
     endpoint: Endpoint | None = None
     batch_script: tuple[str, str] | None = None
@@ -109,7 +117,7 @@ def alone(facts: Facts) -> Iterator[Finding]:
     config = facts.config
     if facts.alone:
         yield error("alone", facts.alone, "see docs/launching.md")
-    if not config.path or config.kind in SEVERAL or config.by_mpi:
+    if not config.path or config.kind not in ALONE or config.by_mpi:
         return
     if config.processes > config.machines:
         yield error(
@@ -190,6 +198,14 @@ def interface(facts: Facts) -> Iterator[Finding]:
                 f"this machine's name means {facts.address}, which gloo would tell the others",
                 f"{fix} if the live doctor fails (cifar_dist sets it where it knows the way)",
             )
+    if facts.nameless:
+        name = facts.nameless
+        yield warning(
+            "unknown-host-name",
+            f"this machine's name {name} means no address, and torchrun would wait for it",
+            f"add '127.0.0.1 {name}' to /etc/hosts; or, for this machine alone, use accelerate "
+            "launch, or torchrun --standalone --local_addr 127.0.0.1",
+        )
 
 
 def counts(facts: Facts) -> Iterator[Finding]:
@@ -286,7 +302,7 @@ def devices(facts: Facts) -> Iterator[Finding]:
 
 def precision(facts: Facts) -> Iterator[Finding]:
     """The precision is one that the hardware lacks."""
-    launcher = str(facts.config.values.get("mixed_precision", "no"))
+    launcher = facts.config.precision
     recipe = facts.recipe.train.precision
     asked = launcher if recipe == "auto" else recipe
     on_cpu = facts.config.values.get("use_cpu") is True
@@ -322,7 +338,7 @@ def peer_to_peer(facts: Facts) -> Iterator[Finding]:
 def keys(facts: Facts) -> Iterator[Finding]:
     """Keys of the configuration that do nothing, or not what they seem to."""
     config = facts.config
-    unknown = [key for key in config.values if key not in known_keys()]
+    unknown = [key for key in config.values if key not in known_keys() and key not in OLD]
     if unknown:
         yield error(
             "unknown-key",
@@ -336,6 +352,21 @@ def keys(facts: Facts) -> Iterator[Finding]:
             f"{', '.join(nested)} in {config.path} is no option of accelerate launch, which takes "
             "it without a word",
             "remove or correct it",
+        )
+    for key in OLD:
+        if key in config.values:
+            new = "mixed_precision" if key == "fp16" else "dynamo_config"
+            yield note(
+                "old-key",
+                f"{key} in {config.path} is an old key, which accelerate launch reads as {new}",
+                f"write {new} instead; `accelerate config` does",
+            )
+    if config.compiler:
+        yield note(
+            "compiled",
+            f"{config.path} has every network compiled by dynamo's backend {config.compiler}, as "
+            "train.compile does: a slower start for faster steps",
+            "remove dynamo_backend to train without",
         )
     # `accelerate config` itself writes some of them, with the value that is meant anyway.
     defaults = {"rdzv_backend": "static", "same_network": True, "downcast_bf16": "no"}
@@ -351,8 +382,10 @@ def keys(facts: Facts) -> Iterator[Finding]:
 
 def types(facts: Facts) -> Iterator[Finding]:
     """Values that YAML reads otherwise than they look."""
-    path, values = facts.config.path, facts.config.values
-    for key in ("distributed_type", "mixed_precision"):
+    path, values, kind = facts.config.path, facts.config.values, facts.config.kind
+    for what in facts.config.misread:
+        yield warning("misread", f"{path}: {what}", "write what it should be read as")
+    for key in ("distributed_type", "mixed_precision", "dynamo_backend"):
         if values.get(key) is False:
             say = warning if key == "distributed_type" else error
             yield say(
@@ -369,18 +402,20 @@ def types(facts: Facts) -> Iterator[Finding]:
     for key in ("num_processes", "num_machines", "machine_rank", "main_process_port"):
         if key in values and type(values[key]) is not int and values[key] is not None:
             yield error("wrong-type", f"{key} in {path} is {values[key]!r}", "write a number")
-    if facts.config.kind != facts.config.kind.upper():
+    if kind != kind.upper():
+        yield error("wrong-type", f"distributed_type in {path} is {kind}", f"write {kind.upper()}")
+    elif kind not in (*ALONE, *SEVERAL):
         yield error(
             "wrong-type",
-            f"distributed_type in {path} is {facts.config.kind}",
-            f"write {facts.config.kind.upper()}",
+            f"distributed_type in {path} is {kind}, which trains nothing here",
+            "write MULTI_GPU, or NO for one process",
         )
-    elif facts.config.kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
-        yield error(
-            "sharded",
-            f"distributed_type in {path} is {facts.config.kind}; every network here fits one GPU",
-            "write MULTI_GPU",
-        )
+    used = (
+        kind if kind in SHARDED else "parallelism_config" * bool(values.get("parallelism_config"))
+    )
+    if used or facts.sharded:
+        place = f", of {path}," if used else ""
+        yield error("sharded", f"{used or facts.sharded}{place} {TOO_MUCH}", "use MULTI_GPU")
 
 
 def default_config(facts: Facts) -> Iterator[Finding]:
@@ -396,9 +431,13 @@ def default_config(facts: Facts) -> Iterator[Finding]:
 
 def threads(facts: Facts) -> Iterator[Finding]:
     """Fewer threads than there are cores for."""
-    chosen = facts.environment.get("OMP_NUM_THREADS", "")
+    try:
+        chosen = chosen_threads(facts.environment)
+    except UsageError as refusal:
+        yield error("threads", str(refusal), "cifar_dist shares the cores by itself")
+        return
     share = max(1, facts.cores // facts.per_machine)
-    if chosen.isdigit() and int(chosen) < share and not facts.devices:
+    if chosen and chosen < share and not facts.devices:
         yield warning(
             "threads",
             f"OMP_NUM_THREADS is {chosen}, and {facts.cores} cores among {facts.per_machine} "

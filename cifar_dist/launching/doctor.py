@@ -15,12 +15,11 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cifar_dist.config import Recipe, UsageError, flatten
+from cifar_dist.config import Recipe, UsageError, flatten, local_path
 from cifar_dist.ending import REFUSED, Ending, agree
 from cifar_dist.launching.accelerate_config import read_config
 from cifar_dist.launching.checks import Facts, check, check_ranks
@@ -56,7 +55,7 @@ def _examine(argv: Sequence[str]) -> int:
         return _explain(options.explain, options.json)
     config = read_config(options.accelerate_config)
     facts = gather(config, recipe, options.machines, options.processes_per_machine, options.script)
-    if is_launched() and not facts.alone:
+    if is_launched() and not (facts.alone or facts.sharded):
         return _meet(facts, options.json)
     return show(check(facts), describe_machine(facts), options.json)
 
@@ -137,7 +136,7 @@ def _compare(
     """Compare machines, devices and configurations, and collect what each has found."""
     token = f".doctor-{uuid.uuid4().hex}"
     token = str(peers.tell("token", token, STAGE_SECONDS)[0])
-    place = Path(facts.recipe.out or ".").expanduser().absolute()
+    place = local_path(facts.recipe.out or ".").absolute()
     folder = next(path for path in (place, *place.parents) if path.is_dir())
     if peers.rank == 0:
         (folder / token).touch()

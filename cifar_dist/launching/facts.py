@@ -3,6 +3,7 @@
 import errno
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -14,17 +15,18 @@ from pathlib import Path
 
 import psutil
 
-from cifar_dist.config import Recipe, UsageError, cache_folder
+from cifar_dist.config import Recipe, UsageError, cache_folder, local_path
 from cifar_dist.data.cifar import ARCHIVES
 from cifar_dist.launching.accelerate_config import AccelerateConfig
 from cifar_dist.launching.checks import Device, Endpoint, Facts
 from cifar_dist.launching.predict import count_images, predict
-from cifar_dist.preemption import is_launched
+from cifar_dist.preemption import is_launched, launcher_number
 from cifar_dist.runfolder import RunLock, check_out
 from cifar_dist.runtime import (
     address_towards,
     asked_world_size,
     interface_of,
+    sharding,
     usable_cores,
     user_environment,
 )
@@ -53,20 +55,22 @@ def gather(
     per_machine = per_machine or max(1, config.per_machine)
     rank = _number("PET_NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
     place = _endpoint(config)
-    out = Path(recipe.out or "runs").expanduser().absolute()
+    out = local_path(recipe.out or "runs").absolute()
     existing = next(path for path in (out, *out.parents) if path.exists())
     return Facts(
         machines=machines,
         per_machine=per_machine,
-        rank=int(config.values.get("machine_rank") or 0) if rank is None else rank,
+        rank=config.machine_rank if rank is None else rank,
         config=config,
         recipe=recipe,
         environment=user_environment(),
         platform=sys.platform,
         alone=_refusal(asked_world_size),
+        sharded=sharding(),
         devices=find_devices(),
         cores=usable_cores(),
-        address=_address(),
+        address=own_address(),
+        nameless="" if own_address() else platform.node(),
         interface=_interface(place.host) if place else "",
         endpoint=place,
         batch_script=_read_script(script),
@@ -123,8 +127,8 @@ def _endpoint(config: AccelerateConfig) -> Endpoint | None:
     """Return where the processes are to meet, and whether that is possible from here."""
     env = os.environ
     host = env.get("PET_MASTER_ADDR") or env.get("MASTER_ADDR")
-    port = env.get("PET_MASTER_PORT") or env.get("MASTER_PORT") or "29500"
-    if not host and "PET_RDZV_ENDPOINT" in env:
+    port = str(launcher_number("PET_MASTER_PORT", "MASTER_PORT") or 29500)
+    if not host and env.get("PET_RDZV_ENDPOINT"):
         host, _, port = env["PET_RDZV_ENDPOINT"].partition(":")
     if not host:
         values = config.values
@@ -182,7 +186,8 @@ def _interface(host: str) -> str:
     return ""
 
 
-def _address() -> str:
+def own_address() -> str:
+    """Return the address that the name of this machine means, or ""."""
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
@@ -194,7 +199,7 @@ def _dataset(recipe: Recipe) -> str:
     config = recipe.data
     if config.name not in ARCHIVES:
         return _refusal(lambda: count_images(config))
-    archive, root = ARCHIVES[config.name], Path(config.root).expanduser()
+    archive, root = ARCHIVES[config.name], local_path(config.root)
     places = (
         cache_folder(config) / f"{config.name}-{config.side}",
         root / archive.name,
@@ -230,14 +235,15 @@ def _read_script(place: str | None) -> tuple[str, str] | None:
     if place is None:
         return None
     try:
-        return place, Path(place).expanduser().read_text(encoding="utf-8")
+        return place, local_path(place).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"'{place}' cannot be read ({error}); name a Slurm script") from error
 
 
 def _number(*names: str) -> int | None:
-    found = next((os.environ[name] for name in names if name in os.environ), "")
-    return int(found) if found.isdigit() else None
+    """Return the first variable that is a number; torchrun takes ranges and words, too."""
+    words = re.compile(r"\d+:\d+|auto|cpu|gpu|xpu")
+    return launcher_number(*(n for n in names if not words.fullmatch(os.environ.get(n, ""))))
 
 
 def _has_mps() -> bool:

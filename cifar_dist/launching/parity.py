@@ -38,6 +38,8 @@ ROUNDING = 1e-6  # relative, of a sum in another order
 ALLOWED = 20.0  # times what rounding alone has made
 CHAOS = 0.1  # of how far the weights moved: rounding alone has made that much
 TESTED = 256  # test images
+# By address, for the name of this machine may mean none.
+ON_THIS_MACHINE = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def _train(processes: int, options: Sequence[str], out: Path, program: Sequence[
 
     from cifar_dist.checkpoint import checkpoints_in
 
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launcher = [*ON_THIS_MACHINE, "--nproc_per_node", str(processes)]
     start = [sys.executable, *launcher * (processes > 1), *program]
     done = subprocess.run(
         [*start, *options, "--out", str(out)],

@@ -6,6 +6,7 @@ every trap that is seen beforehand.
 
 import argparse
 import dataclasses
+import platform
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import yaml
 from cifar_dist.config import Recipe, require
 from cifar_dist.launching.accelerate_config import AccelerateConfig, read_config
 from cifar_dist.launching.checks import CAPABILITIES, Device, Endpoint, Facts, check
+from cifar_dist.launching.facts import own_address
 from cifar_dist.launching.findings import show
 from cifar_dist.launching.options import Options
 from cifar_dist.launching.predict import Prediction, predict, read_link, read_rate, step_seconds
@@ -86,6 +88,7 @@ def _facts(options: argparse.Namespace, config: AccelerateConfig, recipe: Recipe
         recipe=recipe,
         devices=devices,
         endpoint=place,
+        nameless="" if own_address() else platform.node(),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar_dist.config import DataConfig, Recipe, require
+from cifar_dist.config import DataConfig, Recipe, local_path, require
 from cifar_dist.data import Dataset, arrange
 from cifar_dist.data.images import Images, Source
 from cifar_dist.data.synthetic import SHAPES, counts
@@ -148,7 +148,7 @@ def count_images(config: DataConfig) -> Dataset:
         return Images(np.empty((len(labels), size, size, 0), np.uint8), np.array(labels), classes)
 
     if config.name == "imagefolder":
-        listing = find_images(Path(config.root).expanduser(), config.bad_images)
+        listing = find_images(local_path(config.root), config.bad_images)
         splits = {
             name: of(labels_of(found), listing.classes) for name, found in listing.files.items()
         }
@@ -204,7 +204,7 @@ def read_rate(path: str) -> float:
     """
     from cifar_dist.runfolder import read_metrics
 
-    folder, rate, reason = Path(path).expanduser(), 0.0, ""
+    folder, rate, reason = local_path(path), 0.0, ""
     try:
         lines = read_metrics(folder)
         rates = [line["images_per_second"] for line in lines if line["split"] == "train_window"]

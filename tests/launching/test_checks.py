@@ -4,11 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from cifar_dist.config import Recipe, TrainConfig
-from cifar_dist.launching.accelerate_config import IGNORED, SEVERAL, AccelerateConfig, known_keys
+from cifar_dist.launching.accelerate_config import (
+    IGNORED,
+    SEVERAL,
+    AccelerateConfig,
+    known_keys,
+    read_config,
+)
 from cifar_dist.launching.checks import Device, Endpoint, Facts, check, check_ranks
 from cifar_dist.launching.findings import exit_code
 
@@ -174,9 +180,33 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
     ),
     "unknown keys": (
         14,
-        Facts(config=of(fp16=True)),
+        Facts(config=of(fp17=True, fp16=True)),
         "unknown-key",
-        "accelerate launch refuses two.yaml: unknown fp16",
+        "accelerate launch refuses two.yaml: unknown fp17;",
+    ),
+    "an old key": (
+        14,
+        Facts(config=of(fp16=True)),
+        "old-key",
+        "fp16 in two.yaml is an old key, which accelerate launch reads as mixed_precision",
+    ),
+    "compiled by an old key": (
+        14,
+        Facts(config=of(dynamo_backend="INDUCTOR")),
+        "compiled",
+        "two.yaml has every network compiled by dynamo's backend inductor",
+    ),
+    "compiled by a section": (
+        14,
+        Facts(config=of(dynamo_config={"dynamo_backend": "eager"})),
+        "compiled",
+        "two.yaml has every network compiled by dynamo's backend eager",
+    ),
+    "old fp16 on a CPU": (
+        12,
+        Facts(config=of(fp16=True, use_cpu=True)),
+        "precision",
+        "fp16 on a CPU: Accelerate would train in fp32 and call it fp16",
     ),
     "unknown nested keys": (
         14,
@@ -214,7 +244,38 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         14,
         Facts(config=of(distributed_type="FSDP")),
         "sharded",
-        "distributed_type in two.yaml is FSDP; every network here fits one GPU",
+        "FSDP, of two.yaml, is for networks that do not fit on one GPU, and all of these do; use "
+        "MULTI_GPU",
+    ),
+    "sharding by another section": (
+        14,
+        Facts(config=of(parallelism_config={"parallelism_config_dp_shard_size": 2})),
+        "sharded",
+        "parallelism_config, of two.yaml, is for networks that do not fit on one GPU",
+    ),
+    "sharding by a variable": (
+        14,
+        Facts(sharded="FSDP"),
+        "sharded",
+        "FSDP is for networks that do not fit on one GPU, and all of these do; use MULTI_GPU",
+    ),
+    "a kind that is no more": (
+        14,
+        Facts(config=of(distributed_type="TP")),
+        "wrong-type",
+        "distributed_type in two.yaml is TP, which trains nothing here; write MULTI_GPU",
+    ),
+    "no threads": (
+        15,
+        Facts(environment={"OMP_NUM_THREADS": "0"}),
+        "threads",
+        "OMP_NUM_THREADS is '0'; give a number of threads of 1 or more, or unset it",
+    ),
+    "a name without an address": (
+        11,
+        Facts(nameless="nohost.invalid"),
+        "unknown-host-name",
+        "this machine's name nohost.invalid means no address, and torchrun would wait for it; add",
     ),
     "one thread": (
         15,
@@ -332,6 +393,45 @@ def test_ranks_are_compared(ranks: list[dict[str, Any]], message: str) -> None:
 
 def test_equal_ranks_are_fine() -> None:
     assert list(check_ranks([rank(device="GPU-1"), rank("b", device="GPU-1")])) == []
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "TP", "XLA"])
+def test_a_kind_that_is_refused_is_not_said_to_start_one_process(kind: str) -> None:
+    found = {finding.code for finding in check(Facts(config=of(distributed_type=kind)))}
+    assert len(found) == 1
+    assert "alone" not in found
+
+
+def test_the_old_keys_are_those_that_accelerate_reads(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    for text, precision, compiler in (
+        ("fp16: true", "fp16", ""),
+        ("fp16: true\nmixed_precision: 'no'", "no", ""),
+        ("fp16: false", "no", ""),
+        ("dynamo_backend: 'NO'", "no", ""),
+        ("dynamo_backend: INDUCTOR", "no", "inductor"),
+        ("dynamo_config: {dynamo_backend: EAGER}", "no", "eager"),
+    ):
+        path.write_text(f"distributed_type: 'NO'\n{text}\n")
+        mine, theirs = read_config(str(path)), load_config_from_file(str(path))
+        assert (mine.precision, mine.compiler) == (precision, compiler)
+        assert (theirs.mixed_precision or "no") == precision
+        assert theirs.dynamo_config.get("dynamo_backend", "").lower() == compiler
+
+
+def test_what_accelerate_reads_otherwise_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text("distributed_type: MULTI_GPU\nnum_processes: 010\nmain_process_port: 1:30\n")
+    config = read_config(str(path))
+    assert config.processes == 8  # as Accelerate does
+    said = [finding.message for finding in check(Facts(config=config)) if finding.code == "misread"]
+    assert said == [
+        f"{path}: num_processes is 010, and is read as 8",
+        f"{path}: main_process_port is 1:30, and is read as 90",
+    ]
+    path.write_text("num_processes: 2\ndistributed_type: MULTI_GPU\nnum_processes: 4\n")
+    twice = f"num_processes is given twice in {path}, lines 1 and 3, and the last one counts"
+    assert read_config(str(path)).misread == (twice,)
 
 
 def test_exit_codes() -> None:
