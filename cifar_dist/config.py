@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -595,6 +596,7 @@ def _require_numbers(argv: Sequence[str]) -> None:
                     _require_number(item.strip("'\""), get_args(kind), name)
 
 
+@cache
 def _types() -> dict[str, tuple[Any, ...]]:
     """Return {"section.key": types}, of which a value has any one."""
     found: dict[str, Any] = {}
