@@ -238,6 +238,17 @@ def test_a_head_is_taken_whole_or_stays_new(
     assert equal(dict(network.state_dict()), weights if there == HEAD else {**weights, **head})
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_taken(
+    kind: torch.dtype, weights: Tensors, tmp_path: Path
+) -> None:
+    given = {name: tensor.to(kind) for name, tensor in weights.items()}
+    save_file(given, tmp_path / "w.safetensors")
+    network = tutorial(10)
+    assert not load_weights(network, str(tmp_path / "w.safetensors"))
+    assert equal(dict(network.state_dict()), {name: t.float() for name, t in given.items()})
+
+
 def test_a_head_without_a_bias_is_taken_too(tmp_path: Path) -> None:
     given = dict(SpeedNet(10, widths=(8,)).state_dict())
     save_file(given, tmp_path / "w.safetensors")

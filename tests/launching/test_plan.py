@@ -198,6 +198,18 @@ def test_the_memory_of_activations_is_what_a_step_keeps(processes: int, accumula
     assert planned == pytest.approx(really_kept, rel=0.02)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_buckets_of_gradients_are_those_of_ddp(name: str) -> None:
+    with torch.device("meta"):
+        network = MODELS[name](10)
+    # DDP lays them out in the order in which gradients come, from the last layer on.
+    trained = [torch.empty(p.shape) for p in network.parameters() if p.requires_grad][::-1]
+    limits = [1 << 20, 25 << 20]
+    buckets, _ = torch.distributed._compute_bucket_assignment_by_size(trained, limits)
+    planned = predict(parse_recipe([*TINY, "--model.name", name])[0], 2)
+    assert planned.collectives == len(buckets) + 1  # and that which agrees on stopping
+
+
 def test_options_that_halve_or_double_do_so_in_a_plan() -> None:
     def planned(*options: str) -> Prediction:
         return predict(parse_recipe([*TINY, *options])[0], 2)
