@@ -180,8 +180,6 @@ def load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
             none that is newer is whole.
     """
     with _permissions_named():
-        if folder.is_symlink():
-            raise UsageError(f"'{folder}' is a symbolic link; put the folder itself there")
         return _read_again(folder, lambda: _load_newest(folder))
 
 
@@ -340,6 +338,8 @@ def _read_at_rest(path: Path, read: Callable[[Path], T]) -> T:
 
 
 def _load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
+    if folder.is_symlink():
+        raise UsageError(f"'{folder}' is a symbolic link; put the folder itself there")
     reasons = []
     for path in reversed(checkpoints_in(folder)):
         try:

@@ -47,6 +47,7 @@ class Folder:
             assert one.classes == other.classes
             assert np.array_equal(one.images, other.images)
             assert np.array_equal(one.labels, other.labels)
+            assert np.array_equal(one.digests, other.digests)  # type: ignore[arg-type]
         assert (found.mean, found.std) == (expected.mean, expected.std)
         assert (found.digest, found.skipped) == (expected.digest, expected.skipped)
         assert len(found.skipped) == 1

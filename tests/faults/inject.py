@@ -4,7 +4,6 @@
 launcher. Where a fault is to meet something from outside, it creates the file $FAULT_MARK first.
 """
 
-import atexit
 import ctypes
 import os
 import shutil
@@ -289,15 +288,6 @@ def joins_alone() -> None:
         return original(*arguments, **options)
 
     original, accelerate.Accelerator = accelerate.Accelerator, build
-
-
-def obeys_modes() -> None:
-    """Subject the main thread to the modes of files, also as root."""
-    from tests.helpers import obeying_modes
-
-    within = obeying_modes()
-    within.__enter__()
-    atexit.register(within.__exit__, None, None, None)  # and so kept until then
 
 
 def dies_of_pickles() -> None:
