@@ -84,8 +84,8 @@ def stream_predictions(
         best: of a run folder, the best checkpoint by validation instead of the newest.
 
     Yields:
-        For each file what `predict` returns, or, at once, {"image": path, "error": reason} if it
-        cannot be decoded.
+        For each file the entry that `predict` returns. A file that cannot be decoded yields
+        {"image": path, "error": reason}, ahead of the results of its batch.
 
     Raises:
         UsageError: no such checkpoint or file.

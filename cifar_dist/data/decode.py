@@ -48,7 +48,7 @@ HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 EPS_BINARY = b"\xc5\xd0\xd3\xc6"  # the header of an EPS file with a preview
 
 ORIENTATION = 0x0112  # EXIF
-TURNS = {  # what undoes each EXIF orientation but 1
+TURNS = {  # the transposition that undoes each EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -70,7 +70,7 @@ def decode_image(path: str | Path, size: int) -> np.ndarray:
     """
     try:
         with open(path, "rb", opener=_open_without_waiting) as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata, without the name of the file
+            warnings.simplefilter("ignore")  # of metadata, without the file's name
             # Pillow only warns between its limit and twice that; this refuses the image.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
@@ -120,7 +120,7 @@ def _decode(file: ImageFile.ImageFile, size: int) -> np.ndarray:
         # At the end Pillow would turn the image and read all metadata; any may be damaged.
         file.load_end = lambda: None  # type: ignore[method-assign]
         with suppress(Exception):
-            file.getexif()  # it reads the file, which is closed then, and keeps what it found
+            file.getexif()  # kept by Pillow; later it could no longer read the file
     file.load()
     turn = _find_turn(file)
     image: Image.Image = file if turn is None else file.transpose(turn)
@@ -152,7 +152,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _find_turn(file: ImageFile.ImageFile) -> Image.Transpose | None:
-    """Return what puts an image upright. An orientation that cannot be read is none."""
+    """Return the transposition that puts an image upright, None if it is or nothing says so."""
     try:
         value = _read_orientation(file.info.get("exif", b""))
         if value is None:
@@ -232,7 +232,7 @@ def _decode_in_processes(
             selector.unregister(worker.stdout)  # type: ignore[arg-type]
             return
         rows = workers[worker] = waiting.pop()
-        with suppress(BrokenPipeError):  # its output has ended then too, which is looked at next
+        with suppress(BrokenPipeError):  # a dead worker's output has ended too, and is handled next
             job = [rows[0], paths[rows[0] : rows[-1] + 1]]
             print(json.dumps(job), file=worker.stdin, flush=True)
 
@@ -291,7 +291,7 @@ def _decode_chunk(array: np.ndarray, first: int, paths: Sequence[str]) -> dict[i
 
 
 def main(target: str) -> None:
-    """Decode what comes on standard input, a chunk a line, until who asked closes it, or ends."""
+    """Decode the chunks that standard input lists, one a line, until it is closed."""
     ignore_signals()
     array = np.load(target, mmap_mode="r+")
     for line in sys.stdin:
