@@ -111,6 +111,7 @@ def damage(chance: random.Random, folders: list[Folder], old: Path) -> str:
     return f"{kind} {one.root.name} {file.name}"
 
 
+@pytest.mark.fault(43)
 @pytest.mark.parametrize("times", [40, pytest.param(500, marks=pytest.mark.slow)])
 def test_no_damage_changes_what_is_loaded(
     times: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -250,6 +251,7 @@ def test_a_cache_that_is_only_readable_is_used_if_it_is_whole(folder: Folder) ->
     )
 
 
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("what", ["train-images.npy", "meta.json", "."])
 def test_an_unreadable_entry_is_named(what: str, folder: Folder) -> None:
     path = folder.entry / what
@@ -321,6 +323,7 @@ def test_two_machines_without_a_common_lock_build_at_the_same_time(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["key-v2", "key.lock"]
 
 
+@pytest.mark.fault(45)
 def test_everything_is_on_disk_before_an_entry_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,7 @@ def test_bad_options_are_one_line(arguments: list[str], message: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.fault(56)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -164,6 +165,7 @@ def test_bad_recipe_files_are_one_line(text: str | bytes, message: str, tmp_path
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.fault(55)
 def test_what_is_given_twice_is_named_with_its_lines(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("name: mine\ntrain: {epochs: 3}\noptim: {lr: 0.05}\ntrain: {seed: 1}\n")
@@ -172,6 +174,7 @@ def test_what_is_given_twice_is_named_with_its_lines(tmp_path: Path) -> None:
     assert str(refused.value) == f"train is given twice in {path}, lines 2 and 4"
 
 
+@pytest.mark.fault(57)
 @pytest.mark.parametrize(
     ("text", "values"),
     [

@@ -121,6 +121,7 @@ def check_exif(folder: Path, entries: int) -> None:
         assert turned(folder / "x.jpg", exif_block(directory)), directory
 
 
+@pytest.mark.fault(60)
 def test_a_damaged_exif_block_loses_neither_pixels_nor_orientation(tmp_path: Path) -> None:
     file = tmp_path / "x.jpg"
     assert not turned(file, exif_block([]))
@@ -259,6 +260,7 @@ def test_integers_of_up_to_16_bits_are_scaled(content: bytes, level: int, tmp_pa
     assert np.unique(decode_image(tmp_path / "x", 8)).tolist() == [level]
 
 
+@pytest.mark.fault(58)
 @pytest.mark.parametrize("value", [0, 200, 2**20])
 @pytest.mark.parametrize(
     "build",
@@ -345,6 +347,7 @@ def iptc(content: bytes) -> bytes:
     return head + struct.pack(">BBBH", 0x1C, 8, 10, len(content)) + content + bytes(5)
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("content", [EPS, EPS_BINARY, iptc(EPS)], ids=["eps", "binary", "iptc"])
 def test_postscript_never_reaches_ghostscript(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -416,6 +419,7 @@ RAISED = [
 ]
 
 
+@pytest.mark.fault(59)
 @pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
 def test_whatever_a_decoder_raises_the_file_is_named_and_skipped(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -570,6 +574,7 @@ def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Pa
     return [str(file) for file in files], target
 
 
+@pytest.mark.fault(62)
 def test_an_image_that_crashes_its_decoder_is_named_and_the_others_are_decoded(
     many: tuple[list[str], Path],
 ) -> None:

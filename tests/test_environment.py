@@ -60,6 +60,7 @@ def test_a_tilde_means_a_home_or_nothing(homeless: Path, monkeypatch: pytest.Mon
     assert local_path("~/x") == Path("/there/x")
 
 
+@pytest.mark.fault(68)
 @pytest.mark.skipif(
     shutil.which("unshare") is None
     or subprocess.run([*NOBODY, "true"], capture_output=True).returncode != 0,
@@ -88,6 +89,7 @@ EMPTY = (
 )
 
 
+@pytest.mark.fault(69)
 def test_empty_variables_are_not_set(tmp_path: Path) -> None:
     options = [*TINY, "--train.epochs", "1", "--out", str(tmp_path / "run")]
     with forked.start(options, folder=tmp_path / "out", **dict.fromkeys(EMPTY, "")) as job:
@@ -97,6 +99,7 @@ def test_empty_variables_are_not_set(tmp_path: Path) -> None:
     assert facts["dynamo_backend"] is None
 
 
+@pytest.mark.fault(70)
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -153,6 +156,7 @@ def test_the_first_of_a_list_of_threads_counts() -> None:
     assert runtime.chosen_threads({"OMP_NUM_THREADS": " "}) is None
 
 
+@pytest.mark.fault(78)
 def test_a_network_is_not_divided_on_several_processes_either(tmp_path: Path) -> None:
     options = [*TINY, "--out", str(tmp_path / "run")]
     with forked.start(options, 2, folder=tmp_path / "out", ACCELERATE_USE_FSDP="true") as job:
@@ -166,6 +170,7 @@ KUBEFLOW = {"MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456", "WORLD_SIZE":
 SAME = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
+@pytest.mark.fault(77)
 @pytest.mark.parametrize(
     ("options", "environment", "asked"),
     [
@@ -204,6 +209,7 @@ nameless = pytest.mark.skipif(
 )
 
 
+@pytest.mark.fault(81)
 @nameless
 def test_a_machine_whose_name_means_no_address_is_found(tmp_path: Path) -> None:
     for verb in ("doctor", "plan"):

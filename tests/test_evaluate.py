@@ -194,6 +194,7 @@ def test_predict_refuses_what_is_no_image(
         assert error.count("\n") == 1
 
 
+@pytest.mark.fault(65)
 def test_predict_goes_on_after_a_bad_image(
     trained: Result, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,6 +50,7 @@ def trained(capfd: pytest.CaptureFixture[str], tmp_path: Path, *options: str) ->
 # The key of the cache
 
 
+@pytest.mark.fault(41)
 def test_folders_of_same_names_sizes_and_times_have_pixels_of_their_own(tmp_path: Path) -> None:
     for name, colours in (("a", ("red", "blue")), ("b", ("blue", "red"))):
         for split in ("train", "test"):
@@ -110,6 +111,7 @@ def test_each_size_is_decoded_by_itself(tmp_path: Path) -> None:
     assert [load(root, image_size=size).train.image_size for size in (32, 16, 8)] == [32, 16, 8]
 
 
+@pytest.mark.fault(42)
 def test_a_folder_that_changes_while_it_is_decoded_is_decoded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +140,7 @@ def test_a_folder_that_changes_while_it_is_decoded_is_decoded_again(
 # Splits
 
 
+@pytest.mark.fault(46)
 @pytest.mark.parametrize(
     ("names", "measured"),
     [
@@ -221,6 +224,7 @@ def test_other_suffixes_of_decoded_formats_are_read(tmp_path: Path) -> None:
     assert train.images[4 : 4 + expected].min() > 250
 
 
+@pytest.mark.fault(47)
 @pytest.mark.parametrize(
     ("old", "new", "kind"),
     [(".png", ".heic", ".heic"), (".png", ".HEIF", ".heif"), (".png", "", "without suffix")],
@@ -278,6 +282,7 @@ def test_a_class_folder_may_be_a_link_and_others_are_not_followed(tmp_path: Path
     }
 
 
+@pytest.mark.fault(48)
 def test_everything_left_out_is_counted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     root = write_folder(tmp_path / "set", {"train": 36, "test": 9, "extra": 3})
     disc = root / "train" / "disc"
@@ -311,6 +316,7 @@ def test_everything_left_out_is_counted(tmp_path: Path, capfd: pytest.CaptureFix
     assert dataset.left_out["not named as images"][".md"] == 1
 
 
+@pytest.mark.fault(49)
 def test_hidden_and_system_files_are_never_images_or_classes(tmp_path: Path) -> None:
     flat = write_folder(tmp_path / "flat", {".": 12})
     for name in ("disc", "ring", "square"):
@@ -338,6 +344,7 @@ def test_hidden_and_system_files_are_never_images_or_classes(tmp_path: Path) -> 
     assert len(list_images(flat / "disc")) == 4
 
 
+@pytest.mark.fault(50)
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "s", {"train": 12, "test": 6})
     os.mkfifo(root / "train" / "disc" / "fifo.jpg")  # opening it would wait for ever
@@ -351,6 +358,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     assert len(list_images(root / "train" / "disc")) == 4
 
 
+@pytest.mark.fault(51)
 @pytest.mark.parametrize("place", ["root", "train", "class", "unsearchable class"])
 def test_a_folder_that_this_user_may_not_list_is_named(place: str, tmp_path: Path) -> None:
     root = write_folder(tmp_path / "set", {"train": 36, "test": 9})
@@ -369,6 +377,7 @@ def test_a_folder_that_this_user_may_not_list_is_named(place: str, tmp_path: Pat
 # What is doubtful
 
 
+@pytest.mark.fault(52)
 def test_identical_images_in_train_and_in_the_measured_split_are_counted(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -401,6 +410,7 @@ def test_identical_images_are_counted_in_a_share_held_out(tmp_path: Path) -> Non
     assert 0 < expected == held_out.identical_to(dataset.train)
 
 
+@pytest.mark.fault(53)
 def test_a_class_of_one_image_is_trained_on_and_named(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -506,6 +516,7 @@ def check_generated(root: Path, seed: int) -> None:
     assert dataset.train.absent_classes() == []
 
 
+@pytest.mark.fault(54)
 @pytest.mark.parametrize(
     "seeds", [range(60), pytest.param(range(60, 2060), marks=pytest.mark.slow)], ids=len
 )

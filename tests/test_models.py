@@ -130,6 +130,7 @@ def test_whitened_outputs_are_uncorrelated_over_all_images_given() -> None:
     )
 
 
+@pytest.mark.fault(73)
 def test_batchnorm_over_a_single_value_is_refused_before_training(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

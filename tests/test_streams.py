@@ -21,6 +21,7 @@ def in_shell(words: str, redirections: str, **environment: str) -> subprocess.Co
     return run_command(["bash", "-c", f"{sys.executable} -m {words} {redirections}"], **environment)
 
 
+@pytest.mark.fault(67)
 @pytest.mark.parametrize("redirections", CLOSED)
 def test_a_run_with_closed_streams_finishes(redirections: str, tmp_path: Path) -> None:
     words = " ".join(TINY).replace("[]", "'[]'")
@@ -110,6 +111,7 @@ STREAMS = {
 }
 
 
+@pytest.mark.fault(66)
 @pytest.mark.parametrize(
     "stream",
     [name if "strict" in name else pytest.param(name, marks=pytest.mark.slow) for name in STREAMS],

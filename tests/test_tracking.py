@@ -42,6 +42,7 @@ def measured(classes: int, images: int = 2000) -> Evaluation:
     return summarise(Accelerator(cpu=True), outcome, classes)
 
 
+@pytest.mark.fault(63)
 def test_the_result_and_the_picture_of_20000_classes_take_the_memory_of_few() -> None:
     names = [f"class {number}" for number in range(20_000)]
     tracemalloc.start()
@@ -123,6 +124,7 @@ def test_a_run_without_trackers_computes_nothing_for_them(
     run(parse_recipe([*TINY, "--out", str(tmp_path)])[0])
 
 
+@pytest.mark.fault(64)
 def test_observers_that_run_out_of_memory_change_no_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: str
 ) -> None:

@@ -63,6 +63,7 @@ def newest_in(folder: Path) -> Saved | None:
     return int(found[0].name.split("-")[-1].removesuffix(".old")), float(weights[0, 0])
 
 
+@pytest.mark.fault(82)
 def test_the_last_save_that_returned_survives_a_power_cut(saves: Saves, tmp_path: Path) -> None:
     met = set()
     for folder, allowed in left(saves, False, tmp_path):

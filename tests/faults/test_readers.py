@@ -112,6 +112,7 @@ def save_for_ever(folder: str, keep: int, again: bool) -> None:
         prune(Path(folder), keep, best=step)
 
 
+@pytest.mark.fault(80)
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("reads", [30, pytest.param(600, marks=pytest.mark.slow)])
@@ -146,6 +147,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.fault(79)
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "MANIFEST.json", "."])
 def test_what_may_not_be_read_is_not_called_damaged(
     name: str, run: Path, capfd: pytest.CaptureFixture[str]

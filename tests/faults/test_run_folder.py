@@ -119,6 +119,7 @@ def open_again(out: Path) -> None:
             write_status(out, "running", 10, 1)
 
 
+@pytest.mark.fault(71)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_rebuilt_or_refused_in_one_line(
@@ -253,6 +254,7 @@ def test_damaged_lines_between_whole_ones_are_counted(
     assert read_lines(copy) == whole
 
 
+@pytest.mark.fault(72)
 @pytest.mark.parametrize("name", [".", "checkpoints", *FILES, ".lock"])
 def test_what_this_user_may_not_read_is_one_line(
     name: str, copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

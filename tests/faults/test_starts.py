@@ -37,6 +37,7 @@ def launch(options: list[list[str]], tmp_path: Path, fault: str) -> Iterator[Job
         yield job
 
 
+@pytest.mark.fault(74)
 def test_the_process_that_refuses_reports_before_the_launcher_ends_the_others(
     folders: list[list[str]], tmp_path: Path
 ) -> None:
@@ -60,6 +61,7 @@ def test_the_first_process_reports_for_its_machine(
         assert job.text().count("\n") == 1
 
 
+@pytest.mark.fault(75)
 def test_a_process_that_is_killed_at_the_start_is_named(
     folders: list[list[str]], tmp_path: Path
 ) -> None:
@@ -70,6 +72,7 @@ def test_a_process_that_is_killed_at_the_start_is_named(
         assert job.text() == f"{KILLED} at the start\n"
 
 
+@pytest.mark.fault(76)
 @pytest.mark.parametrize("rank", [None, 0, 1])
 def test_a_signal_at_the_start_is_the_cause_if_no_process_has_failed(
     rank: int | None, folders: list[list[str]], tmp_path: Path
