@@ -50,12 +50,21 @@ def test_a_signal_waits_for_the_end_of_what_must_not_be_interrupted() -> None:
             reached.append(2)  # still within the outer one
         reached.append(3)
 
-    with Preemption().listen():
+    preemption = Preemption()
+    with preemption.listen(), preemption.interruptible():
         with pytest.raises(Preempted):
             hold()
         assert reached == [1, 2]
         with uninterrupted():  # once is enough
             pass
+
+
+def test_a_signal_that_came_during_the_imports_stops_what_follows() -> None:
+    preemption = Preemption()
+    with preemption.listen():
+        os.kill(os.getpid(), signal.SIGTERM)  # nothing is raised here
+        with pytest.raises(Preempted), preemption.interruptible():
+            pytest.fail("the block was entered")
 
 
 def test_the_second_ctrl_c_stops_at_once_but_a_forwarded_one_does_not() -> None:

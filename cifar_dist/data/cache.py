@@ -255,7 +255,7 @@ def _write_meta(folder: Path, entry: dict[str, Any]) -> None:
 def _read_meta(place: Path) -> tuple[dict[str, Any], int]:
     """Return what meta.json holds, and when it was written, in nanoseconds of the file system."""
     try:
-        with (place / META).open() as file:
+        with (place / META).open(encoding="utf-8") as file:
             content = json.load(file)
             written = os.fstat(file.fileno()).st_ctime_ns
         entry = content["entry"]
