@@ -19,9 +19,8 @@ from cifar_dist.runfolder import Warned
 TILES = 64  # images in a grid
 WRONG = 32  # wrong test images in a picture
 LABEL_HEIGHT = 12  # pixels of text under a picture
-CONFUSION_SIDE = (
-    960  # pixels of a confusion matrix, and so the most classes with a row of their own
-)
+# Pixels of a confusion matrix, and so the most classes with a row of their own.
+CONFUSION_SIDE = 960
 
 
 class Tracker:
