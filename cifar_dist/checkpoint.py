@@ -71,7 +71,9 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
     target = _place(folder, step)
     temporary = folder / f".{target.name}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            files.sync(folder.parent)
         _refuse_links(folder, target, temporary)
         if temporary.exists():  # of a process that was killed
             shutil.rmtree(temporary)
@@ -218,13 +220,13 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
 
     What saves that were killed have left goes too; so nobody else may be saving there.
     """
+    _remove_leftovers(folder)  # one may have the name that a checkpoint is about to get
     committed = _committed(folder)
     for step in sorted(committed)[:-keep]:
         if step != best:  # renamed first: half a removed checkpoint is none
             os.replace(committed[step], folder / f".{_place(folder, step).name}.tmp")
-    for path in folder.glob(".step-*"):
-        if path not in _committed(folder).values():
-            shutil.rmtree(path, ignore_errors=True)
+    files.sync(folder)
+    _remove_leftovers(folder)
 
 
 def pack_optimizer(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
@@ -421,6 +423,14 @@ def _verify(path: Path) -> list[str]:
     if unknown:
         print(f"warning: {path.name} holds unknown files: {', '.join(sorted(unknown))}", flush=True)
     return list(listed)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the parts of checkpoints, and those that a newer one has replaced."""
+    committed = _committed(folder).values()
+    for path in folder.glob(".step-*"):
+        if path not in committed:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:

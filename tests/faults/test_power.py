@@ -79,6 +79,14 @@ def test_no_checkpoint_that_is_found_is_a_part_of_one(saves: Saves, tmp_path: Pa
             load_checkpoint(path)
 
 
+def test_saving_goes_on_after_a_power_cut(saves: Saves, tmp_path: Path) -> None:
+    for folder, _ in left(saves, True, tmp_path):
+        save(folder, 5, sample(5.0))
+        prune(folder, keep=1, best=None)
+        assert [path.name for path in folder.iterdir()] == ["step-00000005"]
+        assert newest_in(folder) == (5, 5.0)
+
+
 def test_the_simulation_loses_what_is_not_synced_and_nothing_else(tmp_path: Path) -> None:
     def sync(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
