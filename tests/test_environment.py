@@ -175,7 +175,7 @@ SAME = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     ("options", "environment", "asked"),
     [
         (["--num_processes", "1"], KUBEFLOW, 1),
-        (["--cpu", "--num_processes", "2"], KUBEFLOW, None),
+        pytest.param(["--cpu", "--num_processes", "2"], KUBEFLOW, None, marks=pytest.mark.slow),
         (["--cpu", "--num_processes=2"], SAME, None),
         pytest.param(["--num_processes", "1"], SAME, 1, marks=pytest.mark.slow),
         pytest.param(["--config_file", "two.yaml"], SAME, None, marks=pytest.mark.slow),

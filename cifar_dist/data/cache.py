@@ -5,6 +5,7 @@ meta.json with the rest and with the size, SHA-256 and stamp of every file. It i
 of them are as they were written, else it is built again. Other files in the folder are ignored.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -29,6 +30,7 @@ from cifar_dist.files import put_in_place, replace_file, sha256_of, sync
 
 FORMAT = 2  # of an entry
 META = "meta.json"
+ATTEMPTS = 50  # at opening an entry that other machines build too
 CHUNK = 512  # images handled at a time when measuring: few enough to stay in a core's cache
 
 
@@ -99,7 +101,7 @@ def load_or_build(folder: Path, key: str, build: Callable[[CacheWriter], None]) 
             if damage:
                 print(f"warning: {damage}; decoding them again", file=sys.stderr, flush=True)
             _build(folder, key, build)
-            return _open(folder, key)
+            return _open_built(folder, key)
     except OSError as error:
         raise UsageError(
             (f"{damage}, and " if damage else "")
@@ -136,12 +138,22 @@ def _build(folder: Path, key: str, build: Callable[[CacheWriter], None]) -> None
         writer = CacheWriter(work / "new")
         build(writer)
         _write_meta(writer.folder, _describe(writer, place.name))
-        put_in_place(writer.folder, place, aside=work / "damaged")
-    except OSError:
         if open_cached(folder, key) is None:  # else another machine was faster
+            put_in_place(writer.folder, place, aside=work / "damaged")
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another machine was faster
             raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _open_built(folder: Path, key: str) -> Source:
+    """Open an entry that exists, although another machine may be putting its own in its place."""
+    for _ in range(ATTEMPTS):
+        with suppress(Damaged, FileNotFoundError):
+            return _open(folder, key)
+        time.sleep(0.02)
+    return _open(folder, key)
 
 
 def _describe(writer: CacheWriter, name: str) -> dict[str, Any]:

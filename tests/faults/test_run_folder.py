@@ -119,8 +119,13 @@ def open_again(out: Path) -> None:
             write_status(out, "running", 10, 1)
 
 
+QUICK = ("missing", "cut", "zeros", "not UTF-8", "other types", "a folder")
+
+
 @pytest.mark.fault(71)
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage", [d if d in QUICK else pytest.param(d, marks=pytest.mark.slow) for d in DAMAGES]
+)
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_rebuilt_or_refused_in_one_line(
     name: str, damage: str, copy: Path, capfd: pytest.CaptureFixture[str]
@@ -170,7 +175,9 @@ def quiet_commands(run: Path, images: Path) -> dict[str, Callable[[], int]]:
     }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage", [d if d in QUICK else pytest.param(d, marks=pytest.mark.slow) for d in DAMAGES]
+)
 def test_no_command_fails_because_of_damaged_files(
     damage: str, copy: Path, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,7 +73,7 @@ def test_a_process_that_is_killed_at_the_start_is_named(
 
 
 @pytest.mark.fault(76)
-@pytest.mark.parametrize("rank", [None, 0, 1])
+@pytest.mark.parametrize("rank", [None, 0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_signal_at_the_start_is_the_cause_if_no_process_has_failed(
     rank: int | None, folders: list[list[str]], tmp_path: Path
 ) -> None:
