@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,7 @@ def test_curves_are_continuous_after_a_resume(
             stop_at(step, patch)
             with pytest.raises(RunFailed, match="Stopped"):
                 train(tmp_path, *options)
+        time.sleep(1)  # TensorBoard orders files by their names, which have whole seconds
     train(tmp_path, *options)
     events = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0})
     events.Reload()
