@@ -132,6 +132,7 @@ def _agree(
     is_cause = own.code != EXIT_CODE and not lost_peer(error)
     first = peers.publish(own if is_cause else _find_cause(peers, error, own, where))
     if local_rank() > 0 and is_cause and in_training:
+        peers.mark("heard")
         return replace(first, writes=False)
     machine = f"of machine {peers.first_here}"
     if local_rank() > 0 and (is_cause or peers.first_here in peers.marked("ended")):
@@ -143,8 +144,9 @@ def _agree(
     peers.wait_until(lambda: peers.has(f"report {machine}"), GRACE_SECONDS)
     ended = peers.marked("ended")
     peers.mark("heard")
-    if peers.serves:
-        peers.wait_until(lambda: len(peers.marked("heard")) == peers.world, GRACE_SECONDS)
+    if peers.serves:  # the others can hear of it only while this process is there
+        alive = set(range(peers.world)) if is_cause else ended | peers.marked("here")
+        peers.wait_until(lambda: peers.marked("heard") >= alive, GRACE_SECONDS)
     return replace(first, writes=reports and peers.rank == min(ended & {0, peers.rank}))
 
 
