@@ -233,6 +233,19 @@ def killed_at_start(rank: str) -> None:
         data.load_dataset = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 
 
+def slow_report(seconds: str) -> None:
+    """Take long to print the cause of a failure."""
+    from cifar_dist import train
+
+    original = train.print_ending
+
+    def print_ending(*arguments: Any) -> None:
+        time.sleep(float(seconds))
+        original(*arguments)
+
+    train.print_ending = print_ending
+
+
 def slow_steps(seconds: str) -> None:
     """Take long over every step."""
 

@@ -61,6 +61,15 @@ def test_the_first_process_reports_for_its_machine(
         assert job.text().count("\n") == 1
 
 
+def test_no_process_exits_before_the_cause_is_printed(
+    folders: list[list[str]], tmp_path: Path
+) -> None:
+    with start(folders, 2, folder=tmp_path, fault="slow_report 1") as job:
+        job.processes[1].join(20)
+        assert job.text(0).startswith("error: data.root '")
+        assert job.wait(20) == [2, 2]
+
+
 @pytest.mark.fault(75)
 def test_a_process_that_is_killed_at_the_start_is_named(
     folders: list[list[str]], tmp_path: Path
