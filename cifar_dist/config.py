@@ -572,7 +572,7 @@ def _read_value(loader: RecipeLoader, node: Any, types: Sequence[Any], key: str,
 
 
 def _require_number(text: str, types: Sequence[Any], name: str) -> None:
-    """Refuse what is given for a number and is none; jsonargparse would read YAML 1.1 in it."""
+    """Refuse a value that is not a decimal number; jsonargparse would read it by YAML 1.1."""
     if {int, float} & set(types):
         tag = RecipeLoader("").resolve(yaml.ScalarNode, text.strip(), (True, False))
         allowed = ("int", "float", *["null"] * (NoneType in types))

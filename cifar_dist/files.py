@@ -15,7 +15,7 @@ def put_in_place(written: Path, target: Path, aside: Path | None = None) -> None
     After a power cut `target` is what it was, or all of the new, or absent where `aside` was used.
 
     Args:
-        aside: where to move what has the name `target`; a folder cannot be replaced in one step.
+        aside: where an existing `target` is moved; a folder cannot be replaced in one step.
     """
     if written.is_dir():
         for path in written.iterdir():

@@ -83,7 +83,7 @@ def load_or_build(folder: Path, key: str, build: Callable[[CacheWriter], None]) 
     build happens in a temporary folder that is renamed at the end, so a killed one leaves nothing.
 
     Raises:
-        UsageError: the folder cannot be written, or this user may not read what is cached.
+        UsageError: the folder cannot be written, or this user may not read the entry.
     """
     source = open_cached(folder, key)
     if source is not None:
@@ -174,7 +174,7 @@ def _describe(writer: CacheWriter, name: str) -> dict[str, Any]:
 
 
 def _open(folder: Path, key: str) -> Source:
-    """Map the arrays of an entry into memory after comparing each with what was written.
+    """Verify the arrays of an entry and map them into memory.
 
     Raises:
         FileNotFoundError: there is no such entry.

@@ -152,7 +152,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _find_turn(file: ImageFile.ImageFile) -> Image.Transpose | None:
-    """Return the transposition that puts an image upright, None if it is or nothing says so."""
+    """Return the transposition that puts an image upright; None if no orientation is stored."""
     try:
         value = _read_orientation(file.info.get("exif", b""))
         if value is None:
