@@ -17,9 +17,9 @@ from torch.nn import functional
 
 from benchmarks.harness import RESULTS, Rounds, median, paired, record, spread, table
 from cifar_dist.models import MODELS
-from cifar_dist.models.winograd import WinogradConv2d, use_winograd
-from cifar_dist.optim import orthogonalise
-from cifar_dist.runtime import keep_memory
+from cifar_dist.processes.start import keep_memory
+from cifar_dist.speedups.winograd import WinogradConv2d, use_winograd
+from cifar_dist.training.optim import orthogonalise
 
 # Channels in and out, side of the images, side of the filters.
 LAYERS = [

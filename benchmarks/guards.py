@@ -22,18 +22,18 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional
 
-from cifar_dist import session
 from cifar_dist.config import AugmentConfig, ModelConfig, OptimConfig, TrainConfig, parse_recipe
 from cifar_dist.data.augment import Pixels
 from cifar_dist.data.batches import build_loader
 from cifar_dist.data.synthetic import draw
-from cifar_dist.engine import TrainState, seed_step, train_epoch
-from cifar_dist.guard import Guard, gradient_norm, scale_showing, weight_sums
-from cifar_dist.metrics import Tally
 from cifar_dist.models import build_model
-from cifar_dist.optim import build_optimizer
-from cifar_dist.runtime import start_processes
+from cifar_dist.processes.start import start_processes
 from cifar_dist.train import run
+from cifar_dist.training import session
+from cifar_dist.training.engine import TrainState, seed_step, train_epoch
+from cifar_dist.training.guard import Guard, gradient_norm, scale_showing, weight_sums
+from cifar_dist.training.metrics import Tally
+from cifar_dist.training.optim import build_optimizer
 
 BATCH = 64
 PIXELS = Pixels((0.5,) * 3, (0.25,) * 3, AugmentConfig(flip="random", translate=2), 0)

@@ -68,16 +68,16 @@ class Meter:
         if not sys.stdin.readline():
             os._exit(0)  # the program around this loop has more to do, and nobody waits for it
 
-    def follow(self, engine: Any) -> None:
-        """Count the steps of cifar_dist.engine from now on."""
-        train_epoch = engine.train_epoch
+    def follow(self, story: Any) -> None:
+        """Count the steps of cifar_dist.training.run from now on."""
+        train_epoch = story.train_epoch
 
         def counted(*arguments: Any) -> Iterator[None]:
             for step in train_epoch(*arguments):
                 yield step
                 self.tick()
 
-        engine.train_epoch = counted
+        story.train_epoch = counted
 
 
 def wait_for_device() -> None:

@@ -84,7 +84,7 @@ def bare(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
 
 def bare_kept(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
     """The same where the allocator keeps its memory, as cifar_dist has it."""
-    from cifar_dist.runtime import keep_memory
+    from cifar_dist.processes.start import keep_memory
 
     keep_memory()
     bare(meter, options, lean)
@@ -92,11 +92,11 @@ def bare_kept(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
 
 def cifar_dist(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
     """`cifar_dist.train.run` itself, stopped between its steps."""
-    from cifar_dist import engine
     from cifar_dist.config import parse_recipe
     from cifar_dist.train import run
+    from cifar_dist.training import run as story
 
-    meter.follow(engine)
+    meter.follow(story)
     with tempfile.TemporaryDirectory() as folder:
         recipe, _ = parse_recipe(
             [

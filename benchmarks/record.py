@@ -123,13 +123,13 @@ class Stopwatch:
 
 def cifar_dist(options: argparse.Namespace) -> Callable[[int], Figures]:
     """`cifar_dist.train.run` with the recipe as shipped."""
-    from cifar_dist import engine
     from cifar_dist.config import parse_recipe
     from cifar_dist.models.speednet import SpeedNet
     from cifar_dist.train import run
+    from cifar_dist.training import run as story
 
     watch, plain = Stopwatch(), Figures()
-    train, evaluate = engine.train_epoch, engine.evaluate
+    train, evaluate = story.train_epoch, story.evaluate
     timed_evaluate = watch.time(evaluate)
 
     def timed_epoch(*arguments: Any) -> Iterator[None]:
@@ -143,7 +143,7 @@ def cifar_dist(options: argparse.Namespace) -> Callable[[int], Figures]:
         plain["plain"] = result.totals.correct / result.totals.count
         return timed_evaluate(*arguments, **named)
 
-    engine.train_epoch, engine.evaluate = timed_epoch, both_evaluations
+    story.train_epoch, story.evaluate = timed_epoch, both_evaluations
     SpeedNet.whiten = watch.time(SpeedNet.whiten)  # type: ignore[method-assign]
     epochs = ["--train.epochs", str(options.epochs)] if options.epochs else []
 

@@ -35,7 +35,7 @@ from benchmarks.harness import (
     table,
 )
 from benchmarks.peers import cifar_dist
-from cifar_dist.launching.predict import fit_line, step_seconds
+from cifar_dist.launching.forecast import fit_line, step_seconds
 
 LAUNCH = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 SIZES = (4, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)  # bytes of an all-reduce

@@ -97,9 +97,9 @@ def train(steps: int, arguments: Sequence[str]) -> None:
     begin = program._train
 
     def measured(*given: Any) -> bool:
-        from cifar_dist import engine  # not before the program itself imports torch
+        from cifar_dist.training import run  # not before the program itself imports torch
 
-        meter.follow(engine)
+        meter.follow(run)
         return begin(*given)
 
     program._train = measured

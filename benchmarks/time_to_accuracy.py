@@ -71,18 +71,19 @@ def script(options: argparse.Namespace) -> None:
 
 def quick(options: argparse.Namespace) -> None:
     """Train the recipe, and print accuracy and seconds from the first step to the checkpoint."""
-    from cifar_dist import session
     from cifar_dist.config import parse_recipe
     from cifar_dist.train import run
+    from cifar_dist.training import run as story
+    from cifar_dist.training import session
 
-    open_session, began = session.open_session, list[float]()
+    open_session, began = story.open_session, list[float]()
 
     def timed(*arguments: object) -> session.Session:
         opened = open_session(*arguments)  # type: ignore[arg-type]
         began.append(time.perf_counter())
         return opened
 
-    session.open_session = timed
+    story.open_session = timed
     recipe, _ = parse_recipe(
         ["--config", "quick", *data_options(options), "--out", str(options.out / "run")]
     )

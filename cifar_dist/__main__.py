@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from cifar_dist.console import complain, open_streams
+from cifar_dist.processes.streams import complain, open_streams
 
 VERBS = {
     "train": "train a recipe, or continue a run",

@@ -9,10 +9,7 @@ import difflib
 import math
 import os
 import re
-import stat
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,22 +18,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from cifar_dist.errors import UsageError, require
+
 RECIPES = Path(__file__).parent / "recipes"
 LARGEST_IMAGE = 2048  # pixels; a checkpoint from elsewhere must not ask for all memory there is
-
-
-class UsageError(Exception):
-    """A request that cannot work; one line says what was found, what was expected, what to do."""
-
-
-class RunError(Exception):
-    """A run that cannot go on for a known reason; one line, as of UsageError, says all."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise UsageError with `message` unless `condition` holds."""
-    if not condition:
-        raise UsageError(message)
 
 
 @dataclass(frozen=True)
@@ -363,6 +348,8 @@ FREE_KEYS = (
     *("train.accumulate", "train.timeout"),
 )
 FREE_SECTIONS = ("checkpoint.", "track.")
+# Keys that may differ between the machines of a launch: they say where files are.
+OWN_KEYS = ("out", "data.root", "data.cache")
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -756,36 +743,11 @@ def local_path(place: str) -> Path:
     path = Path(os.path.expanduser(place))
     require(
         path.parts[:1] != ("~",),
-        f"'{place}' begins with ~, but HOME is not set and user {_user()} has no home folder; "
+        f"'{place}' begins with ~, but HOME is not set and user {user_id()} has no home folder; "
         "give a path without ~, or set HOME",
     )
     return path
 
 
-def cache_folder(config: DataConfig) -> Path:
-    """Return the folder of decoded datasets: data.cache, else XDG_CACHE_HOME, else ~/.cache.
-
-    A user without a home folder, as in a container, gets one in the folder of temporary files.
-
-    Raises:
-        UsageError: that one belongs to somebody else.
-    """
-    if config.cache:
-        return local_path(config.cache)
-    base = os.environ.get("XDG_CACHE_HOME")
-    if base or os.path.expanduser("~") != "~":
-        return local_path(base or "~/.cache") / "cifar-dist"
-    folder = Path(tempfile.gettempdir(), f"cifar-dist-{_user()}")
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    require(
-        stat.S_ISDIR(found.st_mode) and (found.st_uid, found.st_mode & 0o77) == (_user(), 0),
-        f"'{folder}' is not a folder that user {_user()} alone may use; name another with "
-        "--data.cache",
-    )
-    return folder
-
-
-def _user() -> int:
+def user_id() -> int:
     return os.getuid() if hasattr(os, "getuid") else 0  # Windows has none

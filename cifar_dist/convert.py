@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from cifar_dist.config import UsageError, require
+from cifar_dist.command import run_verb
+from cifar_dist.errors import UsageError, require
 from cifar_dist.files import replace_file
-from cifar_dist.runtime import run_verb
 
 if TYPE_CHECKING:
-    from cifar_dist.checkpoint import Tensors
+    from cifar_dist.storage.checkpoint import Tensors
 
 PREFIXES = ("module.", "_orig_mod.")  # which DDP and torch.compile put before every name
 
@@ -100,7 +100,7 @@ def _read(source: Path) -> Any:
 
 def _choose(content: Any, key: str | None, source: Path) -> Tensors:
     """Return the dict of tensors in `content`; a refusal lists what is there instead."""
-    from cifar_dist.weights import name_some
+    from cifar_dist.storage.weights import name_some
 
     entries = content if isinstance(content, dict) else {}
     chosen = content if key is None else entries.get(key)
@@ -137,7 +137,7 @@ def _make_plain(tensors: Tensors, source: Path) -> Tensors:
     """Return dense copies that share no memory, without a prefix that all names have."""
     import torch
 
-    from cifar_dist.weights import name_some
+    from cifar_dist.storage.weights import name_some
 
     size = source.stat().st_size
     odd = [

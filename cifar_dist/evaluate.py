@@ -12,21 +12,18 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from cifar_dist.command import run_verb
 from cifar_dist.config import (
     DataConfig,
-    Recipe,
-    from_dict,
     new_parser,
     parse_strictly,
     refuse_unknown_options,
-    require,
 )
-from cifar_dist.runtime import leave_processes, run_verb
+from cifar_dist.errors import require
+from cifar_dist.processes.start import leave_processes
+from cifar_dist.storage.weights import recipe_of, restore_network
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from cifar_dist.checkpoint import Checkpoint
     from cifar_dist.data.images import Images
 
 MATRIX_CLASSES = 1000  # classes up to which JSON holds the confusion matrix
@@ -76,12 +73,12 @@ def evaluate_checkpoint(
     Raises:
         UsageError: no such checkpoint or dataset, or their classes differ.
     """
-    from cifar_dist.checkpoint import find_checkpoint
     from cifar_dist.data import load_evaluation
     from cifar_dist.data.augment import Pixels
     from cifar_dist.data.batches import build_evaluation_loader
-    from cifar_dist.engine import evaluate
-    from cifar_dist.runtime import start_processes
+    from cifar_dist.processes.start import start_processes
+    from cifar_dist.storage.checkpoint import find_checkpoint
+    from cifar_dist.training.engine import evaluate
 
     path, checkpoint = find_checkpoint(place, best)
     recipe, classes = recipe_of(checkpoint), checkpoint.state["classes"]
@@ -122,33 +119,6 @@ def evaluate_checkpoint(
     }
 
 
-def recipe_of(checkpoint: Checkpoint) -> Recipe:
-    """Return the recipe a checkpoint was trained with."""
-    return from_dict(checkpoint.state["recipe"])
-
-
-def restore_network(checkpoint: Checkpoint) -> nn.Module:
-    """Return the network of a checkpoint, ready to evaluate: averaged weights where it has them.
-
-    Raises:
-        UsageError: the weights do not fit the model that the recipe names.
-    """
-    import torch
-
-    from cifar_dist.models import build_model
-
-    recipe = recipe_of(checkpoint)
-    network = build_model(recipe.model, len(checkpoint.state["classes"]))
-    try:
-        network.load_state_dict(checkpoint.tensors.get("ema", checkpoint.tensors["model"]))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        require(False, f"the weights do not fit the model {recipe.model.name}: {reason}")
-    if recipe.train.channels_last:
-        network = network.to(memory_format=torch.channels_last)
-    return network.eval()
-
-
 def _check_classes(images: Images, classes: Sequence[str]) -> None:
     """Refuse a dataset whose classes are not those the checkpoint knows, naming the difference."""
     missing, extra = set(classes) - set(images.classes), set(images.classes) - set(classes)
@@ -168,7 +138,7 @@ def _parse(argv: Sequence[str]) -> Any:
     """
     import argparse
 
-    from cifar_dist.checkpoint import find_checkpoint
+    from cifar_dist.storage.checkpoint import find_checkpoint
 
     parser = new_parser("cifar_dist.evaluate")
     parser.add_argument(

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar_dist.config import UsageError, require
-from cifar_dist.runtime import run_verb
+from cifar_dist.command import run_verb
+from cifar_dist.errors import UsageError, require
 
 BATCH = 256  # images decoded and classified at a time
 
@@ -93,10 +93,10 @@ def stream_predictions(
     import numpy as np
     import torch
 
-    from cifar_dist.checkpoint import find_checkpoint
     from cifar_dist.data.augment import normalise
     from cifar_dist.data.decode import decode_image
-    from cifar_dist.evaluate import restore_network
+    from cifar_dist.storage.checkpoint import find_checkpoint
+    from cifar_dist.storage.weights import restore_network
 
     require(top >= 1, f"--top is {top}; give 1 or more")
     files = _find_files(images)
@@ -129,7 +129,7 @@ def stream_predictions(
 
 
 def _find_files(images: Sequence[str | Path]) -> list[Path]:
-    from cifar_dist.listing import list_images
+    from cifar_dist.data.listing import list_images
 
     files: list[Path] = []
     for place in map(Path, images):

@@ -1,69 +1,19 @@
-"""Train a recipe: `accelerate launch -m cifar_dist.train [--config RECIPE] [--section.key value]`.
-
-The story of a run, from top to bottom: processes, data, network, where to continue, epochs, result.
-"""
+"""Train a recipe: `accelerate launch -m cifar_dist.train [--config RECIPE] [--section.key N]`."""
 
 from __future__ import annotations
 
-import json
-import math
-import platform
 import sys
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from cifar_dist.config import (
-    Recipe,
-    RunError,
-    UsageError,
-    flatten,
-    local_path,
-    nearest_multiples,
-    parse_recipe,
-    require,
-)
-from cifar_dist.console import open_streams
-from cifar_dist.ending import FAILED, Ending, agree, print_ending
-from cifar_dist.ending import RunFailed as RunFailed  # run raises it
-from cifar_dist.listing import looking_ahead
-from cifar_dist.preemption import EXIT_CODE, Preempted, Preemption
-from cifar_dist.runtime import (
-    asked_world_size,
-    leave_processes,
-    on_main_process,
-    run_verb,
-    start_processes,
-)
+from cifar_dist.command import run_verb
+from cifar_dist.config import Recipe, parse_recipe
+from cifar_dist.processes.ending import print_ending
+from cifar_dist.processes.preemption import EXIT_CODE, Preemption
+from cifar_dist.processes.start import leave_processes
 
 if TYPE_CHECKING:
-    from cifar_dist.data import Dataset
-    from cifar_dist.metrics import Evaluation
-    from cifar_dist.peers import Peers
-    from cifar_dist.runfolder import RunLock
-    from cifar_dist.session import Session
-
-OWN_KEYS = ("out", "data.root", "data.cache")  # places, which may differ between machines
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended.
-
-    Attributes:
-        state: finished, or preempted: start the same recipe again to continue.
-        out: run folder.
-        metrics: of the last epoch: one entry a split, with loss, accuracy, correct and count.
-        best: the same of the epoch with the best validation accuracy; None without validation.
-    """
-
-    state: str
-    out: Path
-    metrics: dict[str, dict[str, Any]]
-    best: dict[str, Any] | None
+    from cifar_dist.training.run import Result as Result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,11 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def verb(arguments: Sequence[str]) -> int:
         recipe, origin = parse_recipe(arguments)
-        with looking_ahead(recipe.data) as find_key:
-            from torch.distributed.elastic.multiprocessing.errors import record
+        from torch.distributed.elastic.multiprocessing.errors import record
 
-            recorded = record(_run)  # names a crash in the launcher's lines
-            result = recorded(recipe, origin, preemption, find_key, print_ending)
+        from cifar_dist.training.run import run_until_end
+
+        recorded = record(run_until_end)  # names a crash in the launcher's lines
+        result = recorded(recipe, origin, preemption, print_ending)
         leave_processes()
         return EXIT_CODE if result and result.state == "preempted" else 0
 
@@ -85,280 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(recipe: Recipe, origin: str = "Python") -> Result:
-    """Train `recipe`, or continue the run of it that its `out` holds.
+    """Train `recipe`; see `cifar_dist.training.run.run`."""
+    from cifar_dist.training.run import run
 
-    Args:
-        recipe: what to do; every process gets the same.
-        origin: where the recipe came from, for the banner.
-
-    Raises:
-        UsageError: the request cannot work; nothing was started.
-        Preempted: a signal came before training had begun; nothing was lost.
-        RunFailed: anything else; status.json holds the same line.
-    """
-    open_streams()
-    preemption = Preemption()
-    with preemption.listen(), looking_ahead(recipe.data) as find_key:
-        return _run(recipe, origin, preemption, find_key, lambda ending: None)
-
-
-def _run(
-    recipe: Recipe,
-    origin: str,
-    preemption: Preemption,
-    find_key: Callable[[], str],
-    report: Callable[[Ending], object],
-) -> Result:
-    from cifar_dist.console import kept
-    from cifar_dist.reporting import announce, show_inputs
-    from cifar_dist.runfolder import RunLock
-
-    session: Session | None = None
-    with RunLock() as lock:
-        try:
-            session = _start(recipe, lock, preemption, find_key)
-            with kept(session.out, session.accelerator.process_index, session.warned):
-                with session.warned.spare("the banner"):
-                    announce(session, origin)
-                if not session.state.step:
-                    with session.warned.spare("showing the inputs"):
-                        show_inputs(session)
-                finished = _train(session, preemption)
-                return _finish(session, finished)
-        except (Exception, KeyboardInterrupt, Preempted) as error:
-            ending = _end(recipe, lock, session, error, report)
-            raise ending.to_error() from (error if ending.code == FAILED else None)
-
-
-def _start(
-    recipe: Recipe, lock: RunLock, preemption: Preemption, find_key: Callable[[], str]
-) -> Session:
-    """Check the request against this machine and these data, and prepare everything.
-
-    Once everything is imported, a signal raises Preempted.
-    """
-    _check_batch_size(recipe, asked_world_size())
-
-    from cifar_dist.data import load_dataset
-    from cifar_dist.runfolder import check_out, claim
-    from cifar_dist.session import find_start, open_session
-
-    with preemption.interruptible():
-        asked = {key: value for key, value in flatten(recipe).items() if key not in OWN_KEYS}
-        accelerator, peers = start_processes(recipe.train, recipe.track.log_with, asked)
-        on_main_process(accelerator, lambda: check_out(recipe, lock))
-        # On several machines one may have to look through its images, and then to decode them, for
-        # longer than the others.
-        key = _share_key(peers, recipe, find_key())
-        dataset = load_dataset(recipe.data, key)
-        _check_dataset(recipe, dataset)
-        peers.compare("dataset", describe(dataset), seconds=None)
-        start = on_main_process(accelerator, lambda: find_start(recipe, dataset))
-        out = on_main_process(accelerator, lambda: claim(recipe, lock))
-        session = open_session(accelerator, peers, recipe, dataset, out, start)
-        preemption.defer(accelerator.num_processes, recipe.train.timeout)
-    return session
-
-
-def _share_key(peers: Peers, recipe: Recipe, key: str) -> str:
-    """Return the key that the first process of this machine, which alone looks, has found."""
-    place = [platform.node(), recipe.data.root]
-    told = peers.tell("images", [place, key], seconds=None)
-    return next((found for where, found in told if where == place and found), "")
-
-
-def _train(session: Session, preemption: Preemption) -> bool:
-    """Train the epochs that are left, and say whether that is done; else a signal came."""
-    from cifar_dist.data.batches import build_loader
-    from cifar_dist.engine import refuse_bad_numbers, train_epoch
-    from cifar_dist.reporting import ProgressBar, report_epoch, report_window
-    from cifar_dist.schedule import learning_rate, total_steps
-    from cifar_dist.session import compare_weights, save
-
-    accelerator, recipe, state = session.accelerator, session.recipe, session.state
-    train, steps, pixels = recipe.train, session.steps_per_epoch, session.pixels
-    loader, order = build_loader(
-        accelerator,
-        session.dataset.train,
-        train.batch_size // train.accumulate,
-        train.seed,
-        train.accumulate,
-    )
-
-    def schedule(step: int) -> float:
-        return learning_rate(recipe.schedule, recipe.optim.lr, step, steps, train.epochs)
-
-    def check_numbers() -> None:
-        refuse_bad_numbers(accelerator, state, loader, order, pixels, train)
-
-    total = total_steps(train.epochs, steps)
-    for epoch in range(math.ceil(session.epochs_done), math.ceil(total / steps)):
-        begin, end = epoch * steps, session.end_of(epoch)
-        order.start_at(
-            epoch, (state.step - begin) * train.accumulate, (end - begin) * train.accumulate
-        )
-        bar = ProgressBar(session, epoch)
-        session.clock = time.monotonic()
-        for _ in train_epoch(accelerator, state, loader, pixels, train, schedule, epoch):
-            bar.update()
-            reports = _due(recipe.track.every_steps, state.step)
-            stop = preemption.agreed()
-            saves = stop or _due(recipe.checkpoint.every_steps, state.step)
-            if reports or saves:
-                check_numbers()
-            if reports:
-                report_window(session, epoch)
-            if saves and state.step < end:  # an epoch's last step is saved after evaluation
-                save(session)
-                if stop:
-                    bar.close()
-                    return False
-        bar.close()
-        check_numbers()
-        compare_weights(session)
-        last = end == total
-        results: dict[str, Evaluation] | None = {}
-        if last or _due(train.evaluate_every, epoch + 1):
-            results = _measure(session, preemption)
-        if results is None:
-            save(session)
-            return False
-        report_epoch(session, epoch, results)
-        stop = preemption.agreed()
-        if (
-            stop
-            or last
-            or session.best["step"] == state.step
-            or _due(recipe.checkpoint.every_epochs, epoch + 1)
-            or _due(recipe.checkpoint.every_steps, state.step)
-        ):
-            save(session)
-        if stop and not last:
-            return False
-    return True
-
-
-def _measure(session: Session, preemption: Preemption) -> dict[str, Evaluation] | None:
-    """Measure the network on each part of the dataset held for that; None: a signal came."""
-    from cifar_dist.data.batches import build_evaluation_loader
-    from cifar_dist.engine import average_buffers, evaluate
-
-    accelerator, state = session.accelerator, session.state
-    average_buffers(accelerator, state.network, state.average)
-    results = {}
-    for name, images in session.dataset.evaluation.items():
-        result = evaluate(
-            accelerator,
-            state.evaluated,
-            build_evaluation_loader(accelerator, images),
-            session.pixels,
-            len(session.dataset.classes),
-            tta=session.recipe.train.tta,
-            stop=preemption.agreed,
-        )
-        if result is None:
-            return None
-        results[name] = result
-    return results
-
-
-def _finish(session: Session, finished: bool) -> Result:
-    """Say how it ended, once the checkpoint is there; nobody leaves before the others."""
-    from cifar_dist.runfolder import write_status
-
-    session.saver.wait(final=True)
-    session.tracker.finish()
-    result = "finished" if finished else "preempted"
-    best = session.best["metrics"] if session.best["step"] is not None else None
-    if session.accelerator.is_main_process:
-        with session.warned.spare("status.json"):
-            write_status(session.out, result, session.state.step, session.epochs_done)
-        if finished and best:
-            numbers = ", ".join(
-                f"{name} {line['accuracy']:.4f}" for name, line in best.items() if name != "train"
-            )
-            print(f"best by validation: step {session.best['step']}, accuracy {numbers}")
-        hint = "" if finished else "; the same command with --out continues it"
-        print(f"{result} at step {session.state.step}: {session.out}{hint}", flush=True)
-    session.peers.leave()
-    session.accelerator.wait_for_everyone()
-    return Result(result, session.out, session.metrics, best)
-
-
-def _end(
-    recipe: Recipe,
-    lock: RunLock,
-    session: Session | None,
-    error: BaseException,
-    report: Callable[[Ending], object],
-) -> Ending:
-    """Agree with the other processes on why the run ends, and write it to status.json."""
-    from cifar_dist.runfolder import write_status
-
-    if session is None:
-        ending = agree(error, "at the start", report)
-        if ending.code == EXIT_CODE and ending.writes and recipe.out:
-            _note_preempted(local_path(recipe.out), lock)
-        return ending
-    state = session.state
-    ending = agree(error, f"at step {state.step}", report, in_training=True)
-    if not isinstance(error, KeyboardInterrupt):
-        with suppress(RunError):  # the line is about what came first
-            session.saver.wait()
-    if ending.writes and ending.code == EXIT_CODE:
-        _note_preempted(session.out, lock)
-    elif ending.writes:
-        with session.warned.spare("status.json"):
-            write_status(session.out, "failed", state.step, session.epochs_done, ending.line)
-    return ending
-
-
-def _note_preempted(out: Path, lock: RunLock) -> None:
-    """Say in a run folder that its run was stopped before it had begun, or gone on."""
-    from cifar_dist.checkpoint import checkpoints_in
-    from cifar_dist.runfolder import write_status
-
-    with suppress(
-        UsageError, OSError, ValueError, LookupError, TypeError
-    ):  # what is wrong there, the next start will say
-        out.mkdir(parents=True, exist_ok=True)
-        lock.take(out)
-        saved = {"step": 0, "epoch": 0}
-        for path in checkpoints_in(out / "checkpoints")[-1:]:
-            saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        write_status(out, "preempted", saved["step"], saved["epoch"])
-
-
-def _check_batch_size(recipe: Recipe, world: int) -> None:
-    size, parts = recipe.train.batch_size, world * recipe.train.accumulate
-    require(
-        size % parts == 0,
-        f"train.batch_size {size} does not divide among {world} processes"
-        + (f" x {recipe.train.accumulate} parts" if recipe.train.accumulate > 1 else "")
-        + f"; {nearest_multiples(size, parts)}",
-    )
-
-
-def _check_dataset(recipe: Recipe, dataset: Dataset) -> None:
-    size, images = recipe.train.batch_size, len(dataset.train)
-    require(
-        size <= images,
-        f"train.batch_size {size} exceeds the {images} training images; give {images} or less",
-    )
-
-
-def describe(dataset: Dataset) -> dict[str, Any]:
-    """Return what must be the same in all processes about their dataset, as plain values."""
-    return {
-        "digest": dataset.digest,
-        "classes": list(dataset.classes),
-        "training images": len(dataset.train),
-        **{f"{name} images": len(part) for name, part in dataset.evaluation.items()},
-    }
-
-
-def _due(every: int, number: int) -> bool:
-    return every > 0 and number % every == 0
+    return run(recipe, origin)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_dist.config import require
-from cifar_dist.runtime import run_verb
+from cifar_dist.command import run_verb
+from cifar_dist.errors import require
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _verify_all(place: Path) -> bool:
     """Verify one checkpoint, or all of a run; return whether none is damaged or unreadable."""
-    from cifar_dist.checkpoint import checkpoints_in
+    from cifar_dist.storage.checkpoint import checkpoints_in
 
     try:
         inside = checkpoints_in(place / "checkpoints")
@@ -44,7 +44,7 @@ def _verify_all(place: Path) -> bool:
 
 
 def _verify_one(path: Path) -> bool:
-    from cifar_dist.checkpoint import DamagedCheckpoint, RemovedCheckpoint, verify
+    from cifar_dist.storage.checkpoint import DamagedCheckpoint, RemovedCheckpoint, verify
 
     try:
         print(f"{path}: whole, {len(verify(path))} files")

@@ -22,8 +22,8 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from cifar_dist.command import run_verb
 from cifar_dist.config import parse_recipe
-from cifar_dist.runtime import run_verb
 from cifar_dist.train import run
 
 

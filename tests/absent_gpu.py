@@ -12,12 +12,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from cifar_dist import kernels
+from cifar_dist import speedups as kernels
 from cifar_dist.config import AugmentConfig
 from cifar_dist.data.augment import Pixels
 from cifar_dist.data.batches import Batch
-from cifar_dist.engine import VIEWS, view
 from cifar_dist.models.speednet import SpeedNet
+from cifar_dist.training.engine import VIEWS, view
 
 
 class AbsentGPU:

@@ -10,7 +10,8 @@ import torch
 
 from cifar_dist.config import parse_recipe
 from cifar_dist.data import download
-from cifar_dist.train import Result, run
+from cifar_dist.train import run
+from cifar_dist.training.run import Result
 from tests.helpers import JOB, TINY, Integers, tested
 from tests.server import Server, running
 

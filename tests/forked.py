@@ -19,7 +19,7 @@ from types import TracebackType
 from tests.faults.inject import inject
 from tests.helpers import free_port
 
-PRELOADED = ["cifar_dist.train", "cifar_dist.session", "cifar_dist.reporting", "tests.forked"]
+PRELOADED = ["cifar_dist.train", "cifar_dist.training.run", "tests.forked"]
 PRELOADED += [
     "torch._dynamo",
     "jsonargparse.typing",

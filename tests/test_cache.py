@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_dist.config import DataConfig, UsageError
+from cifar_dist.config import DataConfig
 from cifar_dist.data import Dataset, cache, load_dataset
 from cifar_dist.data.cache import CacheWriter, load_or_build
+from cifar_dist.errors import UsageError
 from tests.helpers import obeying_modes, write_folder
 
 COUNTS = {"train": 12, "val": 12, "test": 12}  # arrays of the same size in all splits

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_dist.checkpoint import (
+from cifar_dist.errors import UsageError
+from cifar_dist.storage.checkpoint import (
     NEEDED,
     Checkpoint,
     DamagedCheckpoint,
@@ -22,7 +23,6 @@ from cifar_dist.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
 )
-from cifar_dist.config import UsageError
 
 
 def sample(value: float = 1.0) -> Checkpoint:

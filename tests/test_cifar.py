@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cifar_dist.config import DataConfig, UsageError
+from cifar_dist.config import DataConfig
 from cifar_dist.data import cifar, load_dataset
+from cifar_dist.errors import UsageError
 from tests.helpers import Bomb
 from tests.server import Handler, Server, whole
 

@@ -9,7 +9,6 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from cifar_dist import config
 from cifar_dist.config import (
     RECIPES,
     DataConfig,
@@ -18,7 +17,6 @@ from cifar_dist.config import (
     Recipe,
     ScheduleConfig,
     TrackConfig,
-    UsageError,
     differences,
     dump_recipe,
     flatten,
@@ -27,9 +25,11 @@ from cifar_dist.config import (
     recipe_names,
 )
 from cifar_dist.data import DATASETS
+from cifar_dist.data.cache import cache_folder
+from cifar_dist.errors import UsageError
 from cifar_dist.models import MODELS
-from cifar_dist.optim import OPTIMIZERS
-from cifar_dist.schedule import SCHEDULES
+from cifar_dist.training.optim import OPTIMIZERS
+from cifar_dist.training.schedule import SCHEDULES
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -256,7 +256,7 @@ def test_the_set_of_options_is_deliberate() -> None:
 
 def test_reading_options_imports_neither_torch_nor_torchvision() -> None:
     code = (
-        "import sys; from cifar_dist.train import main; import cifar_dist.runtime; "
+        "import sys; from cifar_dist.train import main; import cifar_dist.processes.start; "
         "assert main(['--train.epoch', '1']) == 2; "
         "assert not {'torch', 'torchvision', 'accelerate'} & set(sys.modules)"
     )
@@ -269,5 +269,5 @@ def test_cache_folder_follows_the_recipe_then_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert str(config.cache_folder(DataConfig())) == "/somewhere/cifar-dist"
-    assert str(config.cache_folder(DataConfig(cache="/else"))) == "/else"
+    assert str(cache_folder(DataConfig())) == "/somewhere/cifar-dist"
+    assert str(cache_folder(DataConfig(cache="/else"))) == "/else"

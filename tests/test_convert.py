@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cifar_dist import convert, train
-from cifar_dist.checkpoint import find_checkpoint
-from cifar_dist.config import UsageError, parse_recipe
+from cifar_dist.config import parse_recipe
+from cifar_dist.errors import UsageError
 from cifar_dist.models.speednet import SpeedNet
 from cifar_dist.models.tutorial import tutorial
-from cifar_dist.train import Result, run
-from cifar_dist.weights import load_weights
+from cifar_dist.storage.checkpoint import find_checkpoint
+from cifar_dist.storage.weights import load_weights
+from cifar_dist.train import run
+from cifar_dist.training.run import Result
 from tests.helpers import TINY, Bomb, write_folder
 
 Tensors = dict[str, torch.Tensor]

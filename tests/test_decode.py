@@ -22,11 +22,12 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageOps, PngImagePlugin
 
-from cifar_dist.config import DataConfig, UsageError
+from cifar_dist.config import DataConfig
 from cifar_dist.data import decode, load_dataset
 from cifar_dist.data.decode import FORMATS, decode_files, decode_image
 from cifar_dist.data.synthetic import draw
-from cifar_dist.preemption import Preempted
+from cifar_dist.errors import UsageError
+from cifar_dist.processes.preemption import Preempted
 from tests.helpers import write_folder
 
 Image.init()

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cifar_dist.config import UsageError
 from cifar_dist.data import download as downloads
 from cifar_dist.data.download import download
+from cifar_dist.errors import UsageError
 from tests.server import Handler, Server, answer, cut_at, endless, stall_at, without_ranges
 
 FILE = np.random.default_rng(0).bytes(200_000)

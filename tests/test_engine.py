@@ -18,7 +18,8 @@ from cifar_dist.data.augment import Pixels
 from cifar_dist.data.batches import GlobalBatches, build_evaluation_loader, build_loader
 from cifar_dist.data.images import Images
 from cifar_dist.data.synthetic import draw
-from cifar_dist.engine import (
+from cifar_dist.processes.start import start_processes
+from cifar_dist.training.engine import (
     VIEWS,
     TrainState,
     evaluate,
@@ -27,9 +28,8 @@ from cifar_dist.engine import (
     train_epoch,
     view,
 )
-from cifar_dist.guard import Guard
-from cifar_dist.metrics import Tally
-from cifar_dist.runtime import start_processes
+from cifar_dist.training.guard import Guard
+from cifar_dist.training.metrics import Tally
 
 PLAIN = Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), AugmentConfig(), seed=0)
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist import runtime
-from cifar_dist.config import DataConfig, UsageError, cache_folder, local_path
+from cifar_dist.config import DataConfig, local_path
+from cifar_dist.data.cache import cache_folder
+from cifar_dist.errors import UsageError
 from cifar_dist.launching.parity import ON_THIS_MACHINE
+from cifar_dist.processes import environment, start
 from cifar_dist.train import main
 from tests import forked
 from tests.helpers import TINY, command, run_command, write_folder
@@ -95,7 +97,7 @@ def test_empty_variables_are_not_set(tmp_path: Path) -> None:
     with forked.start(options, folder=tmp_path / "out", **dict.fromkeys(EMPTY, "")) as job:
         assert job.wait() == [0], job.text()
     facts = json.loads((tmp_path / "run/run.json").read_text())
-    assert (facts["world_size"], facts["threads"]) == (1, runtime.usable_cores())
+    assert (facts["world_size"], facts["threads"]) == (1, environment.usable_cores())
     assert facts["dynamo_backend"] is None
 
 
@@ -132,7 +134,7 @@ def test_a_wrong_variable_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(runtime, "user_environment", lambda: environment)
+    monkeypatch.setattr(start, "user_environment", lambda: environment)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert main([*TINY, "--out", str(tmp_path / "run")]) == 2
@@ -152,8 +154,8 @@ def test_a_compiler_chosen_with_the_launcher_is_said(tmp_path: Path) -> None:
 
 
 def test_the_first_of_a_list_of_threads_counts() -> None:
-    assert runtime.chosen_threads({"OMP_NUM_THREADS": "4,2"}) == 4
-    assert runtime.chosen_threads({"OMP_NUM_THREADS": " "}) is None
+    assert environment.chosen_threads({"OMP_NUM_THREADS": "4,2"}) == 4
+    assert environment.chosen_threads({"OMP_NUM_THREADS": " "}) is None
 
 
 @pytest.mark.fault(78)
@@ -192,7 +194,8 @@ def test_an_address_that_the_user_has_set_asks_for_no_processes(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two.yaml").write_text("distributed_type: 'NO'\nnum_processes: 2\n")
     (tmp_path / "ask.py").write_text(
-        "from cifar_dist.runtime import asked_world_size\nprint('asked', asked_world_size())\n"
+        "from cifar_dist.processes.environment import asked_world_size\n"
+        "print('asked', asked_world_size())\n"
     )
     accelerate = str(Path(sys.executable).with_name("accelerate"))
     root = str(Path(__file__).parent.parent)

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from cifar_dist import evaluate, predict
-from cifar_dist.checkpoint import find_checkpoint
-from cifar_dist.config import UsageError
 from cifar_dist.data import load_dataset
 from cifar_dist.data.synthetic import draw
-from cifar_dist.evaluate import evaluate_checkpoint, recipe_of, restore_network
-from cifar_dist.train import Result
+from cifar_dist.errors import UsageError
+from cifar_dist.evaluate import evaluate_checkpoint
+from cifar_dist.storage.checkpoint import find_checkpoint
+from cifar_dist.storage.weights import recipe_of, restore_network
+from cifar_dist.training.run import Result
 from tests.helpers import command, read_lines, run_command, write_folder
 
 
@@ -128,7 +129,7 @@ def test_bad_requests(options: list[str], message: str, capfd: pytest.CaptureFix
 def test_weights_of_another_architecture_are_refused(trained: Result, tmp_path: Path) -> None:
     import shutil
 
-    from cifar_dist.checkpoint import find_checkpoint, save_checkpoint
+    from cifar_dist.storage.checkpoint import find_checkpoint, save_checkpoint
 
     checkpoint = find_checkpoint(str(trained.out))[1]
     checkpoint.state["recipe"]["model"]["name"] = "deep"

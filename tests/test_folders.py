@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_dist.config import DataConfig, RunError, UsageError
+from cifar_dist.config import DataConfig
 from cifar_dist.data import Dataset, imagefolder, load_dataset, load_evaluation
 from cifar_dist.data.decode import decode_image
 from cifar_dist.data.images import Images
-from cifar_dist.listing import SUFFIXES, find_images, find_splits, list_images, looking_ahead
+from cifar_dist.data.listing import SUFFIXES, find_images, find_splits, list_images
+from cifar_dist.errors import RunError, UsageError
 from cifar_dist.train import main
 from tests.folders import generate
 from tests.forked import start
@@ -311,8 +312,7 @@ def test_everything_left_out_is_counted(tmp_path: Path, capfd: pytest.CaptureFix
     # A second start finds the images in the cache, and what is left out in the folder.
     (disc / "more.md").write_text("")
     again = folder_config(root)
-    with looking_ahead(again) as find_ahead:
-        dataset = load_dataset(again, find_ahead())
+    dataset = load_dataset(again)
     assert dataset.left_out["not named as images"][".md"] == 1
 
 

@@ -5,17 +5,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
-from cifar_dist.config import DataConfig, UsageError
+from cifar_dist.config import DataConfig
 from cifar_dist.data import load_dataset, load_evaluation
 from cifar_dist.data.cache import channel_statistics, count_levels, load_or_build
 from cifar_dist.data.decode import decode_image
 from cifar_dist.data.images import Images
 from cifar_dist.data.synthetic import SHAPES, draw
-from cifar_dist.listing import looking_ahead
+from cifar_dist.errors import UsageError
 from tests.helpers import write_folder
 
 
@@ -250,38 +249,6 @@ def test_a_cached_folder_is_not_decoded_again(
     before = load_dataset(folder_config(root))
     monkeypatch.setattr("cifar_dist.data.decode.decode_image", None)
     assert load_dataset(folder_config(root)).digest == before.digest
-
-
-def test_a_folder_is_looked_through_ahead_of_its_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = write_folder(tmp_path / "set", {"train": 12, "test": 6})
-    config = folder_config(root, image_size=16, bad_images="skip")
-    others = set(psutil.Process().children())  # such as the server of tests/forked.py
-    with looking_ahead(config) as find_key:
-        key = find_key()
-        assert set(psutil.Process().children()) <= others  # none stays while training runs
-    before = load_dataset(config, key)  # not in the cache yet
-    with monkeypatch.context() as patches:
-        patches.setattr("cifar_dist.data.imagefolder.find_images", None)
-        assert load_dataset(config, key).digest == before.digest
-    Image.new("RGB", (32, 32), "white").save(sorted((root / "train" / "disc").iterdir())[0])
-    with looking_ahead(config) as find_key:
-        after = load_dataset(config, find_key())
-    assert after.train.images[0].min() == 255
-
-
-def test_looking_ahead_that_fails_or_comes_too_late_does_no_harm(tmp_path: Path) -> None:
-    config = folder_config(write_folder(tmp_path / "set", {"train": 12, "test": 6}))
-    others = set(psutil.Process().children())
-    with looking_ahead(config) as find_key:
-        (child,) = set(psutil.Process().children()) - others
-        child.kill()
-        assert len(load_dataset(config, find_key()).train) == 12
-    with looking_ahead(config):
-        (child,) = set(psutil.Process().children()) - others
-        child.suspend()
-    assert not child.is_running()
 
 
 def test_one_builds_while_the_others_wait(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cifar_dist import kernels
+from cifar_dist import speedups as kernels
 from cifar_dist.config import AugmentConfig
 from cifar_dist.data.augment import Pixels
 from cifar_dist.data.batches import Batch
@@ -17,7 +17,7 @@ from tests.helpers import run_command
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytest.importorskip("triton")
-from cifar_dist.kernels import augmentation, layers  # noqa: E402
+from cifar_dist.speedups import augmentation, layers  # noqa: E402
 
 
 def norm_of(channels: int) -> nn.BatchNorm2d:

@@ -10,7 +10,7 @@ from torch import nn
 
 from cifar_dist.config import ModelConfig, OptimConfig
 from cifar_dist.models import build_model
-from cifar_dist.optim import Muon, build_optimizer, orthogonalise
+from cifar_dist.training.optim import Muon, build_optimizer, orthogonalise
 from tests.helpers import TINY
 
 CONFIG = OptimConfig(name="muon", lr=0.2, bias_lr=0.4, head_lr=2.0, momentum=0.6, weight_decay=0.01)

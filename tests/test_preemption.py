@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cifar_dist import data
-from cifar_dist.preemption import (
+from cifar_dist.processes.preemption import (
     EXIT_CODE,
     REPEAT_SECONDS,
     Preempted,
@@ -29,7 +29,7 @@ def test_before_training_there_is_nothing_to_lose(
         os.kill(os.getpid(), signal.SIGTERM)
         return load(*arguments)
 
-    monkeypatch.setattr(data, "load_dataset", interrupted)
+    monkeypatch.setattr("cifar_dist.training.run.load_dataset", interrupted)
     before = signal.getsignal(signal.SIGTERM)
     assert main([*TINY, "--out", str(tmp_path / "run")]) == EXIT_CODE
     assert "stopped by a signal before training began" in capfd.readouterr().err

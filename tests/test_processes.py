@@ -3,17 +3,17 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cifar_dist import runtime
-from cifar_dist.checkpoint import load_checkpoint
-from cifar_dist.config import TrainConfig, UsageError
-from cifar_dist.train import main
+from cifar_dist.config import TrainConfig
+from cifar_dist.errors import UsageError
+from cifar_dist.processes import environment
+from cifar_dist.processes import start as starting
+from cifar_dist.storage.checkpoint import load_checkpoint
 from tests.forked import start
 from tests.helpers import (
     TINY,
@@ -22,7 +22,6 @@ from tests.helpers import (
     digest_of,
     read_lines,
     run_command,
-    write_folder,
 )
 
 RANDOM = [
@@ -190,37 +189,13 @@ def test_one_process_of_torchrun_uses_all_cores_and_warns_of_nothing(
     launch[launch.index("--nproc_per_node") + 1] = "1"
     monkeypatch.delenv("OMP_NUM_THREADS")
     done = run_command([*launch, "show_threads"], PYTHONWARNINGS="error")
-    assert done.stdout.split() == [f"threads={runtime.usable_cores()}"], done.stderr
+    assert done.stdout.split() == [f"threads={environment.usable_cores()}"], done.stderr
 
 
 def test_an_unknown_option_is_reported_once_under_mpirun() -> None:
     done = run_command(by_mpi([*command(), "--nonsense", "1"]))
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
-
-
-@pytest.mark.parametrize(
-    "start",
-    [
-        pytest.param(lambda: command(2, "torchrun", "tests.worker"), id="torchrun"),
-        pytest.param(
-            lambda: by_mpi(command(1, "torchrun", "tests.worker")),
-            marks=pytest.mark.slow,
-            id="mpirun",
-        ),
-    ],
-)
-def test_one_process_of_a_machine_looks_through_the_images_for_all(
-    start: Callable[[], list[str]], tmp_path: Path
-) -> None:
-    root = write_folder(tmp_path / "set", {"train": 36, "test": 9})
-    options = [*TINY, "--data.name", "imagefolder", "--data.root", str(root), "--train.epochs", "1"]
-    assert main([*options, "--out", str(tmp_path / "1")]) == 0  # decodes them
-    worker = [*start(), "show_listings", *options]
-    done = run_command([*worker, "--out", str(tmp_path / "2")])
-    assert done.returncode == 0, done.stderr
-    found = [line for line in done.stdout.splitlines() if line.startswith("listings=")]
-    assert sorted(found) == ["listings=0", "listings=1"]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +211,7 @@ def test_all_cores_are_used_unless_the_user_chose(
     processes: int, launcher: str, chosen: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
-    expected = chosen or max(1, runtime.usable_cores() // processes)
+    expected = chosen or max(1, environment.usable_cores() // processes)
     worker = [*command(processes, launcher, "tests.worker"), "show_threads"]
     done = run_command(worker, **({"OMP_NUM_THREADS": chosen} if chosen else {}))
     assert done.stdout.split() == [f"threads={expected}"] * processes, done.stderr
@@ -265,7 +240,7 @@ def test_environments_in_which_accelerate_would_train_alone(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message):
-        runtime.asked_world_size()
+        environment.asked_world_size()
 
 
 def test_accumulation_set_behind_the_recipes_back_is_refused(tmp_path: Path) -> None:
@@ -286,17 +261,17 @@ def test_a_precision_chosen_with_the_launcher_is_used(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run.json").read_text())["precision"] == "bf16"
 
 
-@pytest.mark.parametrize("local", runtime.LOCAL_SIZES)
+@pytest.mark.parametrize("local", environment.LOCAL_SIZES)
 @pytest.mark.parametrize(("cores", "expected"), [(8, 4), (1, 1)])
 def test_the_processes_of_a_machine_share_its_cores(
     local: str, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "usable_cores", lambda: cores)
+    monkeypatch.setattr(starting, "usable_cores", lambda: cores)
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv(local, "2")
     threads = torch.get_num_threads()
     try:
-        runtime.start_processes(TrainConfig())
+        starting.start_processes(TrainConfig())
         assert torch.get_num_threads() == expected
         assert os.environ["OMP_NUM_THREADS"] == str(expected)
     finally:
@@ -306,10 +281,10 @@ def test_the_processes_of_a_machine_share_its_cores(
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_the_cores_of_this_process_are_those_it_may_use() -> None:
     before = os.sched_getaffinity(0)
-    assert runtime.usable_cores() <= len(before)
+    assert environment.usable_cores() <= len(before)
     try:
         os.sched_setaffinity(0, {min(before)})
-        assert runtime.usable_cores() == 1
+        assert environment.usable_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
 
@@ -322,6 +297,6 @@ def test_cores_are_limited_by_the_quota_of_a_container(
     limit: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpu.max").write_text(f"{limit}\n")
-    monkeypatch.setattr(runtime, "Path", lambda _: tmp_path / "cpu.max")
+    monkeypatch.setattr(environment, "Path", lambda _: tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert runtime.usable_cores() == cores
+    assert environment.usable_cores() == cores

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_dist import engine
 from cifar_dist.config import parse_recipe
 from cifar_dist.train import run
+from cifar_dist.training import engine
 from tests.helpers import TINY
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -3,7 +3,7 @@
 import pytest
 
 from cifar_dist.config import ScheduleConfig
-from cifar_dist.schedule import learning_rate, total_steps
+from cifar_dist.training.schedule import learning_rate, total_steps
 
 
 def curve(**options: object) -> list[float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import cifar_dist
-from cifar_dist.train import Result
+from cifar_dist.training.run import Result
 from tests.helpers import TINY, command, run_command, status_of, write_folder
 
 PACKAGE = Path(cifar_dist.__file__).parent
@@ -66,7 +66,7 @@ def test_every_command_works_with_closed_streams(
 
 def test_a_closed_descriptor_is_not_given_to_the_next_file(tmp_path: Path) -> None:
     code = (
-        "import sys, os; from cifar_dist.runtime import run_verb;"
+        "import sys, os; from cifar_dist.command import run_verb;"
         f"run_verb(lambda _: print(open({str(tmp_path / 'x')!r}, 'w').fileno(), "
         f"os.system('echo from a library'), file=open({str(tmp_path / 'said')!r}, 'w')) or 0, [])"
     )

@@ -12,8 +12,9 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cifar_dist.checkpoint import checkpoints_in, load_checkpoint, load_newest
-from cifar_dist.config import UsageError, parse_recipe
+from cifar_dist.config import parse_recipe
+from cifar_dist.errors import UsageError
+from cifar_dist.storage.checkpoint import checkpoints_in, load_checkpoint, load_newest
 from cifar_dist.train import Result, RunFailed, main, run
 from tests.helpers import TINY, command, digest_of, read_lines, run_command, write_folder
 
@@ -37,9 +38,9 @@ class Stopped(Exception):
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the next run die right after an optimizer step."""
-    from cifar_dist import engine
+    from cifar_dist.training import run as story
 
-    original = engine.train_epoch
+    original = story.train_epoch
 
     def train_epoch(accelerator: Any, state: Any, *others: Any) -> Any:
         for result in original(accelerator, state, *others):
@@ -47,7 +48,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             if state.step == step:
                 raise Stopped
 
-    monkeypatch.setattr(engine, "train_epoch", train_epoch)
+    monkeypatch.setattr(story, "train_epoch", train_epoch)
 
 
 def test_a_finished_run_leaves_what_it_promises(trained: Result) -> None:
@@ -377,7 +378,7 @@ def test_one_console_line_an_epoch(tmp_path: Path, capfd: pytest.CaptureFixture[
 
 def test_wrong_images_are_shown_with_both_names(trained: Result) -> None:
     from cifar_dist.data.synthetic import draw
-    from cifar_dist.tracking import confusion_picture, image_grid, wrong_images
+    from cifar_dist.storage.tracking import confusion_picture, image_grid, wrong_images
 
     images = draw(20, 32, seed=(3,))
     picture = wrong_images(images, [(4, 1), (7, 2)])

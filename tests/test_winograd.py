@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cifar_dist.config import ModelConfig
 from cifar_dist.models import build_model
-from cifar_dist.models.winograd import WinogradConv2d, use_winograd
+from cifar_dist.speedups.winograd import WinogradConv2d, use_winograd
 
 
 def both(inputs: int, outputs: int, size: int = 3, **options) -> tuple[nn.Conv2d, nn.Conv2d]:

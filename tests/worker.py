@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from itertools import pairwise
@@ -20,8 +19,8 @@ def evaluate_sizes(out: str) -> None:
     from cifar_dist.data.augment import Pixels
     from cifar_dist.data.batches import build_evaluation_loader
     from cifar_dist.data.synthetic import draw
-    from cifar_dist.engine import evaluate
-    from cifar_dist.runtime import leave_processes, start_processes
+    from cifar_dist.processes.start import leave_processes, start_processes
+    from cifar_dist.training.engine import evaluate
 
     batches.EVALUATION_BATCH = 8  # so that the sets span several batches and ragged tails
     accelerator, peers = start_processes(TrainConfig())
@@ -49,9 +48,9 @@ def fall_back(checkpoints: str, times: str) -> None:
 
     from accelerate.utils import gather_object
 
-    from cifar_dist.checkpoint import checkpoints_in, load_newest
     from cifar_dist.config import TrainConfig
-    from cifar_dist.runtime import leave_processes, on_main_process, start_processes
+    from cifar_dist.processes.start import leave_processes, on_main_process, start_processes
+    from cifar_dist.storage.checkpoint import checkpoints_in, load_newest
 
     accelerator, peers = start_processes(TrainConfig())
     chance, chosen = random.Random(5), []
@@ -87,9 +86,9 @@ def fall_back(checkpoints: str, times: str) -> None:
 
 def record_positions(folder: str, stop_at: str, *arguments: str) -> None:
     """Train, and append each position trained on with its step; die after a step unless it is 0."""
-    from cifar_dist import engine
     from cifar_dist.data.augment import Pixels
     from cifar_dist.train import main
+    from cifar_dist.training import run
 
     rank = os.environ.get("RANK", "0")
     original, seen = Pixels.for_training, []
@@ -99,7 +98,7 @@ def record_positions(folder: str, stop_at: str, *arguments: str) -> None:
         return original(self, batch, epoch)
 
     Pixels.for_training = for_training  # type: ignore[method-assign]
-    train_epoch = engine.train_epoch
+    train_epoch = run.train_epoch
 
     def recorded(accelerator: Any, state: Any, *others: Any) -> Any:
         for result in train_epoch(accelerator, state, *others):
@@ -115,26 +114,14 @@ def record_positions(folder: str, stop_at: str, *arguments: str) -> None:
                 os._exit(9)
             yield result
 
-    engine.train_epoch = recorded  # type: ignore[assignment]
+    run.train_epoch = recorded  # type: ignore[assignment]
     sys.exit(main(arguments))
-
-
-def show_listings(*arguments: str) -> None:
-    """Train on images that are cached, and print how many processes each rank had look at them."""
-    from cifar_dist.train import main
-
-    popen = mock.patch("cifar_dist.listing.subprocess.Popen", wraps=subprocess.Popen)
-    with popen as started, mock.patch("cifar_dist.data.imagefolder.find_images", None):
-        code = main(arguments)
-    listings = sum("cifar_dist.listing" in str(call.args) for call in started.mock_calls)
-    os.write(1, f"listings={listings}\n".encode())
-    sys.exit(code)
 
 
 def show_threads() -> None:
     """Print how many threads each process uses."""
     from cifar_dist.config import TrainConfig
-    from cifar_dist.runtime import leave_processes, start_processes
+    from cifar_dist.processes.start import leave_processes, start_processes
 
     peers = start_processes(TrainConfig())[1]
     os.write(1, f"threads={torch.get_num_threads()}\n".encode())  # whole, beside the others'
@@ -146,10 +133,10 @@ def count_bytes(out: str, *arguments: str) -> None:
     """Train, and write number and bytes of the collectives of each step but an epoch's first."""
     import math
 
-    from cifar_dist import engine
     from cifar_dist.train import main
+    from cifar_dist.training import run
 
-    train_epoch, sent = engine.train_epoch, []
+    train_epoch, sent = run.train_epoch, []
 
     def counted(*arguments: Any) -> Any:
         with torch.profiler.profile(record_shapes=True) as profile:
@@ -168,7 +155,7 @@ def count_bytes(out: str, *arguments: str) -> None:
             ]
             sent.append([len(shapes), sum(4 * math.prod(shape) for shape in shapes)])
 
-    engine.train_epoch = counted  # type: ignore[assignment]
+    run.train_epoch = counted  # type: ignore[assignment]
     code = main([*arguments, "--track.every_steps", "0"])
     if os.environ["RANK"] == "0":
         Path(out).write_text(json.dumps(sent))
@@ -177,11 +164,11 @@ def count_bytes(out: str, *arguments: str) -> None:
 
 def train_without(what: str, *arguments: str) -> None:
     """Train without the all-reduce of gradients, without its mean, or without that of the loss."""
-    from cifar_dist import metrics, session
     from cifar_dist.train import main
+    from cifar_dist.training import metrics, run
 
     if what in ("gradients", "mean"):
-        open_session = session.open_session
+        open_session = run.open_session
 
         def summed(buffer: torch.Tensor) -> Any:
             work: Any = torch.distributed.all_reduce(buffer, async_op=True)
@@ -198,7 +185,7 @@ def train_without(what: str, *arguments: str) -> None:
                 model.require_backward_grad_sync = False
             return opened
 
-        session.open_session = changed
+        run.open_session = changed
     else:
         totals = metrics.Tally.totals
 
@@ -239,10 +226,10 @@ def fail_on(rank: str, *arguments: str) -> None:
 
 def speak(*arguments: str) -> None:
     """Train; every process says something at each step, in both streams."""
-    from cifar_dist import engine
     from cifar_dist.train import main
+    from cifar_dist.training import run
 
-    train_epoch, rank = engine.train_epoch, os.environ["RANK"]
+    train_epoch, rank = run.train_epoch, os.environ["RANK"]
 
     def speaking(*arguments: Any) -> Any:
         for result in train_epoch(*arguments):
@@ -250,13 +237,13 @@ def speak(*arguments: str) -> None:
             print(f"errors of rank {rank}", file=sys.stderr)
             yield result
 
-    engine.train_epoch = speaking  # type: ignore[assignment]
+    run.train_epoch = speaking  # type: ignore[assignment]
     sys.exit(main(arguments))
 
 
 if __name__ == "__main__":
     programs = (
         *(count_bytes, evaluate_sizes, fail_on, fall_back, hang_in_doctor, record_positions),
-        *(show_listings, show_threads, speak, train_without),
+        *(show_threads, speak, train_without),
     )
     {program.__name__: program for program in programs}[sys.argv[1]](*sys.argv[2:])

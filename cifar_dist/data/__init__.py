@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from cifar_dist.config import DataConfig, UsageError, local_path, require
+from cifar_dist.config import DataConfig, local_path
 from cifar_dist.data.cifar import load_cifar
 from cifar_dist.data.imagefolder import load_imagefolder
 from cifar_dist.data.images import Images, Source
+from cifar_dist.data.listing import LeftOut, find_splits
 from cifar_dist.data.synthetic import load_synthetic
-from cifar_dist.listing import LeftOut, find_splits
+from cifar_dist.errors import UsageError, require
 
 DATASETS = {
     "cifar10": load_cifar,
@@ -45,17 +46,13 @@ class Dataset:
         return self.train.classes
 
 
-def load_dataset(config: DataConfig, ahead: str = "") -> Dataset:
+def load_dataset(config: DataConfig) -> Dataset:
     """Load, split and limit a dataset as data.* says.
-
-    Args:
-        ahead: what `looking_ahead` has found in a folder of images.
 
     Raises:
         UsageError: the dataset is missing, damaged, or has no part to train or to measure on.
     """
-    source = load_imagefolder(config, ahead) if ahead else DATASETS[config.name](config)
-    return arrange(source, config)
+    return arrange(DATASETS[config.name](config), config)
 
 
 def arrange(source: Source, config: DataConfig) -> Dataset:

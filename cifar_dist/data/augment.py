@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from cifar_dist import kernels
+from cifar_dist import speedups as kernels
 from cifar_dist.config import AugmentConfig
 from cifar_dist.data.batches import Batch
 
@@ -33,7 +33,7 @@ class Pixels:
     def for_training(self, batch: Batch, epoch: int) -> torch.Tensor:
         """Augment and normalise a training batch."""
         if kernels.usable(batch.images):
-            from cifar_dist.kernels.augmentation import augment_normalise
+            from cifar_dist.speedups.augmentation import augment_normalise
 
             device = batch.images.device
             return augment_normalise(

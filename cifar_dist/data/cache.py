@@ -13,7 +13,9 @@ import os
 import platform
 import secrets
 import shutil
+import stat
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,8 +26,9 @@ import filelock
 import numpy as np
 from PIL import Image
 
-from cifar_dist.config import UsageError, require
+from cifar_dist.config import DataConfig, local_path, user_id
 from cifar_dist.data.images import Images, Source
+from cifar_dist.errors import UsageError, require
 from cifar_dist.files import put_in_place, replace_file, sha256_of, sync
 
 FORMAT = 2  # of an entry
@@ -336,3 +339,28 @@ def channel_statistics(counts: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     variance = np.maximum(counts @ levels**2 / total - mean**2, 0)
     std = np.where(variance < 1e-8, 1.0, np.sqrt(variance))
     return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Return the folder of decoded datasets: data.cache, else XDG_CACHE_HOME, else ~/.cache.
+
+    A user without a home folder, as in a container, gets one in the folder of temporary files.
+
+    Raises:
+        UsageError: that one belongs to somebody else.
+    """
+    if config.cache:
+        return local_path(config.cache)
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base or os.path.expanduser("~") != "~":
+        return local_path(base or "~/.cache") / "cifar-dist"
+    folder = Path(tempfile.gettempdir(), f"cifar-dist-{user_id()}")
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    require(
+        stat.S_ISDIR(found.st_mode) and (found.st_uid, found.st_mode & 0o77) == (user_id(), 0),
+        f"'{folder}' is not a folder that user {user_id()} alone may use; name another with "
+        "--data.cache",
+    )
+    return folder

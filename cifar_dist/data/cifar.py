@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cifar_dist.config import DataConfig, UsageError, cache_folder, local_path, require
-from cifar_dist.data.cache import CacheWriter, load_or_build
+from cifar_dist.config import DataConfig, local_path
+from cifar_dist.data.cache import CacheWriter, cache_folder, load_or_build
 from cifar_dist.data.download import download
 from cifar_dist.data.images import Source
+from cifar_dist.errors import UsageError, require
 from cifar_dist.files import sha256_of
 
 LARGEST_MEMBER = 160_000_000  # bytes; "train" of CIFAR-100 has 155,249,918

@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from cifar_dist.config import UsageError
-from cifar_dist.preemption import ignore_signals, uninterrupted
-from cifar_dist.runtime import usable_cores
+from cifar_dist.errors import UsageError
+from cifar_dist.processes.environment import usable_cores
+from cifar_dist.processes.preemption import ignore_signals, uninterrupted
 
 CHUNK = 128  # images between two looks at signals
 LEAST = 2000  # images for which a process is worth its start

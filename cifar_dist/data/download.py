@@ -13,7 +13,7 @@ from typing import IO
 
 import filelock
 
-from cifar_dist.config import UsageError, require
+from cifar_dist.errors import UsageError, require
 from cifar_dist.files import put_in_place, sha256_of
 
 TIMEOUT = 30.0  # seconds without a byte until a connection is given up

@@ -5,11 +5,12 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from cifar_dist.config import DataConfig, RunError, cache_folder, local_path, require
-from cifar_dist.data.cache import CacheWriter, load_or_build, open_cached
+from cifar_dist.config import DataConfig, local_path
+from cifar_dist.data.cache import CacheWriter, cache_folder, load_or_build
 from cifar_dist.data.decode import decode_files
 from cifar_dist.data.images import Source
-from cifar_dist.listing import Listing, find_images, labels_of, read_ahead, shown
+from cifar_dist.data.listing import Listing, find_images, labels_of, shown
+from cifar_dist.errors import RunError, require
 
 ATTEMPTS = 3  # at decoding a folder that changes meanwhile
 
@@ -18,20 +19,14 @@ class _Changed(Exception):
     """The folder is no longer as it was listed."""
 
 
-def load_imagefolder(config: DataConfig, ahead: str = "") -> Source:
+def load_imagefolder(config: DataConfig) -> Source:
     """Return the images below data.root, decoded into the cache on the first use.
-
-    Args:
-        ahead: what `looking_ahead` has found in the folder as it is now.
 
     Raises:
         UsageError: a folder is missing, a class is empty or missing in one part, or a file cannot
             be decoded and data.bad_images is stop.
     """
     cache = cache_folder(config)
-    key, left_out = read_ahead(ahead)
-    if key and (source := open_cached(cache, key)):
-        return replace(source, left_out=left_out)
     root = local_path(config.root)
     for _ in range(ATTEMPTS):
         try:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from cifar_dist.listing import LeftOut
+from cifar_dist.data.listing import LeftOut
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from cifar_dist.config import RecipeLoader, UsageError, local_path, require
+from cifar_dist.config import RecipeLoader, local_path
+from cifar_dist.errors import UsageError, require
 
 # Keys of the file that `accelerate launch` reads and does not use: it takes a key only where its
 # own option has no value, and these always have one.

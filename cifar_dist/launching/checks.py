@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cifar_dist.config import Recipe, UsageError, nearest_multiples
+from cifar_dist.config import Recipe, nearest_multiples
+from cifar_dist.errors import UsageError
 from cifar_dist.launching.accelerate_config import (
     ALONE,
     IGNORED,
@@ -20,7 +21,7 @@ from cifar_dist.launching.accelerate_config import (
     unknown_nested,
 )
 from cifar_dist.launching.findings import Finding, error, note, warning
-from cifar_dist.runtime import TOO_MUCH, chosen_threads
+from cifar_dist.processes.environment import TOO_MUCH, chosen_threads
 
 LOOPBACK = ("127.", "::1", "localhost")
 # Compute capability by what a GPU's name contains, for plans; on a machine it is asked.

@@ -19,19 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cifar_dist.config import Recipe, UsageError, flatten, local_path
-from cifar_dist.ending import REFUSED, Ending, agree
+from cifar_dist.command import run_verb
+from cifar_dist.config import OWN_KEYS, Recipe, flatten, local_path
+from cifar_dist.errors import UsageError
 from cifar_dist.launching.accelerate_config import read_config
 from cifar_dist.launching.checks import Facts, check, check_ranks
 from cifar_dist.launching.facts import describe_machine, gather
 from cifar_dist.launching.findings import Finding, error, show, warning
-from cifar_dist.launching.logs import explain, first_traceback
+from cifar_dist.launching.forecast import fit_line
+from cifar_dist.launching.known_errors import explain, first_traceback
 from cifar_dist.launching.options import Options
-from cifar_dist.launching.predict import fit_line
-from cifar_dist.peers import Peers
-from cifar_dist.preemption import is_launched
-from cifar_dist.runtime import leave_processes, run_verb, start_processes
-from cifar_dist.train import OWN_KEYS
+from cifar_dist.processes.ending import REFUSED, Ending, agree
+from cifar_dist.processes.environment import is_launched
+from cifar_dist.processes.peers import Peers
+from cifar_dist.processes.start import leave_processes, start_processes
 
 if TYPE_CHECKING:
     import torch

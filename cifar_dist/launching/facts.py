@@ -15,21 +15,23 @@ from pathlib import Path
 
 import psutil
 
-from cifar_dist.config import Recipe, UsageError, cache_folder, local_path
+from cifar_dist.config import Recipe, local_path
+from cifar_dist.data.cache import cache_folder
 from cifar_dist.data.cifar import ARCHIVES
+from cifar_dist.errors import UsageError
 from cifar_dist.launching.accelerate_config import AccelerateConfig
 from cifar_dist.launching.checks import Device, Endpoint, Facts
-from cifar_dist.launching.predict import count_images, predict
-from cifar_dist.preemption import is_launched, launcher_number
-from cifar_dist.runfolder import RunLock, check_out
-from cifar_dist.runtime import (
-    address_towards,
+from cifar_dist.launching.forecast import count_images, predict
+from cifar_dist.processes.environment import (
     asked_world_size,
-    interface_of,
+    is_launched,
+    launcher_number,
     sharding,
     usable_cores,
     user_environment,
 )
+from cifar_dist.processes.network import address_towards, interface_of
+from cifar_dist.storage.folder import RunLock, check_out
 
 PATIENCE = 5.0  # seconds for another machine, or a driver, to answer
 

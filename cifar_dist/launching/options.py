@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from cifar_dist.config import Recipe, UsageError, parse_recipe
+from cifar_dist.config import Recipe, parse_recipe
+from cifar_dist.errors import UsageError
 
 
 class Options(argparse.ArgumentParser):

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cifar_dist.config import Recipe, UsageError, parse_recipe, require
+from cifar_dist.command import run_verb
+from cifar_dist.config import Recipe, parse_recipe
+from cifar_dist.errors import UsageError, require
 from cifar_dist.launching.findings import Finding, error, note, show, warning
 from cifar_dist.launching.networks import describe_network
 from cifar_dist.launching.options import Options
-from cifar_dist.runfolder import read_metrics
-from cifar_dist.runtime import run_verb
+from cifar_dist.storage.folder import read_metrics
 
 if TYPE_CHECKING:
     import torch
@@ -218,7 +219,7 @@ def _train(processes: int, options: Sequence[str], out: Path, program: Sequence[
     """
     from safetensors.torch import load_file
 
-    from cifar_dist.checkpoint import checkpoints_in
+    from cifar_dist.storage.checkpoint import checkpoints_in
 
     launcher = [*ON_THIS_MACHINE, "--nproc_per_node", str(processes)]
     start = [sys.executable, *launcher * (processes > 1), *program]
@@ -251,7 +252,7 @@ def _begin(recipe: Recipe, run: Run) -> nn.Module:
     import torch
 
     from cifar_dist.models import build_model
-    from cifar_dist.weights import load_weights
+    from cifar_dist.storage.weights import load_weights
 
     torch.manual_seed(recipe.train.seed)
     network = build_model(recipe.model, len(run.facts["classes"]))

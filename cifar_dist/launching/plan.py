@@ -15,14 +15,15 @@ from typing import Any
 
 import yaml
 
-from cifar_dist.config import Recipe, require
+from cifar_dist.command import run_verb
+from cifar_dist.config import Recipe
+from cifar_dist.errors import require
 from cifar_dist.launching.accelerate_config import AccelerateConfig, read_config
 from cifar_dist.launching.checks import CAPABILITIES, Device, Endpoint, Facts, check
 from cifar_dist.launching.facts import own_address
 from cifar_dist.launching.findings import show
+from cifar_dist.launching.forecast import Prediction, predict, read_link, read_rate, step_seconds
 from cifar_dist.launching.options import Options
-from cifar_dist.launching.predict import Prediction, predict, read_link, read_rate, step_seconds
-from cifar_dist.runtime import run_verb
 
 PORT = 29500
 FIRST = "FIRST_MACHINE"  # stands for an address that is not known here

@@ -5,14 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from cifar_dist.config import ModelConfig, require
+from cifar_dist.config import ModelConfig
+from cifar_dist.errors import require
 from cifar_dist.models.deep import deep
 from cifar_dist.models.residual import residual
 from cifar_dist.models.resnet import resnet18, resnet34, resnet50
 from cifar_dist.models.speednet import SpeedNet
 from cifar_dist.models.tutorial import tutorial, tutorial_relu, tutorial_wide
 from cifar_dist.models.vgg import vgg16
-from cifar_dist.models.winograd import use_winograd
+from cifar_dist.speedups.winograd import use_winograd
 
 # Each takes the number of classes and the probability of dropout; speednet, its shape too.
 MODELS: dict[str, Callable[..., nn.Module]] = {

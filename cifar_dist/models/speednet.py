@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cifar_dist import kernels
+from cifar_dist import speedups as kernels
 
 PATCH = 2  # side of the whitened patches, in pixels
 WHITENED_IMAGES = 1000
@@ -54,7 +54,7 @@ class SpeedNet(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map float [N, 3, H, W] to logits [N, classes]."""
         if kernels.usable(images):
-            from cifar_dist.kernels.layers import whiten_activate
+            from cifar_dist.speedups.layers import whiten_activate
 
             features = self.stages[1:](whiten_activate(images, self.whitening))
         else:
@@ -129,7 +129,7 @@ def _finish(
 ) -> torch.Tensor:
     """Do what follows a convolution: pool 2x2 if asked to, normalise, activate."""
     if type(normalisation) is nn.BatchNorm2d and kernels.usable(features):  # not SyncBatchNorm
-        from cifar_dist.kernels.layers import pool_normalise_activate
+        from cifar_dist.speedups.layers import pool_normalise_activate
 
         return pool_normalise_activate(features, normalisation, pool)
     finished: torch.Tensor = activation(

@@ -15,8 +15,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cifar_dist.checkpoint import DamagedCheckpoint, checkpoints_in, load_checkpoint
-from cifar_dist.config import UsageError
+from cifar_dist.errors import UsageError
+from cifar_dist.storage.checkpoint import DamagedCheckpoint, checkpoints_in, load_checkpoint
 from tests.forked import start
 from tests.helpers import TINY, digest_of
 

@@ -97,8 +97,8 @@ def bad_image(position: str, kind: str) -> None:
         kind: nan, in its pixels; loss, which is infinite and has finite gradients; or gradient,
             which is infinite and has a finite loss.
     """
-    from cifar_dist import session
     from cifar_dist.data.augment import Pixels
+    from cifar_dist.training import session
 
     original, build, rows = Pixels.for_training, session.build_model, []
 
@@ -139,7 +139,8 @@ def bad_image(position: str, kind: str) -> None:
 
 def dies_at_write(number: str) -> None:
     """SIGKILL the whole job before the write operation of this number in the checkpoint store."""
-    from cifar_dist import checkpoint, files
+    from cifar_dist import files
+    from cifar_dist.storage import checkpoint
 
     left = [int(number)]
 
@@ -166,7 +167,7 @@ def dies_at_write(number: str) -> None:
 
 def slow_saving(seconds: str) -> None:
     """Take long over every file of a checkpoint."""
-    from cifar_dist import checkpoint
+    from cifar_dist.storage import checkpoint
 
     original = checkpoint.save_file
 
@@ -211,9 +212,9 @@ def slow_decoding(seconds: str) -> None:
 
 def slow_start(seconds: str, rank: str | None = None) -> None:
     """Take long before there are any data."""
-    from cifar_dist import data
+    from cifar_dist.training import run
 
-    original = data.load_dataset
+    original = run.load_dataset
     if rank not in (None, os.environ.get(RANK)):
         return
 
@@ -222,15 +223,15 @@ def slow_start(seconds: str, rank: str | None = None) -> None:
         time.sleep(float(seconds))
         return original(*arguments)
 
-    data.load_dataset = load_dataset
+    run.load_dataset = load_dataset
 
 
 def killed_at_start(rank: str) -> None:
     """SIGKILL this process before there are any data."""
-    from cifar_dist import data
+    from cifar_dist.training import run
 
     if os.environ.get(RANK) == rank:
-        data.load_dataset = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+        run.load_dataset = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def slow_report(seconds: str) -> None:
@@ -280,15 +281,14 @@ def clock_set_back() -> None:
 
 def other_code(folder: str) -> None:
     """Have rank 1 find the program in a copy of it that differs in one byte."""
-    from cifar_dist import peers
+    from cifar_dist.processes import peers
 
     if os.environ.get(RANK) == "1":
-        package = Path(peers.__file__).parent
         copy = Path(folder)
-        shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        with (copy / "schedule.py").open("a") as file:
+        shutil.copytree(peers.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        with (copy / "training/schedule.py").open("a") as file:
             file.write("#")
-        peers.__file__ = str(copy / "peers.py")
+        peers.PACKAGE = copy
 
 
 def joins_alone() -> None:
@@ -316,7 +316,7 @@ def dies_of_pickles() -> None:
 
 def short_meeting(seconds: str) -> None:
     """Wait less for processes that do not come."""
-    from cifar_dist import peers
+    from cifar_dist.processes import peers
 
     peers.MEETING_SECONDS = int(seconds)
     peers.Peers.compare.__defaults__ = (int(seconds),)
@@ -329,9 +329,9 @@ def never_comes(rank: str) -> None:
 
 
 def _after_step(step: int | None, rank: str | None, act: Callable[[Any], None]) -> None:
-    from cifar_dist import engine
+    from cifar_dist.training import run
 
-    original = engine.train_epoch
+    original = run.train_epoch
 
     def train_epoch(accelerator: Any, state: Any, *others: Any) -> Any:
         for result in original(accelerator, state, *others):
@@ -339,7 +339,7 @@ def _after_step(step: int | None, rank: str | None, act: Callable[[Any], None]) 
                 act(state)
             yield result
 
-    engine.train_epoch = train_epoch
+    run.train_epoch = train_epoch
 
 
 def _mark() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from cifar_dist.checkpoint import load_newest
+from cifar_dist.storage.checkpoint import load_newest
 from tests.forked import start
 from tests.helpers import command, digest_of, write_folder
 

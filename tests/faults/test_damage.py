@@ -7,13 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist.checkpoint import (
-    DamagedCheckpoint,
-    checkpoints_in,
-    load_newest,
-    verify,
-)
-from cifar_dist.config import UsageError
+from cifar_dist.errors import UsageError
+from cifar_dist.storage.checkpoint import DamagedCheckpoint, checkpoints_in, load_newest, verify
 from cifar_dist.verify import main as verify_main
 from tests.forked import start
 from tests.helpers import TINY, command, digest_of, run_command

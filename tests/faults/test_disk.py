@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist.checkpoint import checkpoints_in, verify
+from cifar_dist.storage.checkpoint import checkpoints_in, verify
 from tests.forked import Job, start
 from tests.helpers import TINY, digest_of, read_lines, status_of, write_folder
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from cifar_dist.checkpoint import load_newest
-from cifar_dist.guard import describe_bad_step
+from cifar_dist.storage.checkpoint import load_newest
+from cifar_dist.training.guard import describe_bad_step
 from tests.forked import start
 from tests.helpers import TINY
 
@@ -64,8 +64,8 @@ def test_a_message_names_the_first_few_samples(count: int, shown: str) -> None:
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_an_optimizer_changes_nothing_from_the_bad_step_on(name: str) -> None:
     from cifar_dist.config import OptimConfig
-    from cifar_dist.guard import Guard
-    from cifar_dist.optim import build_optimizer
+    from cifar_dist.training.guard import Guard
+    from cifar_dist.training.optim import build_optimizer
 
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist.checkpoint import checkpoints_in, load_checkpoint, load_newest, prune
-from cifar_dist.checkpoint import save_checkpoint as save
+from cifar_dist.storage.checkpoint import checkpoints_in, load_checkpoint, load_newest, prune
+from cifar_dist.storage.checkpoint import save_checkpoint as save
 from tests.faults.power import recorded, states, write
 from tests.test_checkpoint import sample
 

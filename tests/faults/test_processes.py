@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_dist import peers
-from cifar_dist.checkpoint import load_newest
-from cifar_dist.config import UsageError
-from cifar_dist.guard import weight_sums
+from cifar_dist.errors import UsageError
+from cifar_dist.processes import peers
+from cifar_dist.storage.checkpoint import load_newest
+from cifar_dist.training.guard import weight_sums
 from tests.faults.inject import inject
 from tests.forked import start
 from tests.helpers import TINY, command, run_command, status_of
@@ -165,7 +165,7 @@ def test_the_digest_of_the_code_is_of_every_name_and_byte(
     (tmp_path / "b").mkdir()
     for name in ("a.py", "b/c.py", "peers.py"):
         (tmp_path / name).write_text("x = 1")
-    monkeypatch.setattr(peers, "__file__", str(tmp_path / "peers.py"))
+    monkeypatch.setattr(peers, "PACKAGE", tmp_path)
     before = peers.describe_process()
     change(tmp_path)
     assert (peers.describe_process() == before) == same

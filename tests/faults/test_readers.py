@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from cifar_dist import checkpoint as store
 from cifar_dist import files
-from cifar_dist.checkpoint import (
+from cifar_dist.errors import UsageError
+from cifar_dist.storage import checkpoint as store
+from cifar_dist.storage.checkpoint import (
     Checkpoint,
     checkpoints_in,
     find_checkpoint,
@@ -19,7 +20,6 @@ from cifar_dist.checkpoint import (
     save_checkpoint,
     verify,
 )
-from cifar_dist.config import UsageError
 from cifar_dist.verify import main as verify_main
 from tests.forked import start
 from tests.helpers import TINY, obeying_modes

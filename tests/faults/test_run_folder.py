@@ -12,9 +12,10 @@ from typing import TypeVar
 import pytest
 
 from cifar_dist import evaluate, predict, train, verify
-from cifar_dist.config import UsageError, parse_recipe
+from cifar_dist.config import parse_recipe
+from cifar_dist.errors import UsageError
 from cifar_dist.launching import doctor, plan
-from cifar_dist.runfolder import MetricsLog, RunLock, Warned, check_out, claim, read_metrics
+from cifar_dist.storage.folder import MetricsLog, RunLock, Warned, check_out, claim, read_metrics
 from cifar_dist.train import run
 from tests.forked import start
 from tests.helpers import TINY, digest_of, read_lines, status_of, write_folder
@@ -104,7 +105,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 def open_again(out: Path) -> None:
     """Do what a resumed run does with its folder before it trains, and what it records there."""
-    from cifar_dist.reporting import describe_run, write_status
+    from cifar_dist.training.reporting import describe_run, write_status
 
     recipe, _ = parse_recipe([*OPTIONS, "--out", str(out)])
     with RunLock() as lock:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist.checkpoint import load_newest
-from cifar_dist.preemption import EXIT_CODE, REPEAT_SECONDS
+from cifar_dist.processes.preemption import EXIT_CODE, REPEAT_SECONDS
+from cifar_dist.storage.checkpoint import load_newest
 from tests.faults.preempt import PHASES, SIGNALS, TARGETS, preempt
 from tests.forked import start
 from tests.helpers import TINY, digest_of, status_of, write_folder
@@ -42,6 +42,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     ("number", "phase", "target", "processes"),
     [
         (signal.SIGTERM, "evaluating", "launcher", 1),
+        (signal.SIGTERM, "starting", "one rank", 2),
         *(
             pytest.param(*row, marks=pytest.mark.slow)
             for row in itertools.product(SIGNALS, PHASES, TARGETS, (1, 2))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from cifar_dist.preemption import EXIT_CODE
+from cifar_dist.processes.preemption import EXIT_CODE
 from tests.forked import Job, start
 from tests.helpers import TINY, command, run_command, status_of, write_folder
 

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cifar_dist.checkpoint import DamagedCheckpoint, load_checkpoint
-from cifar_dist.config import UsageError, parse_recipe
+from cifar_dist.config import parse_recipe
+from cifar_dist.errors import UsageError
 from cifar_dist.evaluate import evaluate_checkpoint
 from cifar_dist.predict import predict
-from cifar_dist.train import Result, run
+from cifar_dist.storage.checkpoint import DamagedCheckpoint, load_checkpoint
+from cifar_dist.train import run
+from cifar_dist.training.run import Result
 from tests.forked import start
 from tests.helpers import TINY, Bomb, write_folder
 

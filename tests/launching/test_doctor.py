@@ -15,8 +15,8 @@ import yaml
 
 from cifar_dist.launching import doctor
 from cifar_dist.launching.findings import Finding
-from cifar_dist.launching.logs import KNOWN, explain
-from cifar_dist.launching.predict import fit_line
+from cifar_dist.launching.forecast import fit_line
+from cifar_dist.launching.known_errors import KNOWN, explain
 from tests.helpers import TINY, command, free_port, run_command
 
 MODULE = "cifar_dist.launching.doctor"

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from cifar_dist.runtime import address_towards, choose_interface, interface_of
+from cifar_dist.processes.network import address_towards, choose_interface, interface_of
 from tests.helpers import JOB, Integers, status_of, write_folder
 from tests.helpers import tested as integers_of
 from tests.launching.machines import (

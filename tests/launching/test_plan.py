@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 
-from cifar_dist.checkpoint import prune
 from cifar_dist.config import parse_recipe
 from cifar_dist.launching import plan
-from cifar_dist.launching.predict import Prediction, fit_line, predict, step_seconds
+from cifar_dist.launching.forecast import Prediction, fit_line, predict, step_seconds
 from cifar_dist.models import MODELS
+from cifar_dist.storage.checkpoint import prune
 from cifar_dist.train import run
 from tests.helpers import TINY, command, read_lines, run_command, write_folder
 from tests.launching.test_kubernetes import understood
@@ -173,7 +173,7 @@ def test_checkpoints_take_the_disk_that_was_planned_and_no_more(
         taken.append(sum(path.stat().st_size for path in folder.rglob("*.safetensors")))
         prune(folder, keep, best)
 
-    monkeypatch.setattr("cifar_dist.session.prune", measured)
+    monkeypatch.setattr("cifar_dist.training.session.prune", measured)
     recipe = parse_recipe([*options, "--out", str(tmp_path)])[0]
     run(recipe)
     assert max(taken) == predict(recipe, 1).disk

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist.ending import Ending
-from cifar_dist.peers import PeersMissing
+from cifar_dist.errors import PeersMissing
+from cifar_dist.processes.ending import Ending
 from tests.helpers import JOB, Integers, read_lines, tested
 from tests.launching.nodes import run_on_nodes
 

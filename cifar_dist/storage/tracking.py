@@ -14,7 +14,7 @@ from torch import nn
 
 from cifar_dist.config import Recipe, dump_recipe, flatten
 from cifar_dist.data.images import Images
-from cifar_dist.runfolder import Warned
+from cifar_dist.storage.folder import Warned
 
 TILES = 64  # images in a grid
 WRONG = 32  # wrong test images in a picture

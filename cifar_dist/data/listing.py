@@ -1,24 +1,15 @@
-"""The image files of a folder, and the name that their decoded pixels have in the cache.
-
-Imports neither numpy nor torch, so that a process of its own can look through a large folder while
-the one that trains imports them.
-"""
+"""The image files of a folder, and the name that their decoded pixels have in the cache."""
 
 import hashlib
-import json
 import os
 import re
 import stat
-import subprocess
-import sys
 from array import array
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from cifar_dist.config import DataConfig, UsageError, local_path, require
-from cifar_dist.preemption import ignore_signals, local_rank, uninterrupted
+from cifar_dist.errors import UsageError, require
 
 # Those that Pillow registers for the raster formats it reads itself. A file's content, not its
 # suffix, chooses the decoder; the suffix only decides whether the file is meant to be an image.
@@ -85,45 +76,6 @@ class Listing(NamedTuple):
         digest = hashlib.blake2b(what.encode(), digest_size=16)
         digest.update(self.stamps)
         return f"imagefolder-{digest.hexdigest()}"
-
-
-@contextmanager
-def looking_ahead(config: DataConfig) -> Iterator[Callable[[], str]]:
-    """Look through a folder of images in a process of its own, while this one does other things.
-
-    Of the processes that a launcher has started on a machine only the first does.
-
-    Yields:
-        A function that waits for the folder's `Listing.key` and `left_out` and returns them as one
-        text for `read_ahead`, or "" where they are unavailable: `find_images` raises the reason.
-    """
-    if config.name != "imagefolder" or local_rank() != 0:
-        yield lambda: ""
-        return
-    code = "import sys; from cifar_dist.listing import main; main(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, config.root, str(config.side), config.bad_images]
-    with uninterrupted():
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-    with process:
-        try:
-            yield lambda: process.communicate()[0]
-        finally:
-            process.kill()
-
-
-def main(root: str, image_size: str, bad_images: str) -> None:
-    """Print what `read_ahead` reads."""
-    ignore_signals()
-    listing = find_images(local_path(root), bad_images)
-    print(json.dumps([listing.key(int(image_size), bad_images), listing.left_out]), end="")
-
-
-def read_ahead(text: str) -> tuple[str, LeftOut]:
-    """Return key and left-out files of a folder from what `looking_ahead` found; "" is unknown."""
-    key, left_out = json.loads(text) if text else ("", {})
-    return key, left_out
 
 
 def find_images(root: Path, bad_images: str) -> Listing:

@@ -4,8 +4,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from cifar_dist.checkpoint import Tensors, find_checkpoint, read_tensors
-from cifar_dist.config import UsageError, local_path, require
+from cifar_dist.config import Recipe, from_dict, local_path
+from cifar_dist.errors import UsageError, require
+from cifar_dist.storage.checkpoint import Checkpoint, Tensors, find_checkpoint, read_tensors
 
 SHOWN = 3  # names of each kind in a message
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # may stand for one another
@@ -85,3 +86,30 @@ def _fits(given: torch.Tensor, own: torch.Tensor) -> bool:
 
 def _describe(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def recipe_of(checkpoint: Checkpoint) -> Recipe:
+    """Return the recipe a checkpoint was trained with."""
+    return from_dict(checkpoint.state["recipe"])
+
+
+def restore_network(checkpoint: Checkpoint) -> nn.Module:
+    """Return the network of a checkpoint, ready to evaluate: averaged weights where it has them.
+
+    Raises:
+        UsageError: the weights do not fit the model that the recipe names.
+    """
+    import torch
+
+    from cifar_dist.models import build_model
+
+    recipe = recipe_of(checkpoint)
+    network = build_model(recipe.model, len(checkpoint.state["classes"]))
+    try:
+        network.load_state_dict(checkpoint.tensors.get("ema", checkpoint.tensors["model"]))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        require(False, f"the weights do not fit the model {recipe.model.name}: {reason}")
+    if recipe.train.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    return network.eval()

@@ -15,15 +15,15 @@ from torch.utils.data import DataLoader
 from cifar_dist.config import TrainConfig
 from cifar_dist.data.augment import Pixels, mix_integers
 from cifar_dist.data.batches import GlobalBatches
-from cifar_dist.guard import (
+from cifar_dist.training.guard import (
     Guard,
     bad_samples,
     describe_bad_step,
     gradient_norm,
     scale_showing,
 )
-from cifar_dist.metrics import Evaluation, Outcome, Tally, summarise
-from cifar_dist.recorded import Recorded
+from cifar_dist.training.metrics import Evaluation, Outcome, Tally, summarise
+from cifar_dist.training.replay import Recorded
 
 # Views of an image for test-time augmentation: weight, mirrored, shift down, shift right.
 SHIFTS = ((1 / 4, 0, 0), (1 / 8, -1, -1), (1 / 8, 1, 1))

@@ -12,16 +12,22 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from cifar_dist.config import RunError
 from cifar_dist.data import Dataset
 from cifar_dist.data.augment import augment
 from cifar_dist.data.batches import Batch
-from cifar_dist.listing import HIDDEN, describe, shown
-from cifar_dist.metrics import Evaluation, Totals
-from cifar_dist.runfolder import MetricsLog, describe_run, write_status
-from cifar_dist.runtime import compiler_of_launcher, describe_device, precision_in_force
-from cifar_dist.session import Session
-from cifar_dist.tracking import CONFUSION_SIDE, TILES, confusion_picture, image_grid, wrong_images
+from cifar_dist.data.listing import HIDDEN, describe, shown
+from cifar_dist.errors import RunError
+from cifar_dist.processes.start import compiler_of_launcher, describe_device, precision_in_force
+from cifar_dist.storage.folder import MetricsLog, describe_run, write_status
+from cifar_dist.storage.tracking import (
+    CONFUSION_SIDE,
+    TILES,
+    confusion_picture,
+    image_grid,
+    wrong_images,
+)
+from cifar_dist.training.metrics import Evaluation, Totals
+from cifar_dist.training.session import Session
 
 CLASS_SCALARS = 100  # classes up to which the accuracy of each is tracked
 

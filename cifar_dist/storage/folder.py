@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist import __version__
-from cifar_dist.config import Recipe, UsageError, differences, dump_recipe, load_recipe, local_path
+from cifar_dist.config import Recipe, differences, dump_recipe, load_recipe, local_path
+from cifar_dist.errors import UsageError
 from cifar_dist.files import replace_file
 
 LINE = {"split": str, "epoch": int, "step": int}  # keys of every line of metrics.jsonl

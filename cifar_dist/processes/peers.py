@@ -18,19 +18,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from cifar_dist.config import UsageError
-from cifar_dist.ending import GRACE_SECONDS, Ending, PeerLost
-from cifar_dist.preemption import local_rank
+from cifar_dist.errors import PeerLost, PeersMissing, UsageError
+from cifar_dist.processes.ending import GRACE_SECONDS, Ending
+from cifar_dist.processes.environment import local_rank
 
 MEETING_SECONDS = 60  # for all processes to arrive, once the first of them is there
 POLL_SECONDS = 0.05
 LISTENING_SECONDS = 1.0
+PACKAGE = Path(__file__).parents[1]
 
 T = TypeVar("T")
-
-
-class PeersMissing(UsageError):
-    """Some processes did not arrive, or this process cannot reach the others."""
 
 
 class Peers:
@@ -72,7 +69,7 @@ class Peers:
     @classmethod
     def late(cls) -> "Peers | None":
         """Meet the others at the end of a launch that has ended before they met, if possible."""
-        from cifar_dist.runtime import asked_world_size
+        from cifar_dist.processes.environment import asked_world_size
 
         with suppress(UsageError, RuntimeError, KeyError, ValueError):
             world = asked_world_size()
@@ -284,9 +281,8 @@ def describe_process() -> dict[str, Any]:
     from importlib.metadata import version
 
     digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(str(path.relative_to(PACKAGE)).encode() + path.read_bytes())
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "accelerate")},

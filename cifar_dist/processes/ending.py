@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar_dist.config import RunError, UsageError
-from cifar_dist.console import complain
-from cifar_dist.preemption import EXIT_CODE, Preempted, ignore_signals, local_rank
+from cifar_dist.errors import PeerLost, RunError, RunFailed, UsageError
+from cifar_dist.processes.environment import local_rank
+from cifar_dist.processes.preemption import EXIT_CODE, Preempted, ignore_signals
+from cifar_dist.processes.streams import complain
 
 if TYPE_CHECKING:
-    from cifar_dist.peers import Peers
+    from cifar_dist.processes.peers import Peers
 
 FAILED, REFUSED = 1, 2  # exit codes, besides EXIT_CODE of a preempted run
 GRACE_SECONDS = 3.0  # for the other processes to notice what this one has noticed
@@ -30,14 +31,6 @@ LOST = re.compile(
     r"gloo|NCCL|closed by peer|reset by peer|Broken pipe|Timed out waiting|Operation timed out",
     re.IGNORECASE,
 )
-
-
-class PeerLost(Exception):
-    """Another process, or the store of the launch, has ended while this one waited for it."""
-
-
-class RunFailed(Exception):
-    """A run that failed; the message is the line that names the cause."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,8 @@ def agree(
         in_training: signals are deferred on all processes, so the first process of a machine
             reports however soon the others exit.
     """
-    from cifar_dist.peers import Peers, PeersMissing
+    from cifar_dist.errors import PeersMissing
+    from cifar_dist.processes.peers import Peers
 
     peers = Peers.current or (None if isinstance(error, PeersMissing) else Peers.late())
     own = _describe(error, where, peers, in_training)

@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 
 from cifar_dist import files
-from cifar_dist.config import RunError, UsageError, local_path
+from cifar_dist.config import local_path
+from cifar_dist.errors import RunError, UsageError
 
 MANIFEST = "MANIFEST.json"
 FAILED_SAVES = 3  # in a row, that end a run

@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from cifar_dist.models import winograd_rows
+from cifar_dist.speedups import winograd_rows
 
 TILE, WINDOW = 4, 6  # sides of the outputs and of the inputs of one tile
 WIDE = {3: 128, 5: 32}  # channels from which the products outweigh the transforms; measured

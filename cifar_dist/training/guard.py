@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from cifar_dist.config import RunError
+from cifar_dist.errors import RunError
 
 SHOWN = 8  # samples named in a message
 

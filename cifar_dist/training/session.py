@@ -11,7 +11,14 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cifar_dist.checkpoint import (
+from cifar_dist.config import Recipe, differences, from_dict, local_path, to_dict
+from cifar_dist.data import Dataset
+from cifar_dist.data.augment import Pixels
+from cifar_dist.errors import UsageError, require
+from cifar_dist.models import build_model, require_batchnorm_values
+from cifar_dist.models.speednet import WHITENED_IMAGES, SpeedNet
+from cifar_dist.processes.peers import Peers
+from cifar_dist.storage.checkpoint import (
     Checkpoint,
     Saver,
     find_checkpoint,
@@ -21,28 +28,14 @@ from cifar_dist.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
 )
-from cifar_dist.config import (
-    Recipe,
-    UsageError,
-    differences,
-    from_dict,
-    local_path,
-    require,
-    to_dict,
-)
-from cifar_dist.data import Dataset
-from cifar_dist.data.augment import Pixels
-from cifar_dist.engine import TrainState, gather_buffers, settle_buckets, write_buffers
-from cifar_dist.guard import Guard, require_equal_weights
-from cifar_dist.metrics import Tally, Totals
-from cifar_dist.models import build_model, require_batchnorm_values
-from cifar_dist.models.speednet import WHITENED_IMAGES, SpeedNet
-from cifar_dist.optim import build_optimizer
-from cifar_dist.peers import Peers
-from cifar_dist.runfolder import MetricsLog, Warned, write_status
-from cifar_dist.schedule import total_steps
-from cifar_dist.tracking import Tracker
-from cifar_dist.weights import load_weights
+from cifar_dist.storage.folder import MetricsLog, Warned, write_status
+from cifar_dist.storage.tracking import Tracker
+from cifar_dist.storage.weights import load_weights
+from cifar_dist.training.engine import TrainState, gather_buffers, settle_buckets, write_buffers
+from cifar_dist.training.guard import Guard, require_equal_weights
+from cifar_dist.training.metrics import Tally, Totals
+from cifar_dist.training.optim import build_optimizer
+from cifar_dist.training.schedule import total_steps
 
 
 @dataclass

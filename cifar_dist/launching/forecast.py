@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from cifar_dist.config import DataConfig, Recipe, local_path, require
+from cifar_dist.config import DataConfig, Recipe, local_path
 from cifar_dist.data import Dataset, arrange
 from cifar_dist.data.images import Images, Source
+from cifar_dist.data.listing import find_images, labels_of
 from cifar_dist.data.synthetic import SHAPES, counts
+from cifar_dist.errors import require
 from cifar_dist.launching.networks import Features, Tape, Weight, describe_network
-from cifar_dist.listing import find_images, labels_of
-from cifar_dist.schedule import learning_rate, total_steps
+from cifar_dist.training.schedule import learning_rate, total_steps
 
 MOMENTS = {
     "sgd": ("momentum_buffer",),
@@ -202,7 +203,7 @@ def read_rate(path: str) -> float:
     Raises:
         UsageError: it is no run folder, or has recorded none.
     """
-    from cifar_dist.runfolder import read_metrics
+    from cifar_dist.storage.folder import read_metrics
 
     folder, rate, reason = local_path(path), 0.0, ""
     try:

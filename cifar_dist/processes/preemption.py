@@ -19,16 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cifar_dist.config import require
+from cifar_dist.processes.environment import is_launched
 
 EXIT_CODE = 75  # EX_TEMPFAIL: start the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-LOCAL_RANKS = (  # those that Accelerate knows, which would import torch to look
-    "LOCAL_RANK",
-    "MPI_LOCALRANKID",
-    "OMPI_COMM_WORLD_LOCAL_RANK",
-    "MV2_COMM_WORLD_LOCAL_RANK",
-)
 REPEAT_SECONDS = 1.0  # a launcher forwards the Ctrl-C that the terminal has already delivered
 
 
@@ -143,38 +137,6 @@ def ignore_signals() -> None:
         return
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def launcher_number(*names: str, least: int = 0) -> int | None:
-    """Return the first of a launcher's variables that is set, as a number; empty is not set.
-
-    Raises:
-        UsageError: its value is not a whole number of at least `least`.
-    """
-    for name in names:
-        text = os.environ.get(name, "").strip()
-        if text:
-            require(
-                text.isdecimal() and int(text) >= least,
-                f"{name} is '{text}' in the environment; launchers set a whole number of {least} "
-                "or more: unset it, or start with accelerate launch or torchrun",
-            )
-            return int(text)
-    return None
-
-
-def local_rank() -> int:
-    """Return the number of this process on its machine, as its launcher or mpirun gave it.
-
-    Where it is not a number, it is 0: `asked_world_size` refuses that, and somebody must report it.
-    """
-    found = next((os.environ[name] for name in LOCAL_RANKS if os.environ.get(name)), "0")
-    return int(found) if found.isdecimal() else 0
-
-
-def is_launched() -> bool:
-    """Say whether a launcher started this process."""
-    return any(os.environ.get(name) for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"))
 
 
 def _follow_launcher() -> None:

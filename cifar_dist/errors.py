@@ -1,0 +1,27 @@
+"""The exceptions that end a command with one line, and the check that raises one."""
+
+
+class UsageError(Exception):
+    """A request that cannot work; one line says what was found, what was expected, what to do."""
+
+
+class RunError(Exception):
+    """A run that cannot go on for a known reason; one line, as of UsageError, says all."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UsageError with `message` unless `condition` holds."""
+    if not condition:
+        raise UsageError(message)
+
+
+class PeerLost(Exception):
+    """Another process, or the store of the launch, has ended while this one waited for it."""
+
+
+class RunFailed(Exception):
+    """A run that failed; the message is the line that names the cause."""
+
+
+class PeersMissing(UsageError):
+    """Some processes did not arrive, or this process cannot reach the others."""

@@ -1,0 +1,1 @@
+"""The processes of a launch: how they start, meet, stop and end."""

@@ -1,0 +1,261 @@
+"""The processes: builds the Accelerator and proves that it is the one that was asked for.
+
+Launchers start processes and speak through environment variables; what they cannot do they often
+skip without a word. Each such case is refused here, before anything else happens.
+"""
+
+import ctypes
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cifar_dist.config import TrainConfig
+from cifar_dist.errors import PeersMissing, UsageError, require
+from cifar_dist.processes.ending import describe_refusal
+from cifar_dist.processes.environment import (
+    LOCAL_SIZES,
+    TOO_MUCH,
+    TWO_ON_CPU,
+    asked_world_size,
+    chosen_threads,
+    launcher_number,
+    sharding,
+    usable_cores,
+    user_environment,
+)
+from cifar_dist.processes.network import choose_interface
+from cifar_dist.processes.peers import Peers, describe_process
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+
+
+def start_processes(
+    train: TrainConfig, log_with: Sequence[str] = (), told: Mapping[str, Any] | None = None
+) -> "tuple[Accelerator, Peers]":
+    """Join the processes that the launcher started and return the Accelerator for them.
+
+    Args:
+        train: says the precision, the time-out and whether BatchNorm is synchronised.
+        log_with: names of trackers.
+        told: what this process was told to do, plain values; all must have been told the same.
+
+    Raises:
+        UsageError: the world size, the precision or a tracker is not to be had here, or the
+            processes differ in what they were told or in their code.
+    """
+    asked = asked_world_size()
+    require(not sharding(), f"{sharding()} {TOO_MUCH}; use MULTI_GPU")
+    threads = chosen_threads(user_environment())
+    parts = launcher_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", least=1)
+    require(
+        parts in (None, 1),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set; unset it and use train.accumulate",
+    )
+    from accelerate import (
+        Accelerator,
+        DataLoaderConfiguration,
+        DistributedDataParallelKwargs,
+        InitProcessGroupKwargs,
+    )
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DDPCommunicationHookType, ProjectConfiguration
+
+    # A second run in one Python, as in a notebook, may ask for another precision.
+    AcceleratorState._reset_state()
+    use_cpu = _cpu_is_meant(asked)
+    _use_all_cores(threads)
+    if use_cpu:
+        keep_memory()
+    _choose_algorithms(train.deterministic)
+    peers = Peers(launcher_number("RANK") or 0, asked, train.timeout)
+    peers.compare("code", describe_process())
+    peers.compare("recipe", told or {})
+    if asked > 1:
+        choose_interface(peers)
+    # NCCL would end the process itself: the exchange on the CPU is to notice first, and say it.
+    timeout = timedelta(seconds=train.timeout + (0 if use_cpu else 60))
+    hooks = DDPCommunicationHookType
+    hook = hooks.BF16 if train.compress_gradients else hooks.NO
+    try:
+        accelerator = Accelerator(
+            cpu=use_cpu,
+            mixed_precision=_choose_precision(train.precision, use_cpu),
+            # Slices of global batches, never padded: no sample is trained or counted twice.
+            dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False),
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook),
+                InitProcessGroupKwargs(timeout=timeout),
+            ],
+            log_with=list(log_with) or None,
+            project_config=ProjectConfiguration(project_dir="."),  # the run folder is set later
+        )
+    except ValueError as error:
+        given = ", ".join(f"{n}={v}" for n, v in os.environ.items() if n.startswith("ACCELERATE_"))
+        raise UsageError(f"Accelerate refuses this configuration: {error} ({given})") from error
+    except RuntimeError as error:
+        if "connectFullMesh" not in str(error):
+            raise
+        # gloo cannot connect the processes, though all reached the store of the launch.
+        raise PeersMissing(
+            f"the processes lost each other at the start: {' '.join(str(error).split())[:200]}; "
+            "the machines must reach each other through the network interface "
+            f"{os.environ.get('GLOO_SOCKET_IFNAME')} (GLOO_SOCKET_IFNAME)"
+        ) from error
+    _check(accelerator, asked, log_with, train)
+    return accelerator, peers
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed memory for the next step instead of handing it back to the kernel.
+
+    It maps each large tensor anew otherwise, and the kernel clears every page again: up to a third
+    of a step on a CPU. Other C libraries do without.
+    """
+    with suppress(OSError, AttributeError):
+        allocator = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        allocator.mallopt(m_mmap_max, 0)
+        allocator.mallopt(m_trim_threshold, -1)
+
+
+def _choose_algorithms(deterministic: bool) -> None:
+    """Let CUDA measure which algorithms are fastest, or have it use only repeatable ones."""
+    import torch
+
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    # The same as torch.use_deterministic_algorithms, which imports the compiler: two seconds.
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def leave_processes() -> None:
+    """Close the process group, at the end of a command that succeeded."""
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()
+
+
+def precision_in_force(accelerator: "Accelerator") -> str:
+    """Return the precision the forward pass really runs in."""
+    return str(accelerator.mixed_precision) if accelerator.native_amp else "fp32"
+
+
+def on_main_process(accelerator: "Accelerator", function: Callable[[], T]) -> T:
+    """Run `function` on rank 0 and give its result, or its UsageError, to every process.
+
+    Every process must call it. Nobody is left waiting for a rank 0 that has given up.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except UsageError as error:
+            outcome[1] = str(error)
+        except PermissionError as error:
+            outcome[1] = describe_refusal(error)
+    result, refusal = broadcast_object_list(outcome)
+    if refusal is not None:
+        raise UsageError(refusal)
+    return result
+
+
+def _cpu_is_meant(processes: int) -> bool:
+    """Say whether to train on the CPU: as the launcher was told, or for want of anything else."""
+    import torch
+
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return True
+    device = torch.accelerator.current_accelerator(check_available=True)
+    # Without being told, Accelerate would let each of several processes train alone.
+    return device is None or (device.type == "mps" and processes > 1)
+
+
+def _choose_precision(asked: str, use_cpu: bool) -> str:
+    import torch
+
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    require(
+        asked != "auto" or launcher in ("no", "fp16", "bf16"),
+        f"ACCELERATE_MIXED_PRECISION is '{launcher}'; give no, fp16 or bf16",
+    )
+    precision = launcher if asked == "auto" else asked
+    require(
+        not (precision == "fp16" and use_cpu),
+        "fp16 is not available on a CPU (Accelerate would train in fp32 without saying so); "
+        "use --train.precision no or bf16",
+    )
+    if asked != "auto" or launcher != "no":
+        return precision
+    if use_cpu or not torch.cuda.is_available():
+        return "no"
+    # Older GPUs report bf16 as supported but emulate it.
+    return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+
+
+def _check(
+    accelerator: "Accelerator", asked: int, log_with: Sequence[str], train: TrainConfig
+) -> None:
+    world = accelerator.num_processes
+    require(
+        world == asked,
+        f"the launcher asked for {asked} processes, but Accelerate joined {world}; "
+        f"on a CPU use: {TWO_ON_CPU}",
+    )
+    kind = accelerator.distributed_type.value
+    require(
+        kind in ("NO", "MULTI_CPU", "MULTI_GPU"),
+        f"Accelerate found {kind}, and several processes train on CPUs or CUDA GPUs only",
+    )
+    require(
+        len(accelerator.log_with) == len(log_with),
+        f"of the trackers {', '.join(log_with)} not all are installed",
+    )
+    require(
+        not train.sync_batchnorm or accelerator.device.type == "cuda",
+        f"train.sync_batchnorm works on CUDA GPUs only, not on {accelerator.device.type}",
+    )
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    require(
+        not (train.compile or compiler_of_launcher(accelerator))
+        or accelerator.device.type == "cuda"
+        or any(name and shutil.which(name) for name in compilers),
+        "train.compile needs a C++ compiler on a CPU, and neither g++ nor clang++ was found; "
+        "install one, or leave train.compile, and the launcher's dynamo_backend, out",
+    )
+
+
+def _use_all_cores(chosen: int | None) -> None:
+    """Share the cores among the processes of this machine, unless the user chose a number.
+
+    accelerate launch and torchrun set OMP_NUM_THREADS to 1, which would leave cores idle.
+    """
+    import torch
+
+    local = launcher_number(*LOCAL_SIZES, least=1) or 1
+    threads = chosen or max(1, usable_cores() // local)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # else Accelerate chooses again
+    torch.set_num_threads(threads)
+
+
+def compiler_of_launcher(accelerator: "Accelerator") -> str | None:
+    """Return the dynamo backend with which Accelerate compiles each network, as configured."""
+    backend = accelerator.state.dynamo_plugin.backend.value
+    return None if backend == "NO" else backend.lower()
+
+
+def describe_device(device: "torch.device") -> str:
+    """Return the device's type with the name of the hardware where it is known."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
