@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.harness import RESULTS, Rounds, median, paired, record, spread, table
-from cifar_dist.models import MODELS
+from cifar_dist.models.catalogue import MODELS
 from cifar_dist.processes.start import keep_memory
 from cifar_dist.speedups.winograd import WinogradConv2d, use_winograd
 from cifar_dist.training.optim import orthogonalise

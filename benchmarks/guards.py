@@ -26,12 +26,13 @@ from cifar_dist.config import AugmentConfig, ModelConfig, OptimConfig, TrainConf
 from cifar_dist.data.augment import Pixels
 from cifar_dist.data.batches import build_loader
 from cifar_dist.data.synthetic import draw
-from cifar_dist.models import build_model
+from cifar_dist.models.catalogue import build_network
 from cifar_dist.processes.start import start_processes
 from cifar_dist.train import run
 from cifar_dist.training import session
 from cifar_dist.training.engine import TrainState, seed_step, train_epoch
 from cifar_dist.training.guard import Guard, gradient_norm, scale_showing, weight_sums
+from cifar_dist.training.losses import Loss
 from cifar_dist.training.metrics import Tally
 from cifar_dist.training.optim import build_optimizer
 
@@ -43,7 +44,7 @@ SGD = OptimConfig(lr=1e-4, momentum=0.9)
 def build_state(accelerator: Accelerator, model: str) -> TrainState:
     """Return a new network with its optimizer and a guard."""
     torch.manual_seed(0)
-    network = build_model(ModelConfig(name=model), 10)  # type: ignore[arg-type]
+    network = build_network(ModelConfig(name=model), 10)
     network = network.to(accelerator.device, memory_format=torch.channels_last)
     optimizer = build_optimizer(network, SGD)
     guard = Guard(optimizer, accelerator.device)
@@ -80,7 +81,7 @@ def measure_guard(accelerator: Accelerator, model: str, rounds: int, steps: int)
     states = {name: build_state(accelerator, model) for name in ("guarded", "bare")}
     epochs: dict[str, Callable[[], Iterator[None]]] = {
         "guarded": lambda: train_epoch(
-            accelerator, states["guarded"], loader, PIXELS, config, lambda _: SGD.lr, 0
+            accelerator, states["guarded"], loader, PIXELS, config, Loss(0), lambda _: SGD.lr, 0
         ),
         "bare": lambda: bare_epoch(accelerator, states["bare"], loader, config),
     }

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.data import add_options, as_tensors, data_options, load
 from benchmarks.harness import Meter, best_of, wait_for_device
-from cifar_dist.models import MODELS
+from cifar_dist.models.catalogue import MODELS
 
 LR, MOMENTUM = 0.01, 0.9
 FOREVER = 10**6  # epochs: the harness ends a subject

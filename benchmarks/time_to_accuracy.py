@@ -32,7 +32,7 @@ def script(options: argparse.Namespace) -> None:
     from torchvision.transforms import ToTensor
 
     from benchmarks.peers import PillowImages
-    from cifar_dist.models import MODELS
+    from cifar_dist.models.catalogue import MODELS
 
     dataset = load(options)
     loaders = {

@@ -5,9 +5,7 @@ a misspelt key is refused in a fraction of a second.
 """
 
 import dataclasses
-import difflib
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +16,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from cifar_dist.errors import UsageError, require
+from cifar_dist import user_code
+from cifar_dist.errors import UsageError, require, suggest
+from cifar_dist.files import local_path
 
 RECIPES = Path(__file__).parent / "recipes"
 LARGEST_IMAGE = 2048  # pixels; a checkpoint from elsewhere must not ask for all memory there is
@@ -104,47 +104,25 @@ class ModelConfig:
     """The network.
 
     Attributes:
-        name: architecture; see the docstrings in cifar_dist/models.
-        dropout: probability of dropout in the head; null means the architecture's own.
-        widths: of speednet: channels of each stage; null means [64, 256, 256].
-        depth: of speednet: convolutions in each stage; null means 2.
-        stride: of speednet: of its first layer's 2x2 patches, 1 or 2; null means 1.
+        name: a shipped network, torchvision/NAME, timm/NAME, or a class or function of your own as
+            FILE.py:NAME or package.module:NAME.
+        options: passed to the network by keyword, such as --model.options.width 64; num_classes is
+            passed if the network takes it.
+        dropout: probability of dropout; null keeps the network's own.
         weights: safetensors file (see cifar-dist convert), run folder or checkpoint to start from;
-            a head of another number of classes stays new. null starts from random weights.
+            a head for another number of classes keeps its random weights. null starts from random
+            weights.
     """
 
-    name: Literal[
-        "tutorial",
-        "tutorial-wide",
-        "tutorial-relu",
-        "deep",
-        "residual",
-        "vgg16",
-        "resnet18",
-        "resnet34",
-        "resnet50",
-        "speednet",
-    ] = "resnet18"
+    name: str = "resnet18"
+    options: dict[str, Any] = field(default_factory=dict)
     dropout: float | None = None
-    widths: list[int] | None = None
-    depth: int | None = None
-    stride: int | None = None
     weights: str | None = None
 
     def __post_init__(self) -> None:
         require(
             self.dropout is None or 0 <= self.dropout < 1,
-            f"model.dropout is {self.dropout}; give 0 to 0.99, or null for the architecture's own",
-        )
-        _at_least(self, "model", 1, "depth", "stride")
-        require(
-            self.widths is None or (len(self.widths) > 0 and min(self.widths) > 0),
-            f"model.widths is {self.widths}; give one or more numbers of channels",
-        )
-        require(
-            self.name == "speednet" or not (self.widths or self.depth or self.stride),
-            "model.widths, depth and stride are of speednet; model.name is "
-            f"{self.name}: {OF_ITS_OWN}",
+            f"model.dropout is {self.dropout}; give 0 to 0.99, or null for the network's own",
         )
 
 
@@ -229,6 +207,9 @@ class TrainConfig:
         seed: of initial weights, order, augmentation and dropout.
         clip_norm: largest gradient norm; 0 is off.
         label_smoothing: share of each target spread over all classes.
+        loss: training loss of your own as FILE.py:NAME: a function, or a class without arguments,
+            that maps logits [N, classes] and targets [N] to the loss per image [N]; null is
+            cross-entropy. Evaluation reports cross-entropy.
         ema: decay of a moving average of the weights, used for evaluation; 0 is off.
         evaluate_every: measure the network after every so many epochs, and after the last.
         tta: test-time augmentation: views of an image that are averaged when the network is
@@ -250,6 +231,7 @@ class TrainConfig:
     seed: int = 0
     clip_norm: float = 0.0
     label_smoothing: float = 0.0
+    loss: str | None = None
     ema: float = 0.0
     evaluate_every: int = 1
     tta: Literal["none", "flip", "flip_shift"] = "none"
@@ -348,6 +330,9 @@ FREE_KEYS = (
     *("train.accumulate", "train.timeout"),
 )
 FREE_SECTIONS = ("checkpoint.", "track.")
+OPTIONS = "model.options."  # of keys that the network chooses
+# Keys of earlier versions, which recipes and run folders may hold, and what they are now.
+RENAMED = {f"model.{name}": f"{OPTIONS}{name}" for name in ("widths", "depth", "stride")}
 # Keys that may differ between the machines of a launch: they say where files are.
 OWN_KEYS = ("out", "data.root", "data.cache")
 
@@ -358,12 +343,15 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     train.epochs may grow, but not from the middle of an epoch, which has been reported as it was.
     """
     before, after = flatten(old), flatten(new)
+    for values in (before, after):
+        for key in ("model.name", "train.loss"):
+            values[key] = values[key] and user_code.identity(values[key])
     if after["train.epochs"] >= before["train.epochs"] and before["train.epochs"] % 1 == 0:
         before["train.epochs"] = after["train.epochs"]
     return [
-        f"{key} is {before[key]} there and {after.get(key)} here"
-        for key in before
-        if before[key] != after.get(key)
+        f"{key} is {before.get(key)} there and {after.get(key)} here"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
         and key not in FREE_KEYS
         and not key.startswith(FREE_SECTIONS)
     ]
@@ -381,6 +369,7 @@ def from_dict(values: dict[str, Any]) -> Recipe:
         UsageError: a key is unknown or a value out of range.
     """
     sections = {name: type(value) for name, value in vars(Recipe()).items()}
+    values = _rename_keys(values)
     try:
         return Recipe(
             **{
@@ -390,6 +379,19 @@ def from_dict(values: dict[str, Any]) -> Recipe:
         )
     except (TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"a recipe of another version of cifar_dist: {error}") from error
+
+
+def _rename_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the sections of a recipe with the keys of earlier versions under their new names."""
+    for old, new in RENAMED.items():
+        section, name = old.split(".")
+        held = dict(values.get(section) or {})
+        if name in held:
+            value = held.pop(name)
+            if value is not None:
+                held["options"] = {**held.get("options", {}), new.rpartition(".")[2]: value}
+            values = {**values, section: held}
+    return values
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
@@ -504,15 +506,23 @@ def _read_keys(loader: RecipeLoader, root: Any, path: Path) -> dict[str, Any]:
                 f"{key} is a section with no keys of its own in {place}; write them below it",
             )
             continue
-        require(key in types, f"unknown key '{key}' in {path}{_suggest(key, sorted(types))}")
+        key = RENAMED.get(key, key)
+        require(
+            key in types or key.startswith(OPTIONS),
+            f"unknown key '{key}' in {path}{suggest(key, sorted(types))}",
+        )
         # One of the two may be the key `train.epochs` outside of the section `train`.
         require(
             key not in lines, f"{key} is given twice in {path}, lines {lines.get(key)} and {line}"
         )
         lines[key] = line
-        section, _, name = key.rpartition(".")
-        holder = values.setdefault(section, {}) if section else values
-        holder[name] = _read_value(loader, node, types[key], key, place)
+        holder, (*sections, name) = values, key.split(".")
+        for section in sections:
+            holder = holder.setdefault(section, {})
+        if key in types:
+            holder[name] = _read_value(loader, node, types[key], key, place)
+        elif node.tag != f"{CORE}null":
+            holder[name] = loader.construct_object(node, deep=True)
     return values
 
 
@@ -521,7 +531,12 @@ def _leaves(root: Any) -> Iterator[tuple[str, int, Any]]:
     for name, node in root.value:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                yield f"{name.value}.{key.value}", key.start_mark.line + 1, value
+                place = f"{name.value}.{key.value}"
+                if f"{place}." == OPTIONS and isinstance(value, yaml.MappingNode):
+                    for option, held in value.value:
+                        yield f"{OPTIONS}{option.value}", option.start_mark.line + 1, held
+                else:
+                    yield place, key.start_mark.line + 1, value
         else:
             yield str(name.value), name.start_mark.line + 1, node
 
@@ -550,6 +565,10 @@ def _read_value(loader: RecipeLoader, node: Any, types: Sequence[Any], key: str,
             require(
                 isinstance(value, str),
                 f'{key}: write "{text}" in quotes in {place}; without them YAML reads {value}',
+            )
+        elif dict in [get_origin(kind) for kind in types]:
+            require(
+                False, f"{key} is {text} in {place}; give options by name, such as {{width: 64}}"
             )
         elif items:
             require(False, f"{key} is {text} in {place}; give a list, such as [] or [{text}]")
@@ -613,7 +632,7 @@ def parse_recipe(argv: Sequence[str]) -> tuple[Recipe, str]:
     Raises:
         UsageError: an unknown recipe or key, or a value of the wrong type.
     """
-    argv, path = _resolve_config(list(argv))
+    argv, path = _resolve_config([_rename_option(arg) for arg in argv])
     content = read_recipe(path)
     parser = new_parser("cifar_dist.train")
     parser.add_argument(
@@ -628,6 +647,12 @@ def parse_recipe(argv: Sequence[str]) -> tuple[Recipe, str]:
     overrides = sum(arg.startswith("--") for arg in argv)
     shown = path.stem if path.parent == RECIPES else str(path)
     return recipe, f"recipe {shown}" + (f" with {overrides} overrides" if overrides else "")
+
+
+def _rename_option(arg: str) -> str:
+    key, equals, value = arg.partition("=")
+    new = RENAMED.get(key.removeprefix("--"))
+    return f"--{new}{equals}{value}" if new and key.startswith("--") else arg
 
 
 def new_parser(prog: str) -> Any:
@@ -679,8 +704,8 @@ def refuse_unknown_options(parser: Any, argv: Sequence[str]) -> None:
     known -= {key.partition(".")[0] for key in known if "." in key}
     for arg in argv:
         key = arg[2:].partition("=")[0].rstrip("+")
-        if arg.startswith("--"):
-            require(key in known, f"unknown option '--{key}'{_suggest(key, sorted(known))}")
+        if arg.startswith("--") and not (f"{OPTIONS[:-1]}" in known and key.startswith(OPTIONS)):
+            require(key in known, f"unknown option '--{key}'{suggest(key, sorted(known))}")
 
 
 def nearest_multiples(value: int, step: int) -> str:
@@ -714,7 +739,7 @@ def _resolve_config(argv: list[str]) -> tuple[list[str], Path]:
         path = local_path(asked)
     require(
         path.is_file(),
-        f"recipe '{asked}' is neither a file nor a shipped recipe{_suggest(asked, recipe_names())}",
+        f"recipe '{asked}' is neither a file nor a shipped recipe{suggest(asked, recipe_names())}",
     )
     return own, path
 
@@ -725,29 +750,3 @@ def _walk(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _walk(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _suggest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
-
-
-def local_path(place: str) -> Path:
-    """Return a path as the user means it: ~ and ~USER at its beginning are home folders.
-
-    As in a shell, a name such as ~new that is no user's is an ordinary name.
-
-    Raises:
-        UsageError: it begins with ~, and this user has no home folder.
-    """
-    path = Path(os.path.expanduser(place))
-    require(
-        path.parts[:1] != ("~",),
-        f"'{place}' begins with ~, but HOME is not set and user {user_id()} has no home folder; "
-        "give a path without ~, or set HOME",
-    )
-    return path
-
-
-def user_id() -> int:
-    return os.getuid() if hasattr(os, "getuid") else 0  # Windows has none

@@ -38,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from accelerate import PartialState
 
         result = evaluate_checkpoint(
-            options.checkpoint, options.data, options.split, options.tta, options.best
+            options.checkpoint,
+            options.data,
+            options.split,
+            options.tta,
+            options.best,
+            options.model.name,
         )
         if PartialState().is_main_process:
             print(json.dumps(result) if options.json else _table(result), flush=True)
@@ -54,6 +59,7 @@ def evaluate_checkpoint(
     split: str | None = None,
     tta: str | None = None,
     best: bool = False,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Measure the checkpoint at `place` and return plain values.
 
@@ -63,6 +69,7 @@ def evaluate_checkpoint(
         split: test, val or train; None is the first of test, val and train that exists.
         tta: views averaged at test time: none, flip or flip_shift; None is as in training.
         best: of a run folder, the best checkpoint by validation instead of the newest.
+        model: the network's name; needed if it is code of the user's own.
 
     Returns:
         checkpoint, step, split, tta, accuracy, correct, count, loss, calibration_error, per_class
@@ -91,7 +98,7 @@ def evaluate_checkpoint(
     )
     result = evaluate(
         accelerator,
-        restore_network(checkpoint).to(accelerator.device),
+        restore_network(checkpoint, path, model).to(accelerator.device),
         build_evaluation_loader(accelerator, images.relabelled(tuple(classes))),
         pixels,
         len(classes),
@@ -145,6 +152,9 @@ def _parse(argv: Sequence[str]) -> Any:
         "--checkpoint", required=True, help="run folder (its newest) or one checkpoint's folder"
     )
     parser.add_argument("--best", action="store_true", help="of a run: the best by validation")
+    parser.add_argument(
+        "--model.name", type=str | None, help="FILE.py:NAME of the run, if its network is your own"
+    )
     parser.add_argument(
         "--split", type=Literal["test", "val", "train"], help="default: the first that exists"
     )

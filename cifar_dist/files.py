@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from cifar_dist.errors import require
+
 
 def put_in_place(written: Path, target: Path, aside: Path | None = None) -> None:
     """Sync a file, or a folder with the files in it, and rename it to `target`.
@@ -58,3 +60,24 @@ def sha256_of(file: IO[bytes]) -> str:
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+def local_path(place: str) -> Path:
+    """Return a path as the user means it: ~ and ~USER at its beginning are home folders.
+
+    As in a shell, a name such as ~new that is no user's is an ordinary name.
+
+    Raises:
+        UsageError: it begins with ~, and this user has no home folder.
+    """
+    path = Path(os.path.expanduser(place))
+    require(
+        path.parts[:1] != ("~",),
+        f"'{place}' begins with ~, but HOME is not set and user {user_id()} has no home folder; "
+        "give a path without ~, or set HOME",
+    )
+    return path
+
+
+def user_id() -> int:
+    return os.getuid() if hasattr(os, "getuid") else 0  # Windows has none

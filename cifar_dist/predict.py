@@ -29,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--checkpoint", required=True, help="run folder (its newest) or one checkpoint's folder"
         )
         parser.add_argument("--best", action="store_true", help="of a run: the best by validation")
+        parser.add_argument(
+            "--model.name",
+            dest="model",
+            help="FILE.py:NAME of the run, if its network is your own",
+        )
         parser.add_argument("--top", type=int, default=3, help="how many classes to name")
         parser.add_argument("--json", action="store_true", help="one JSON object a line")
         parser.add_argument(
@@ -41,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser.parse_args(list(arguments))
         run = predict if options.bad_images == "stop" else stream_predictions
         code = 0
-        for result in run(options.checkpoint, options.images, options.top, options.best):
+        for result in run(
+            options.checkpoint, options.images, options.top, options.best, options.model
+        ):
             if "error" in result:
                 print(f"error: {_refusal(result)}", file=sys.stderr, flush=True)
                 code = 1
@@ -53,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def predict(
-    place: str, images: Sequence[str | Path], top: int = 3, best: bool = False
+    place: str,
+    images: Sequence[str | Path],
+    top: int = 3,
+    best: bool = False,
+    model: str | None = None,
 ) -> list[dict[str, Any]]:
     """Classify image files, all or none. For the arguments see `stream_predictions`.
 
@@ -65,7 +76,7 @@ def predict(
         UsageError: no such checkpoint or file, or a file that cannot be decoded.
     """
     predictions = []
-    for result in stream_predictions(place, images, top, best):
+    for result in stream_predictions(place, images, top, best, model):
         if "error" in result:
             raise UsageError(_refusal(result))
         predictions.append(result)
@@ -73,7 +84,11 @@ def predict(
 
 
 def stream_predictions(
-    place: str, images: Sequence[str | Path], top: int = 3, best: bool = False
+    place: str,
+    images: Sequence[str | Path],
+    top: int = 3,
+    best: bool = False,
+    model: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Classify image files, in batches, and yield the results as each batch is done.
 
@@ -82,6 +97,7 @@ def stream_predictions(
         images: files, and folders that are searched for image files.
         top: how many classes to name for each.
         best: of a run folder, the best checkpoint by validation instead of the newest.
+        model: the network's name; needed if it is code of the user's own.
 
     Yields:
         For each file the entry that `predict` returns. A file that cannot be decoded yields
@@ -100,10 +116,10 @@ def stream_predictions(
 
     require(top >= 1, f"--top is {top}; give 1 or more")
     files = _find_files(images)
-    checkpoint = find_checkpoint(place, best)[1]
+    path, checkpoint = find_checkpoint(place, best)
     state = checkpoint.state
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    network = restore_network(checkpoint).to(device)
+    network = restore_network(checkpoint, path, model).to(device)
     for start in range(0, len(files), BATCH):
         names, decoded = [], []
         for file in files[start : start + BATCH]:

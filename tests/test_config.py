@@ -27,7 +27,7 @@ from cifar_dist.config import (
 from cifar_dist.data import DATASETS
 from cifar_dist.data.cache import cache_folder
 from cifar_dist.errors import UsageError
-from cifar_dist.models import MODELS
+from cifar_dist.models.catalogue import MODELS
 from cifar_dist.training.optim import OPTIMIZERS
 from cifar_dist.training.schedule import SCHEDULES
 

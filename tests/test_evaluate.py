@@ -47,12 +47,12 @@ def test_it_gives_the_integers_of_the_run(
 def test_the_calibration_error_is_that_of_the_saved_weights(
     trained: Result, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = find_checkpoint(str(trained.out))[1]
+    path, checkpoint = find_checkpoint(str(trained.out))
     images = load_dataset(recipe_of(checkpoint).data).evaluation["test"]
     mean, std = (torch.tensor(checkpoint.state[name]) for name in ("mean", "std"))
     pixels = (torch.from_numpy(images.images[images.selected]) / 255 - mean) / std
     with torch.no_grad():
-        shares = restore_network(checkpoint)(pixels.permute(0, 3, 1, 2)).softmax(1)
+        shares = restore_network(checkpoint, path)(pixels.permute(0, 3, 1, 2)).softmax(1)
     confidence, predicted = shares.double().max(1)
     right = predicted == torch.from_numpy(images.labels[images.selected])
     bins = [confidence.mul(15).floor() == number for number in range(15)]

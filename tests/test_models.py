@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from cifar_dist.config import ModelConfig
 from cifar_dist.launching.plan import main as plan
-from cifar_dist.models import MODELS, build_model
+from cifar_dist.models.catalogue import MODELS, build_network
 from cifar_dist.models.layers import AveragePool
 from cifar_dist.models.speednet import SpeedNet
 from cifar_dist.train import main as train
@@ -32,7 +32,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameter_counts(name: str) -> None:
-    model = build_model(ModelConfig(name=name), classes=10)  # type: ignore[arg-type]
+    model = build_network(ModelConfig(name=name), 10)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
@@ -42,7 +42,7 @@ def test_parameter_counts(name: str) -> None:
 )
 @pytest.mark.parametrize("size", [5, 28, 48])
 def test_any_image_size_and_class_count(name: str, size: int) -> None:
-    model = build_model(ModelConfig(name=name), classes=7)  # type: ignore[arg-type]
+    model = build_network(ModelConfig(name=name), 7)
     logits = model(torch.zeros(2, 3, size, size))
     assert logits.shape == (2, 7)
     logits.sum().backward()
@@ -56,7 +56,7 @@ def test_the_tutorial_network_is_the_tutorials() -> None:
         *(torch.nn.Conv2d(32, 64, 5, padding=2), torch.nn.MaxPool2d(2)),
         *(torch.nn.Flatten(), torch.nn.Linear(1024, 64), torch.nn.Linear(64, 10)),
     )
-    model = build_model(ModelConfig(name="tutorial"), classes=10)
+    model = build_network(ModelConfig(name="tutorial"), 10)
     reference.load_state_dict(
         dict(zip(reference.state_dict(), model.state_dict().values(), strict=True))
     )
@@ -97,7 +97,7 @@ def test_speednet_is_the_network_of_its_paper() -> None:
 
 def test_dropout_can_be_chosen_or_left_to_the_architecture() -> None:
     def probabilities(config: ModelConfig) -> set[float]:
-        modules = build_model(config, classes=10).modules()
+        modules = build_network(config, 10).modules()
         return {m.p for m in modules if isinstance(m, torch.nn.Dropout)}
 
     assert probabilities(ModelConfig(name="residual")) == {0.4}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cifar_dist.config import ModelConfig, OptimConfig
-from cifar_dist.models import build_model
+from cifar_dist.models.catalogue import build_network
 from cifar_dist.training.optim import Muon, build_optimizer, orthogonalise
 from tests.helpers import TINY
 
@@ -18,7 +18,7 @@ CONFIG = OptimConfig(name="muon", lr=0.2, bias_lr=0.4, head_lr=2.0, momentum=0.6
 
 def small_network() -> nn.Module:
     torch.manual_seed(0)
-    return build_model(ModelConfig(name="speednet", widths=[8, 16], depth=2), classes=4)
+    return build_network(ModelConfig(name="speednet", widths=[8, 16], depth=2), 4)
 
 
 def give_gradients(network: nn.Module, seed: int) -> None:

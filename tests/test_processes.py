@@ -11,7 +11,7 @@ import torch
 
 from cifar_dist.config import TrainConfig
 from cifar_dist.errors import UsageError
-from cifar_dist.processes import environment
+from cifar_dist.processes import environment as launched
 from cifar_dist.processes import start as starting
 from cifar_dist.storage.checkpoint import load_checkpoint
 from tests.forked import start
@@ -189,7 +189,7 @@ def test_one_process_of_torchrun_uses_all_cores_and_warns_of_nothing(
     launch[launch.index("--nproc_per_node") + 1] = "1"
     monkeypatch.delenv("OMP_NUM_THREADS")
     done = run_command([*launch, "show_threads"], PYTHONWARNINGS="error")
-    assert done.stdout.split() == [f"threads={environment.usable_cores()}"], done.stderr
+    assert done.stdout.split() == [f"threads={launched.usable_cores()}"], done.stderr
 
 
 def test_an_unknown_option_is_reported_once_under_mpirun() -> None:
@@ -211,7 +211,7 @@ def test_all_cores_are_used_unless_the_user_chose(
     processes: int, launcher: str, chosen: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
-    expected = chosen or max(1, environment.usable_cores() // processes)
+    expected = chosen or max(1, launched.usable_cores() // processes)
     worker = [*command(processes, launcher, "tests.worker"), "show_threads"]
     done = run_command(worker, **({"OMP_NUM_THREADS": chosen} if chosen else {}))
     assert done.stdout.split() == [f"threads={expected}"] * processes, done.stderr
@@ -240,7 +240,7 @@ def test_environments_in_which_accelerate_would_train_alone(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message):
-        environment.asked_world_size()
+        launched.asked_world_size()
 
 
 def test_accumulation_set_behind_the_recipes_back_is_refused(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_precision_chosen_with_the_launcher_is_used(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run.json").read_text())["precision"] == "bf16"
 
 
-@pytest.mark.parametrize("local", environment.LOCAL_SIZES)
+@pytest.mark.parametrize("local", launched.LOCAL_SIZES)
 @pytest.mark.parametrize(("cores", "expected"), [(8, 4), (1, 1)])
 def test_the_processes_of_a_machine_share_its_cores(
     local: str, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
@@ -281,10 +281,10 @@ def test_the_processes_of_a_machine_share_its_cores(
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_the_cores_of_this_process_are_those_it_may_use() -> None:
     before = os.sched_getaffinity(0)
-    assert environment.usable_cores() <= len(before)
+    assert launched.usable_cores() <= len(before)
     try:
         os.sched_setaffinity(0, {min(before)})
-        assert environment.usable_cores() == 1
+        assert launched.usable_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
 
@@ -297,6 +297,6 @@ def test_cores_are_limited_by_the_quota_of_a_container(
     limit: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpu.max").write_text(f"{limit}\n")
-    monkeypatch.setattr(environment, "Path", lambda _: tmp_path / "cpu.max")
+    monkeypatch.setattr(launched, "Path", lambda _: tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert environment.usable_cores() == cores
+    assert launched.usable_cores() == cores

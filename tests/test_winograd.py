@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 
 from cifar_dist.config import ModelConfig
-from cifar_dist.models import build_model
+from cifar_dist.models.catalogue import build_network
 from cifar_dist.speedups.winograd import WinogradConv2d, use_winograd
 
 
@@ -132,7 +132,7 @@ def test_filters_of_5x5_on_widths_that_do_not_pay_are_torchs_own(width):
 
 def test_a_network_keeps_its_names_weights_and_results():
     torch.manual_seed(0)
-    network = build_model(ModelConfig(name="resnet18"), 10).eval()
+    network = build_network(ModelConfig(name="resnet18"), 10).eval()
     fast = [module for module in network.modules() if type(module) is WinogradConv2d]
     assert len(fast) == 9
     images = torch.randn(2, 3, 32, 32)
@@ -148,7 +148,7 @@ def test_a_network_keeps_its_names_weights_and_results():
 
 @pytest.mark.parametrize("name", ["tutorial", "deep", "residual", "vgg16", "resnet18", "speednet"])
 def test_tensorboard_can_draw_the_network(name: str, tmp_path: Path) -> None:
-    network = build_model(ModelConfig(name=name), 10).eval()
+    network = build_network(ModelConfig(name=name), 10).eval()
     with warnings.catch_warnings(), SummaryWriter(str(tmp_path)) as writer:
         warnings.simplefilter("ignore")  # it has no other tracer than torch.jit
         writer.add_graph(network, torch.zeros(1, 3, 32, 32))

@@ -26,10 +26,10 @@ import filelock
 import numpy as np
 from PIL import Image
 
-from cifar_dist.config import DataConfig, local_path, user_id
+from cifar_dist.config import DataConfig
 from cifar_dist.data.images import Images, Source
 from cifar_dist.errors import UsageError, require
-from cifar_dist.files import put_in_place, replace_file, sha256_of, sync
+from cifar_dist.files import local_path, put_in_place, replace_file, sha256_of, sync, user_id
 
 FORMAT = 2  # of an entry
 META = "meta.json"

@@ -91,9 +91,10 @@ def predict(recipe: Recipe, processes: int) -> Prediction:
     sizes = [weight.bytes // (2 if train.compress_gradients else 1) for weight in trained]
     part = train.batch_size // train.accumulate // processes
     if part == 1 and not train.sync_batchnorm:
-        from cifar_dist.models import build_model, require_batchnorm_values
+        from cifar_dist.models.catalogue import build_network
+        from cifar_dist.training.trial import require_batchnorm_values
 
-        built = build_model(recipe.model, len(dataset.classes))
+        built = build_network(recipe.model, len(dataset.classes))
         require_batchnorm_values(built, part, dataset.train.image_size)
     # Activations, as most of them are kept in the precision of the arithmetic.
     narrow = 2 if train.precision in ("bf16", "fp16") else 1

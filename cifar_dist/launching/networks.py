@@ -394,7 +394,7 @@ NETWORKS: dict[str, Callable[..., Chain]] = {
 
 
 def describe_network(config: ModelConfig, classes: int) -> Chain:
-    """Return the network that models.build_model would build."""
+    """Return the network that models.build_network would build."""
     options = {name: getattr(config, name) for name in ("dropout", "widths", "depth", "stride")}
     chosen = {name: value for name, value in options.items() if value is not None}
     return NETWORKS[config.name](classes, **chosen)

@@ -251,11 +251,11 @@ def _begin(recipe: Recipe, run: Run) -> nn.Module:
     """Return the network as it was before the first step of a run."""
     import torch
 
-    from cifar_dist.models import build_model
+    from cifar_dist.models.catalogue import build_network
     from cifar_dist.storage.weights import load_weights
 
     torch.manual_seed(recipe.train.seed)
-    network = build_model(recipe.model, len(run.facts["classes"]))
+    network = build_network(recipe.model, len(run.facts["classes"]))
     if recipe.model.weights:
         load_weights(network, recipe.model.weights)
     with torch.no_grad():

@@ -30,7 +30,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_model(config: ModelConfig, classes: int) -> nn.Module:
+def build_network(config: ModelConfig, classes: int) -> nn.Module:
     """Return a new model whose initial weights come from torch's global generator.
 
     It maps float [N, 3, H, W] to logits [N, classes].

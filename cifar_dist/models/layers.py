@@ -39,7 +39,7 @@ def half_size() -> nn.MaxPool2d:
     return nn.MaxPool2d(2, ceil_mode=True)
 
 
-def linear_head(classes: int, dropout: float) -> nn.Sequential:
+def linear_head(num_classes: int, dropout: float) -> nn.Sequential:
     """Return the head 2048-256-64-classes for feature maps of 512 channels, at 32 pixels 2x2."""
     return nn.Sequential(
         AveragePool(2),  # changes nothing at 32 pixels
@@ -49,5 +49,5 @@ def linear_head(classes: int, dropout: float) -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Linear(256, 64),
         nn.ReLU(inplace=True),
-        nn.Linear(64, classes),
+        nn.Linear(64, num_classes),
     )

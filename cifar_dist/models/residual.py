@@ -8,10 +8,10 @@ from torch import nn
 from cifar_dist.models.layers import convolution, half_size, linear_head
 
 
-def residual(classes: int, dropout: float = 0.4) -> nn.Module:
+def residual(num_classes: int, dropout: float = 0.4) -> nn.Module:
     """Blocks of 64, 128, 256, 512 channels, 2x2 pooling after each, linear 2048-256-64-classes."""
     blocks = [_Block(inputs, outputs) for inputs, outputs in pairwise([3, 64, 128, 256, 512])]
-    return nn.Sequential(*blocks, linear_head(classes, dropout))
+    return nn.Sequential(*blocks, linear_head(num_classes, dropout))
 
 
 class _Block(nn.Module):

@@ -6,19 +6,19 @@ from torch import nn
 from cifar_dist.models.layers import AveragePool, convolution
 
 
-def resnet18(classes: int, dropout: float = 0.0) -> nn.Module:
+def resnet18(num_classes: int, dropout: float = 0.0) -> nn.Module:
     """Basic blocks, 2 in each stage: 11.2 million parameters."""
-    return _resnet(_Basic, [2, 2, 2, 2], classes, dropout)
+    return _resnet(_Basic, [2, 2, 2, 2], num_classes, dropout)
 
 
-def resnet34(classes: int, dropout: float = 0.0) -> nn.Module:
+def resnet34(num_classes: int, dropout: float = 0.0) -> nn.Module:
     """Basic blocks, 3, 4, 6 and 3: 21.3 million parameters."""
-    return _resnet(_Basic, [3, 4, 6, 3], classes, dropout)
+    return _resnet(_Basic, [3, 4, 6, 3], num_classes, dropout)
 
 
-def resnet50(classes: int, dropout: float = 0.0) -> nn.Module:
+def resnet50(num_classes: int, dropout: float = 0.0) -> nn.Module:
     """Bottleneck blocks, 3, 4, 6 and 3: 23.5 million parameters."""
-    return _resnet(_Bottleneck, [3, 4, 6, 3], classes, dropout)
+    return _resnet(_Bottleneck, [3, 4, 6, 3], num_classes, dropout)
 
 
 class _Residual(nn.Module):
@@ -63,7 +63,7 @@ class _Bottleneck(_Residual):
 
 
 def _resnet(
-    block: type[_Basic] | type[_Bottleneck], depths: list[int], classes: int, dropout: float
+    block: type[_Basic] | type[_Bottleneck], depths: list[int], num_classes: int, dropout: float
 ) -> nn.Module:
     layers: list[nn.Module] = [convolution(3, 64, 3), nn.ReLU(inplace=True)]
     inputs = 64
@@ -72,5 +72,5 @@ def _resnet(
         for position in range(depth):
             layers += [block(inputs, width, stride=2 if stage and not position else 1)]
             inputs = width * block.expansion
-    head = [AveragePool(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(inputs, classes)]
+    head = [AveragePool(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(inputs, num_classes)]
     return nn.Sequential(*layers, *head)

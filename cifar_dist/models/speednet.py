@@ -23,7 +23,7 @@ class SpeedNet(nn.Module):
     """See the module's docstring.
 
     Args:
-        classes: outputs.
+        num_classes: outputs.
         widths: channels of each stage; every stage halves the image.
         stride: of the patches: at 2 they do not overlap, for a quarter of the arithmetic.
         depth: convolutions a stage; the third and later ones are bridged by a residual connection.
@@ -32,7 +32,7 @@ class SpeedNet(nn.Module):
 
     def __init__(
         self,
-        classes: int,
+        num_classes: int,
         widths: Sequence[int] = (64, 256, 256),
         depth: int = 2,
         stride: int = 1,
@@ -47,12 +47,12 @@ class SpeedNet(nn.Module):
         stages = [_Stage(*ends, depth) for ends in pairwise([whitened, *widths])]
         self.stages = nn.Sequential(nn.GELU(), *stages)
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(widths[-1], classes, bias=False)
+        self.head = nn.Linear(widths[-1], num_classes, bias=False)
         with torch.no_grad():
             self.head.weight.div_(self.head.weight.std())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map float [N, 3, H, W] to logits [N, classes]."""
+        """Map float [N, 3, H, W] to logits [N, num_classes]."""
         if kernels.usable(images):
             from cifar_dist.speedups.layers import whiten_activate
 

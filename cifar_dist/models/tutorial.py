@@ -11,22 +11,22 @@ from torch import nn
 from cifar_dist.models.layers import AveragePool, half_size
 
 
-def tutorial(classes: int, dropout: float = 0.0) -> nn.Module:
+def tutorial(num_classes: int, dropout: float = 0.0) -> nn.Module:
     """Convolutions 3-32-32-64, each followed by 2x2 pooling, then linear 1024-64-classes."""
-    return _network([64], classes, activate=False, dropout=dropout)
+    return _network([64], num_classes, activate=False, dropout=dropout)
 
 
-def tutorial_wide(classes: int, dropout: float = 0.0) -> nn.Module:
+def tutorial_wide(num_classes: int, dropout: float = 0.0) -> nn.Module:
     """The same convolutions with a head of three linear layers, 1024-512-64-classes."""
-    return _network([512, 64], classes, activate=False, dropout=dropout)
+    return _network([512, 64], num_classes, activate=False, dropout=dropout)
 
 
-def tutorial_relu(classes: int, dropout: float = 0.25) -> nn.Module:
+def tutorial_relu(num_classes: int, dropout: float = 0.25) -> nn.Module:
     """The wide head, with ReLU after every layer and dropout between the linear ones."""
-    return _network([512, 64], classes, activate=True, dropout=dropout)
+    return _network([512, 64], num_classes, activate=True, dropout=dropout)
 
 
-def _network(hidden: list[int], classes: int, activate: bool, dropout: float) -> nn.Module:
+def _network(hidden: list[int], num_classes: int, activate: bool, dropout: float) -> nn.Module:
     def activation() -> list[nn.Module]:
         return [nn.ReLU(inplace=True)] if activate else []
 
@@ -39,4 +39,4 @@ def _network(hidden: list[int], classes: int, activate: bool, dropout: float) ->
     for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), *activation()]
         layers += [nn.Dropout(dropout)] if dropout else []
-    return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
+    return nn.Sequential(*layers, nn.Linear(widths[-1], num_classes))

@@ -7,7 +7,7 @@ from cifar_dist.models.layers import AveragePool, convolution, half_size
 STAGES = [(96, 96), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)]
 
 
-def vgg16(classes: int, dropout: float = 0.5) -> nn.Module:
+def vgg16(num_classes: int, dropout: float = 0.5) -> nn.Module:
     """Thirteen 3x3 convolutions with BatchNorm and ReLU, then linear 512-4096-4096-classes."""
     layers: list[nn.Module] = []
     inputs = 3
@@ -19,4 +19,4 @@ def vgg16(classes: int, dropout: float = 0.5) -> nn.Module:
     layers += [AveragePool(1), nn.Flatten()]  # changes nothing at 32 pixels
     for width in (512, 4096):
         layers += [nn.Linear(width, 4096), nn.ReLU(inplace=True), nn.Dropout(dropout)]
-    return nn.Sequential(*layers, nn.Linear(4096, classes))
+    return nn.Sequential(*layers, nn.Linear(4096, num_classes))

@@ -185,7 +185,7 @@ def _describe(error: BaseException, where: str, peers: Peers | None, in_training
     if isinstance(error, Preempted):
         return Ending(EXIT_CODE, STOPPED)
     if isinstance(error, UsageError):
-        return Ending(REFUSED, str(error))
+        return Ending(REFUSED, str(error), getattr(error, "traceback", ""))
     if isinstance(error, PermissionError) and error.filename is not None and not in_training:
         return Ending(REFUSED, describe_refusal(error))
     if isinstance(error, (RunError, PeerLost)):

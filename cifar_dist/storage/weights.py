@@ -1,12 +1,16 @@
 """Weights to start from: a safetensors file, or what a run has saved; all that fits, or nothing."""
 
+from pathlib import Path
+
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from cifar_dist.config import Recipe, from_dict, local_path
 from cifar_dist.errors import UsageError, require
+from cifar_dist.models.catalogue import build_network
 from cifar_dist.storage.checkpoint import Checkpoint, Tensors, find_checkpoint, read_tensors
+from cifar_dist.user_code import identity, is_user_code, load_all, require_same
 
 SHOWN = 3  # names of each kind in a message
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # may stand for one another
@@ -15,8 +19,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # may st
 def load_weights(network: nn.Module, place: str) -> bool:
     """Copy the weights at `place` into `network`.
 
-    The head, which is the last Linear, stays new where it is missing there or of another shape, as
-    for another number of classes. Every other tensor must be there, and nothing else.
+    The head, which is the last Linear or Conv2d layer, stays new where it is missing there or of
+    another shape, as for another number of classes. Every other tensor must be there, and nothing
+    else.
 
     Args:
         place: a safetensors file, a run folder (its newest checkpoint is meant) or one checkpoint's
@@ -29,8 +34,8 @@ def load_weights(network: nn.Module, place: str) -> bool:
         UsageError: there are no weights, or they do not fit; the network is as it was.
     """
     given, own = _read(place), network.state_dict()
-    last = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
-    head = {name for name in own if name.rpartition(".")[0] == last}
+    layers = [n for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    head = {name for name in own if name.rpartition(".")[0] in layers[-1:]}
     head_is_new = any(name not in given or given[name].shape != own[name].shape for name in head)
     if head_is_new:
         given = given | {name: own[name] for name in head}
@@ -93,18 +98,33 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
     return from_dict(checkpoint.state["recipe"])
 
 
-def restore_network(checkpoint: Checkpoint) -> nn.Module:
+def restore_network(checkpoint: Checkpoint, path: Path, name: str | None = None) -> nn.Module:
     """Return the network of a checkpoint, ready to evaluate: averaged weights where it has them.
 
+    Args:
+        path: of the checkpoint, for messages.
+        name: of the network; must be given if it is code of the user's own, which is not imported
+            because a checkpoint names it.
+
     Raises:
-        UsageError: the weights do not fit the model that the recipe names.
+        UserCodeError: the user's code raised an exception.
+        UsageError: the user's code is not named or has changed, or the weights do not fit.
     """
-    import torch
-
-    from cifar_dist.models import build_model
-
     recipe = recipe_of(checkpoint)
-    network = build_model(recipe.model, len(checkpoint.state["classes"]))
+    recorded, codes = recipe.model.name, load_all({"model.name": name})
+    if is_user_code(recorded):
+        own = identity(recorded)
+        require(
+            name is not None,
+            f"the network {own} of {path} is code of its user's; name the code again: "
+            f"--model.name {own}",
+        )
+        require_same(checkpoint.state.get("code", {}), codes, str(path))
+    require(
+        name is None or identity(name) == identity(recorded),
+        f"{path} was trained with the network {identity(recorded)}, not {name}",
+    )
+    network = build_network(recipe.model, len(checkpoint.state["classes"]), codes.get("model.name"))
     try:
         network.load_state_dict(checkpoint.tensors.get("ema", checkpoint.tensors["model"]))
     except RuntimeError as error:

@@ -22,6 +22,7 @@ from cifar_dist.training.guard import (
     gradient_norm,
     scale_showing,
 )
+from cifar_dist.training.losses import Loss
 from cifar_dist.training.metrics import Evaluation, Outcome, Tally, summarise
 from cifar_dist.training.replay import Recorded
 
@@ -49,6 +50,8 @@ class TrainState:
         step: optimizer steps done since the start of the run.
         gradient_norm: of the last step, before clipping; float [] on the device.
         recorded: a whole step, where it can be replayed.
+        host_read: module whose code reads a tensor's value on the host, which a replayed step
+            cannot do; "" if there is none.
     """
 
     network: nn.Module
@@ -60,6 +63,7 @@ class TrainState:
     step: int
     gradient_norm: torch.Tensor
     recorded: Recorded | None = None
+    host_read: str = ""
 
     @property
     def evaluated(self) -> nn.Module:
@@ -73,6 +77,7 @@ def train_epoch(
     loader: DataLoader,
     pixels: Pixels,
     config: TrainConfig,
+    loss: Loss,
     schedule: Callable[[int], float],
     epoch: int,
 ) -> Iterator[None]:
@@ -90,9 +95,7 @@ def train_epoch(
 
     def add_gradients(images: torch.Tensor, labels: torch.Tensor) -> None:
         logits = state.model(images)
-        loss_sum = functional.cross_entropy(
-            logits, labels, reduction="sum", label_smoothing=config.label_smoothing
-        )
+        loss_sum = loss.sum(logits, labels)
         # Not by `gradient=`, for which torch imports what compares symbolic shapes.
         backward(loss_sum * scale_showing(loss_sum, scale))
         state.tally.add(loss_sum, logits, labels)
@@ -110,7 +113,7 @@ def train_epoch(
         add_gradients(images, labels)
         update()
 
-    if state.recorded is None and can_record(accelerator, config):
+    if state.recorded is None and not state.host_read and can_record(accelerator, config):
         state.recorded = Recorded(whole_step)
         for group in state.optimizer.param_groups:  # a replayed step finds its rate there
             group["lr"] = torch.zeros((), device=accelerator.device)
@@ -201,6 +204,7 @@ def refuse_bad_numbers(
     order: GlobalBatches,
     pixels: Pixels,
     config: TrainConfig,
+    loss: Loss,
 ) -> None:
     """End the run if the guard has skipped a step; every process must call it.
 
@@ -218,8 +222,8 @@ def refuse_bad_numbers(
     order.start_at(epoch, step % steps_per_epoch * config.accumulate)
     parameters = list(state.network.parameters())
 
-    def norm_of(loss: torch.Tensor) -> float:
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    def norm_of(value: torch.Tensor) -> float:
+        gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
         return get_total_norm([g for g in gradients if g is not None]).item()
 
     mine: list[str] = []
@@ -227,9 +231,7 @@ def refuse_bad_numbers(
         seed_step(accelerator, config, step, part)
         with accelerator.autocast():
             logits = state.network(pixels.for_training(batch, epoch)).float()
-        losses = functional.cross_entropy(
-            logits, batch.labels, reduction="none", label_smoothing=config.label_smoothing
-        )
+        losses = loss.per_image(logits, batch.labels)
         mine += bad_samples(losses, batch.positions, norm_of)
     raise describe_bad_step(accelerator, mine, step + 1)
 

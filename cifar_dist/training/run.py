@@ -40,6 +40,7 @@ from cifar_dist.training.session import (
     open_session,
     save,
 )
+from cifar_dist.user_code import copy_files, load_all
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,18 @@ def _start(recipe: Recipe, lock: RunLock, preemption: Preemption) -> Session:
         asked = {key: value for key, value in flatten(recipe).items() if key not in OWN_KEYS}
         accelerator, peers = start_processes(recipe.train, recipe.track.log_with, asked)
         on_main_process(accelerator, lambda: check_out(recipe, lock))
+        codes = load_all({"model.name": recipe.model.name, "train.loss": recipe.train.loss})
+        hashes = [code.hashes() for code in codes.values()]
+        peers.compare("source code", {name: h for files in hashes for name, h in files.items()})
         dataset = load_dataset(recipe.data)
         _check_dataset(recipe, dataset)
         # Listing and decoding the images may take one machine longer than the others.
         peers.compare("dataset", describe(dataset), seconds=None)
-        start = on_main_process(accelerator, lambda: find_start(recipe, dataset))
+        start = on_main_process(accelerator, lambda: find_start(recipe, dataset, codes))
         out = on_main_process(accelerator, lambda: claim(recipe, lock))
-        session = open_session(accelerator, peers, recipe, dataset, out, start)
+        if codes and accelerator.is_main_process:
+            copy_files(codes, out / "code")
+        session = open_session(accelerator, peers, recipe, dataset, out, start, codes)
         preemption.defer(accelerator.num_processes, recipe.train.timeout)
     return session
 
@@ -135,7 +141,7 @@ def _train(session: Session, preemption: Preemption) -> bool:
         return learning_rate(recipe.schedule, recipe.optim.lr, step, steps, train.epochs)
 
     def check_numbers() -> None:
-        refuse_bad_numbers(accelerator, state, loader, order, pixels, train)
+        refuse_bad_numbers(accelerator, state, loader, order, pixels, train, session.loss)
 
     total = total_steps(train.epochs, steps)
     for epoch in range(math.ceil(session.epochs_done), math.ceil(total / steps)):
@@ -145,7 +151,9 @@ def _train(session: Session, preemption: Preemption) -> bool:
         )
         bar = ProgressBar(session, epoch)
         session.clock = time.monotonic()
-        for _ in train_epoch(accelerator, state, loader, pixels, train, schedule, epoch):
+        for _ in train_epoch(
+            accelerator, state, loader, pixels, train, session.loss, schedule, epoch
+        ):
             bar.update()
             reports = _due(recipe.track.every_steps, state.step)
             stop = preemption.agreed()

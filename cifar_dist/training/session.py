@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cifar_dist.config import Recipe, differences, from_dict, local_path, to_dic
 from cifar_dist.data import Dataset
 from cifar_dist.data.augment import Pixels
 from cifar_dist.errors import UsageError, require
-from cifar_dist.models import build_model, require_batchnorm_values
+from cifar_dist.models.catalogue import build_network
 from cifar_dist.models.speednet import WHITENED_IMAGES, SpeedNet
 from cifar_dist.processes.peers import Peers
 from cifar_dist.storage.checkpoint import (
@@ -33,9 +34,12 @@ from cifar_dist.storage.tracking import Tracker
 from cifar_dist.storage.weights import load_weights
 from cifar_dist.training.engine import TrainState, gather_buffers, settle_buckets, write_buffers
 from cifar_dist.training.guard import Guard, require_equal_weights
+from cifar_dist.training.losses import Loss, build_loss
 from cifar_dist.training.metrics import Tally, Totals
 from cifar_dist.training.optim import build_optimizer
 from cifar_dist.training.schedule import total_steps
+from cifar_dist.training.trial import require_batchnorm_values, try_loss, try_network
+from cifar_dist.user_code import UserCode, hashes_of, require_same
 
 
 @dataclass
@@ -44,6 +48,7 @@ class Session:
 
     Attributes:
         out: run folder.
+        codes: the user's own, by the recipe key that names it.
         beginning: where the weights come from, for the banner; empty if they are new.
         epochs_done: epochs trained and measured; the last may be a part of one.
         equal_at: step at which all processes had the same weights, as far as was looked.
@@ -63,6 +68,8 @@ class Session:
     pixels: Pixels
     out: Path
     state: TrainState
+    loss: Loss
+    codes: Mapping[str, UserCode]
     beginning: str
     epochs_done: float
     equal_at: int
@@ -86,7 +93,9 @@ class Session:
         return min((epoch + 1) * steps, total_steps(self.recipe.train.epochs, steps))
 
 
-def find_start(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:
+def find_start(
+    recipe: Recipe, dataset: Dataset, codes: Mapping[str, UserCode]
+) -> Checkpoint | None:
     """Load the checkpoint to continue from; None starts anew. On rank 0.
 
     1. resume never: none.
@@ -116,6 +125,7 @@ def find_start(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:
         f"the checkpoint {path} was trained on other images than data.root holds now; "
         "restore them, or start a new run with another --out",
     )
+    require_same(checkpoint.state.get("code", {}), codes, str(path))
     return checkpoint
 
 
@@ -126,6 +136,7 @@ def open_session(
     dataset: Dataset,
     out: Path,
     start: Checkpoint | None,
+    codes: Mapping[str, UserCode],
 ) -> Session:
     """Build the network and its optimizer, as new or as they were at `start`.
 
@@ -133,7 +144,20 @@ def open_session(
     """
     saved = start.state if start else {}
     torch.manual_seed(recipe.train.seed)
-    network = build_model(recipe.model, len(dataset.classes)).to(accelerator.device)
+    classes = len(dataset.classes)
+    network_code, loss_code = codes.get("model.name"), codes.get("train.loss")
+    network = build_network(recipe.model, classes, network_code).to(accelerator.device)
+    host_read = try_network(
+        accelerator,
+        network,
+        recipe.model.name,
+        network_code,
+        classes,
+        dataset.train.image_size,
+    )
+    loss = build_loss(recipe.train, loss_code)
+    if loss_code:
+        try_loss(loss, loss_code, classes, accelerator.device)
     beginning = f"continues at step {start.state['step']}" if start else ""
     if recipe.model.weights and not start:
         head_is_new = load_weights(network, recipe.model.weights)
@@ -169,6 +193,7 @@ def open_session(
         model.broadcast_buffers = False
     tally, step = Tally(accelerator.device), saved.get("step", 0)
     state = TrainState(network, model, optimizer, average, guard, tally, step, torch.zeros(()))
+    state.host_read = host_read
     if accelerator.num_processes > 2:
         settle_buckets(state, dataset.train.image_size)
     if start:  # after DDP has made all processes equal to rank 0
@@ -183,6 +208,8 @@ def open_session(
         pixels=pixels,
         out=out,
         state=state,
+        loss=loss,
+        codes=codes,
         beginning=beginning,
         epochs_done=epochs_done,
         equal_at=step,
@@ -285,6 +312,7 @@ def save(session: Session) -> None:
         "std": session.dataset.std,
         "dataset": session.dataset.digest,
         "optimizer": plain,
+        "code": hashes_of(session.codes),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
     }
     folder, step, epoch = session.out / "checkpoints", state.step, session.epochs_done

@@ -100,7 +100,7 @@ def bad_image(position: str, kind: str) -> None:
     from cifar_dist.data.augment import Pixels
     from cifar_dist.training import session
 
-    original, build, rows = Pixels.for_training, session.build_model, []
+    original, build, rows = Pixels.for_training, session.build_network, []
 
     def for_training(self: Any, batch: Any, epoch: int) -> torch.Tensor:
         images = original(self, batch, epoch)
@@ -124,7 +124,7 @@ def bad_image(position: str, kind: str) -> None:
             touched = (gradient != 0).any(dim=1) & ctx.rows
             return gradient.masked_fill(touched[:, None], float("inf"))
 
-    def build_model(*arguments: Any) -> torch.nn.Module:
+    def build_network(*arguments: Any) -> torch.nn.Module:
         network = build(*arguments)
         change = {"gradient": BadGradient.apply, "loss": without_its_class}.get(kind)
         if change:
@@ -134,7 +134,7 @@ def bad_image(position: str, kind: str) -> None:
         return network
 
     Pixels.for_training = for_training  # type: ignore[method-assign]
-    session.build_model = build_model  # type: ignore[assignment]
+    session.build_network = build_network  # type: ignore[assignment]
 
 
 def dies_at_write(number: str) -> None:

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_dist.config import ModelConfig
 from cifar_dist.launching.networks import NETWORKS, Features, Tape, describe_network
-from cifar_dist.models import MODELS
+from cifar_dist.models.catalogue import MODELS
 
 PLAIN = [(ModelConfig(name=name), 10, 32) for name in MODELS]
 OTHERS = [(ModelConfig(name=name), 7, 45) for name in MODELS if name != "speednet"]

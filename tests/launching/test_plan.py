@@ -15,7 +15,7 @@ import yaml
 from cifar_dist.config import parse_recipe
 from cifar_dist.launching import plan
 from cifar_dist.launching.forecast import Prediction, fit_line, predict, step_seconds
-from cifar_dist.models import MODELS
+from cifar_dist.models.catalogue import MODELS
 from cifar_dist.storage.checkpoint import prune
 from cifar_dist.train import run
 from tests.helpers import TINY, command, read_lines, run_command, write_folder
