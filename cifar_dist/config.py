@@ -7,7 +7,7 @@ a misspelt key is refused in a fraction of a second.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -330,6 +330,7 @@ FREE_KEYS = (
     *("train.accumulate", "train.timeout"),
 )
 FREE_SECTIONS = ("checkpoint.", "track.")
+CODE_KEYS = ("model.name", "train.loss")  # may name the user's own code
 OPTIONS = "model.options."  # of keys that the network chooses
 # Keys of earlier versions, which recipes and run folders may hold, and what they are now.
 RENAMED = {f"model.{name}": f"{OPTIONS}{name}" for name in ("widths", "depth", "stride")}
@@ -342,10 +343,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
     train.epochs may grow, but not from the middle of an epoch, which has been reported as it was.
     """
-    before, after = flatten(old), flatten(new)
-    for values in (before, after):
-        for key in ("model.name", "train.loss"):
-            values[key] = values[key] and user_code.identity(values[key])
+    before, after = comparable(old), comparable(new)
     if after["train.epochs"] >= before["train.epochs"] and before["train.epochs"] % 1 == 0:
         before["train.epochs"] = after["train.epochs"]
     return [
@@ -397,6 +395,14 @@ def _rename_keys(values: dict[str, Any]) -> dict[str, Any]:
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as {"section.key": value}."""
     return dict(_walk(to_dict(recipe)))
+
+
+def comparable(recipe: Recipe) -> dict[str, Any]:
+    """Return `flatten` without the folders of source files, whose hashes are compared instead."""
+    values = flatten(recipe)
+    for key in CODE_KEYS:
+        values[key] = values[key] and user_code.identity(values[key])
+    return values
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -644,15 +650,58 @@ def parse_recipe(argv: Sequence[str]) -> tuple[Recipe, str]:
     refuse_unknown_options(parser, argv)
     values = parse_strictly(parser, argv, content)
     recipe = Recipe(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Recipe)})
+    recipe = _find_code(recipe, path.parent)
     overrides = sum(arg.startswith("--") for arg in argv)
     shown = path.stem if path.parent == RECIPES else str(path)
     return recipe, f"recipe {shown}" + (f" with {overrides} overrides" if overrides else "")
+
+
+def _find_code(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with source files that lie beside the recipe file instead of here."""
+
+    def find(place: str) -> str:
+        file, _, name = place.rpartition(":")
+        beside = file.endswith(".py") and not local_path(file).exists() and folder / file
+        return f"{beside}:{name}" if beside and beside.is_file() else place
+
+    model = dataclasses.replace(recipe.model, name=find(recipe.model.name))
+    train = dataclasses.replace(recipe.train, loss=recipe.train.loss and find(recipe.train.loss))
+    return dataclasses.replace(recipe, model=model, train=train)
 
 
 def _rename_option(arg: str) -> str:
     key, equals, value = arg.partition("=")
     new = RENAMED.get(key.removeprefix("--"))
     return f"--{new}{equals}{value}" if new and key.startswith("--") else arg
+
+
+def make_recipe(recipe: "str | Path | Recipe", options: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with some keys changed.
+
+    Args:
+        recipe: a shipped name, a file or a recipe.
+        options: {"section.key": value}.
+
+    Raises:
+        UsageError: an unknown recipe or key, or a value of the wrong type.
+    """
+    if isinstance(recipe, Recipe):
+        content = to_dict(recipe)
+    else:
+        content = read_recipe(_resolve_config(["--config", str(recipe)])[1])
+    types = _types()
+    for key, value in options.items():
+        key = RENAMED.get(key, key)
+        known = key in types or key.startswith(OPTIONS)
+        require(known, f"unknown option '{key}'{suggest(key, sorted(types))}")
+        holder, (*sections, name) = content, key.split(".")
+        for section in sections:
+            holder = holder.setdefault(section, {})
+        holder[name] = str(value) if isinstance(value, Path) else value
+    parser = new_parser("cifar_dist.train")
+    parser.add_class_arguments(Recipe)
+    values = parse_strictly(parser, [], content)
+    return Recipe(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Recipe)})
 
 
 def new_parser(prog: str) -> Any:

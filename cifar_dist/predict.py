@@ -10,11 +10,17 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cifar_dist.command import run_verb
 from cifar_dist.errors import UsageError, require
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BATCH = 256  # images decoded and classified at a time
 
@@ -106,42 +112,151 @@ def stream_predictions(
     Raises:
         UsageError: no such checkpoint or file.
     """
-    import numpy as np
-    import torch
-
-    from cifar_dist.data.augment import normalise
     from cifar_dist.data.decode import decode_image
-    from cifar_dist.storage.checkpoint import find_checkpoint
-    from cifar_dist.storage.weights import restore_network
 
     require(top >= 1, f"--top is {top}; give 1 or more")
     files = _find_files(images)
-    path, checkpoint = find_checkpoint(place, best)
-    state = checkpoint.state
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    network = restore_network(checkpoint, path, model).to(device)
+    classifier = load(place, best, model)
     for start in range(0, len(files), BATCH):
         names, decoded = [], []
         for file in files[start : start + BATCH]:
             try:
-                decoded.append(decode_image(file, state["image_size"]))
+                decoded.append(decode_image(file, classifier.image_size))
                 names.append(str(file))
             except ValueError as error:
                 yield {"image": str(file), "error": str(error)}
-        if not decoded:
-            continue
-        pixels = torch.from_numpy(np.stack(decoded)).to(device)
-        with torch.inference_mode():
-            logits = network(normalise(pixels, state["mean"], state["std"]))
-            likely = logits.float().softmax(dim=1).topk(min(top, len(state["classes"])))
-        for name, values, labels in zip(
-            names, likely.values.tolist(), likely.indices.tolist(), strict=True
-        ):
-            classes = [
-                {"class": state["classes"][label], "probability": value}
-                for label, value in zip(labels, values, strict=True)
+        for name, prediction in zip(names, classifier.classify(decoded), strict=True):
+            shown = list(prediction.probabilities.items())[:top]
+            yield {"image": name, "classes": [{"class": c, "probability": p} for c, p in shown]}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The classes of one image.
+
+    Attributes:
+        name: the most probable class.
+        probability: its probability.
+        probabilities: of all classes, the most probable first.
+    """
+
+    name: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained network, ready to classify images.
+
+    Attributes:
+        network: maps normalised float [N, 3, S, S] to logits [N, classes]; in evaluation mode.
+        classes: names, in the order of the logits.
+        image_size: S, in pixels.
+        mean, std: per channel, on the scale of [0, 1].
+        history: the lines of the run's metrics.jsonl.
+    """
+
+    network: nn.Module
+    classes: list[str]
+    image_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    history: list[dict[str, Any]]
+
+    def predict(self, images: Any) -> Any:
+        """Classify an image, or each of a list of images.
+
+        Args:
+            images: a path, a PIL image or a uint8 array [H, W, 3], or a list of them.
+
+        Returns:
+            A Prediction, or a list of them.
+
+        Raises:
+            UsageError: a file cannot be decoded, or an image is of another type.
+        """
+        if isinstance(images, (list, tuple)):
+            decoded = [self._decode(image) for image in images]
+            return [
+                prediction
+                for start in range(0, len(decoded), BATCH)
+                for prediction in self.classify(decoded[start : start + BATCH])
             ]
-            yield {"image": name, "classes": classes}
+        return self.classify([self._decode(images)])[0]
+
+    def classify(self, images: Sequence[np.ndarray]) -> list[Prediction]:
+        """Classify images that have the network's size, each uint8 [S, S, 3]."""
+        import torch
+
+        from cifar_dist.data.augment import normalise
+
+        if not images:
+            return []
+        pixels = torch.from_numpy(np.stack(images)).to(next(self.network.parameters()).device)
+        with torch.inference_mode():
+            logits = self.network(normalise(pixels, self.mean, self.std))
+            values, labels = logits.float().softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        predictions = []
+        for shares, order in zip(values.tolist(), labels.tolist(), strict=True):
+            named = {self.classes[label]: p for label, p in zip(order, shares, strict=True)}
+            predictions.append(Prediction(self.classes[order[0]], shares[0], named))
+        return predictions
+
+    def _decode(self, image: Any) -> np.ndarray:
+        from PIL import Image
+
+        from cifar_dist.data.decode import decode_image, fit_image
+
+        try:
+            if isinstance(image, (str, Path)):
+                require(os.path.exists(image), f"'{image}' does not exist")
+                return decode_image(image, self.image_size)
+            if isinstance(image, np.ndarray):
+                require(
+                    image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3,
+                    f"an image is an array of {image.dtype} {list(image.shape)}; expected uint8 "
+                    "[H, W, 3]",
+                )
+                image = Image.fromarray(image)
+            if isinstance(image, Image.Image):
+                return fit_image(image, self.image_size)
+        except ValueError as error:
+            raise UsageError(_refusal({"image": image, "error": error})) from error
+        raise UsageError(
+            f"an image is a {type(image).__name__}; expected a path, a PIL image or a uint8 array"
+        )
+
+
+def load(place: str | Path, best: bool = False, model: Any = None) -> Classifier:
+    """Load the network of a run.
+
+    Args:
+        place: a run folder (its newest checkpoint is meant) or one checkpoint's folder.
+        best: of a run folder, the best checkpoint by validation instead of the newest.
+        model: the network, if it is code of the user's own: its name, class or function.
+
+    Raises:
+        UserCodeError: the user's code raised an exception.
+        UsageError: no such checkpoint, or the user's code is not given or has changed.
+    """
+    import torch
+
+    from cifar_dist.storage.checkpoint import find_checkpoint
+    from cifar_dist.storage.folder import read_metrics
+    from cifar_dist.storage.weights import restore_network
+
+    path, checkpoint = find_checkpoint(str(place), best)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    state, out = checkpoint.state, path.parent.parent
+    return Classifier(
+        restore_network(checkpoint, path, model).to(device),
+        state["classes"],
+        state["image_size"],
+        state["mean"],
+        state["std"],
+        read_metrics(out) if (out / "metrics.jsonl").exists() else [],
+    )
 
 
 def _find_files(images: Sequence[str | Path]) -> list[Path]:

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from modulefinder import ModuleFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,29 +31,29 @@ class UserCode:
     Attributes:
         place: `FILE.py:NAME` or `package.module:NAME`.
         object: the class or function.
-        root: folder of the user's files; their names are relative to it.
+        module: name of its module, in `sys.modules`.
+        root: folder of the file, or of the package, that holds it.
+        package: name of the top-level package; "" for a file.
     """
 
     place: str
     object: Callable[..., Any]
+    module: str
     root: Path
+    package: str = ""
 
     def files(self) -> list[Path]:
-        """Return the file that defines the object and the files of `root` imported with it."""
-        defining = sys.modules.get(self.object.__module__)
-        modules = [m for m in sys.modules.values() if m.__name__ != "__main__" or m is defining]
-        files = {getattr(module, "__file__", None) or "" for module in modules}
-        return sorted(path for path in map(Path, files) if self._is_own(path))
-
-    def _is_own(self, path: Path) -> bool:
-        # torch has modules with names of files that do not exist.
-        if path.suffix != ".py" or not path.is_absolute() or not path.is_file():
-            return False
-        if not path.is_relative_to(self.root) or path.is_relative_to(PACKAGE):
-            return False
-        installed = Path(sys.prefix).resolve()  # a virtual environment may lie in the folder
-        inside = installed.is_relative_to(self.root) and path.is_relative_to(installed)
-        return not inside and "site-packages" not in path.relative_to(self.root).parts
+        """Return the source file and every file of `root` that it imports, directly or not."""
+        file = getattr(sys.modules.get(self.module), "__file__", None)
+        if file is None:
+            return []
+        finder = _Finder([str(self.root.parent if self.package else self.root)], self.package)
+        if self.package:
+            finder.import_hook(self.module)
+        else:
+            finder.run_script(file)
+        found = {getattr(module, "__file__", None) for module in finder.modules.values()}
+        return sorted(Path(name).resolve() for name in found if name)
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of each file by its name below `root`.
@@ -60,21 +61,41 @@ class UserCode:
         A class or function that was typed into a notebook or a terminal has no file: its own source
         is hashed, if Python still has it.
         """
-        hashes = {
-            path.relative_to(self.root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in self.files()
-        }
-        if not hashes:
-            try:
-                source = inspect.getsource(self.object)
-            except (OSError, TypeError):
-                source = ""
-            hashes[self.place] = hashlib.sha256(source.encode()).hexdigest()
-        return hashes
+        files = self.files()
+        if files:
+            return {
+                path.relative_to(self.root).as_posix(): hashlib.sha256(
+                    path.read_bytes()
+                ).hexdigest()
+                for path in files
+            }
+        try:
+            source = inspect.getsource(self.object)
+        except (OSError, TypeError):
+            source = ""
+        return {self.place: hashlib.sha256(source.encode()).hexdigest()}
 
     def fail(self, option: str, error: BaseException) -> UserCodeError:
         """Return an error of this code as the exception that shows it."""
         return own_error(option, self.place, self.root, error)
+
+
+class _Finder(ModuleFinder):
+    """Finds the modules that a file imports, without importing them.
+
+    Args:
+        path: folders that are searched.
+        package: the only top-level package that is searched; "" for all but this program.
+    """
+
+    def __init__(self, path: list[str], package: str) -> None:
+        super().__init__(path, excludes=[PACKAGE.name])
+        self._package = package
+
+    def find_module(self, name: str, path: Any, parent: Any = None) -> Any:
+        if self._package and parent is None and name != self._package:
+            raise ImportError(name)
+        return super().find_module(name, path, parent)
 
 
 def is_user_code(name: str) -> bool:
@@ -90,12 +111,16 @@ def identity(name: str) -> str:
 
 def from_object(found: Callable[..., Any]) -> UserCode:
     """Return a class or function of the calling Python program."""
-    module = sys.modules.get(found.__module__)
-    file = getattr(module, "__file__", None)
     name = getattr(found, "__qualname__", type(found).__qualname__)
+    module = found.__module__
+    file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:
-        return UserCode(f"{found.__module__}:{name}", found, Path("/nowhere"))
-    return UserCode(f"{file}:{name}", found, Path(file).resolve().parent)
+        return UserCode(f"{module}:{name}", found, module, Path("/nowhere"))
+    if "." in module:
+        package = module.partition(".")[0]
+        root = Path(file).resolve().parents[module.count(".") - 1]
+        return UserCode(f"{module}:{name}", found, module, root, package)
+    return UserCode(f"{file}:{name}", found, module, Path(file).resolve().parent)
 
 
 def load(place: str, option: str) -> UserCode:
@@ -111,15 +136,23 @@ def load(place: str, option: str) -> UserCode:
         UsageError: there is no such file, module or name.
     """
     file, _, name = place.rpartition(":")
+    package = ""
     if file.endswith(".py"):
         path = local_path(file).resolve()
         require(
             path.is_file(),
             f"{option} is {place}, but there is no file '{file}' in {os.getcwd()}",
         )
-        module, root = _import_file(path, option, place), path.parent
+        root = path.parent
+        module = _import_file(path, option, place)
     else:
-        module, root = _import_module(file, option, place)
+        package, _, inner = file.partition(".")
+        root = _find_package(package, option, place)
+        package = package if inner or (root / "__init__.py").exists() else ""
+        try:
+            module = importlib.import_module(file)
+        except Exception as error:
+            raise own_error(option, place, root, error) from error
     found: Any = module
     for part in name.split("."):
         known = [key for key, value in vars(found).items() if callable(value)]
@@ -129,7 +162,7 @@ def load(place: str, option: str) -> UserCode:
             )
         found = getattr(found, part)
     require(callable(found), f"{option} is {place}, which is neither a class nor a function")
-    return UserCode(place, found, root)
+    return UserCode(place, found, module.__name__, root, package)
 
 
 def _import_file(path: Path, option: str, place: str) -> ModuleType:
@@ -153,25 +186,21 @@ def _import_file(path: Path, option: str, place: str) -> ModuleType:
     return module
 
 
-def _import_module(name: str, option: str, place: str) -> tuple[ModuleType, Path]:
+def _find_package(name: str, option: str, place: str) -> Path:
+    """Return the folder of a top-level package, or that of a module which is a single file."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    top = name.partition(".")[0]
     try:
-        package = importlib.util.find_spec(top)
+        spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
-        package = None
-    if package is None:
+        spec = None
+    if spec is None:
         raise UsageError(
-            f"{option} is {place}, but there is no module '{top}'; write a file's name with .py: "
-            f"{top}.py:{place.rpartition(':')[2]}"
+            f"{option} is {place}, but there is no module '{name}'; write a file's name with .py: "
+            f"{name}.py:{place.rpartition(':')[2]}"
         )
-    root = Path(package.origin or next(iter(package.submodule_search_locations or ["."]))).resolve()
-    root = root if root.is_dir() else root.parent
-    try:
-        return importlib.import_module(name), root
-    except Exception as error:
-        raise own_error(option, place, root, error) from error
+    folders = list(spec.submodule_search_locations or [])
+    return Path(folders[0]).resolve() if folders else Path(spec.origin or "").resolve().parent
 
 
 def own_error(option: str, place: str, root: Path, error: BaseException) -> UserCodeError:
@@ -179,8 +208,8 @@ def own_error(option: str, place: str, root: Path, error: BaseException) -> User
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).resolve().is_relative_to(root)
-        and not Path(frame.filename).resolve().is_relative_to(PACKAGE)
+        if Path(frame.filename).is_relative_to(root)
+        and not Path(frame.filename).is_relative_to(PACKAGE)
     ]
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     lines = ["Traceback (most recent call last):\n", *traceback.format_list(frames)]

@@ -32,7 +32,6 @@ from cifar_dist.training.guard import Guard
 from cifar_dist.training.losses import Loss
 from cifar_dist.training.metrics import Tally
 
-LOSS = Loss(0)
 PLAIN = Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), AugmentConfig(), seed=0)
 
 
@@ -64,8 +63,9 @@ def train(accelerator: Accelerator, images: Images, **options: object) -> TrainS
     tally = Tally(accelerator.device)
     state = TrainState(network, model, optimizer, average, guard, tally, 0, torch.zeros(()))
     loader, _ = build_loader(accelerator, images, 32 // config.accumulate, seed=0)
+    loss = Loss(config.label_smoothing)
     steps = sum(
-        1 for _ in train_epoch(accelerator, state, loader, PLAIN, config, LOSS, lambda _: 0.1, 0)
+        1 for _ in train_epoch(accelerator, state, loader, PLAIN, config, loss, lambda _: 0.1, 0)
     )
     assert steps == state.step == 3
     return state

@@ -18,7 +18,7 @@ CONFIG = OptimConfig(name="muon", lr=0.2, bias_lr=0.4, head_lr=2.0, momentum=0.6
 
 def small_network() -> nn.Module:
     torch.manual_seed(0)
-    return build_network(ModelConfig(name="speednet", widths=[8, 16], depth=2), 4)
+    return build_network(ModelConfig(name="speednet", options={"widths": [8, 16], "depth": 2}), 4)
 
 
 def give_gradients(network: nn.Module, seed: int) -> None:

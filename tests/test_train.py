@@ -13,9 +13,10 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar_dist.config import parse_recipe
-from cifar_dist.errors import UsageError
+from cifar_dist.errors import RunFailed, UsageError
 from cifar_dist.storage.checkpoint import checkpoints_in, load_checkpoint, load_newest
-from cifar_dist.train import Result, RunFailed, main, run
+from cifar_dist.train import main, run
+from cifar_dist.training.run import Result
 from tests.helpers import TINY, command, digest_of, read_lines, run_command, write_folder
 
 # Everything random is on: dropout, every augmentation, averaged weights, BatchNorm's statistics.
@@ -292,17 +293,6 @@ def test_bad_datasets_stop_before_anything_is_written(
     facts = json.loads((tmp_path / "o" / "run.json").read_text())
     assert facts["evaluation_images"] == {"test": 8}
     assert len(facts["skipped_images"]) == 1
-
-
-def test_a_second_start_does_not_look_through_the_images_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = write_folder(tmp_path / "set", {"train": 36, "test": 9})
-    folder = ["--data.name", "imagefolder", "--data.root", str(root), "--train.epochs", "1"]
-    train(tmp_path / "first", *folder)
-    monkeypatch.setattr("cifar_dist.data.imagefolder.find_images", None)
-    train(tmp_path / "second", *folder)
-    assert main([*TINY, *folder, "--out", str(tmp_path / "third")]) == 0
 
 
 @pytest.mark.fault(33)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from cifar_dist.errors import UsageError
 from cifar_dist.processes.environment import usable_cores
@@ -109,7 +109,16 @@ def _name_format(head: bytes) -> str:
     return "cannot identify image file"
 
 
-def _decode(file: ImageFile.ImageFile, size: int) -> np.ndarray:
+def fit_image(image: Image.Image, size: int) -> np.ndarray:
+    """Return an open image as `decode_image` returns a file; the image is left as it is.
+
+    Raises:
+        ValueError: its pixels have no known range.
+    """
+    return _decode(image.copy(), size)
+
+
+def _decode(file: Image.Image, size: int) -> np.ndarray:
     if min(file.size) >= 4 * size:  # JPEG is then decoded at a reduced scale
         file.draft(None, (2 * size, 2 * size))
     bits = 32 if file.mode == "I" and file.format not in ("PNG", "PPM") else 16  # if more than 8
@@ -151,7 +160,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _find_turn(file: ImageFile.ImageFile) -> Image.Transpose | None:
+def _find_turn(file: Image.Image) -> Image.Transpose | None:
     """Return the transposition that puts an image upright; None if no orientation is stored."""
     try:
         value = _read_orientation(file.info.get("exif", b""))

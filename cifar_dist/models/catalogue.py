@@ -50,6 +50,7 @@ def build_network(config: ModelConfig, num_classes: int, code: UserCode | None =
     builder = code.object if code else _find_builder(config.name)
     parameters = inspect.signature(builder).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    takes_any = takes_any and getattr(builder, "__init__", None) is not nn.Module.__init__
     options = dict(config.options)
     if "num_classes" in parameters or takes_any:
         options.setdefault("num_classes", num_classes)
@@ -71,10 +72,19 @@ def build_network(config: ModelConfig, num_classes: int, code: UserCode | None =
         f"model.name {config.name} returned {type(network).__name__}; expected a torch.nn.Module",
     )
     if config.dropout is not None:
-        for layer in network.modules():
-            if isinstance(layer, _DropoutNd):
-                layer.p = config.dropout
+        _set_dropout(network, config.dropout)
     return network
+
+
+def _set_dropout(network: nn.Module, probability: float) -> None:
+    """Set the probability of every dropout layer; 0 also turns off stochastic depth."""
+    for layer in network.modules():
+        if isinstance(layer, _DropoutNd):
+            layer.p = probability
+        elif not probability and type(layer).__name__ == "StochasticDepth":  # of torchvision
+            layer.p = 0.0  # type: ignore[assignment]
+        elif not probability and type(layer).__name__ == "DropPath":  # of timm
+            layer.drop_prob = 0.0  # type: ignore[assignment]
 
 
 def _check_options(

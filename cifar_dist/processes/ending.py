@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar_dist.errors import PeerLost, RunError, RunFailed, UsageError
+from cifar_dist.errors import PeerLost, RunError, RunFailed, UsageError, UserCodeError
 from cifar_dist.processes.environment import local_rank
 from cifar_dist.processes.preemption import EXIT_CODE, Preempted, ignore_signals
 from cifar_dist.processes.streams import complain
@@ -51,9 +51,13 @@ class Ending:
 
     def to_error(self) -> BaseException:
         """Return the exception for this kind of ending; `end_command` will not report it again."""
-        kinds: dict[int, type[BaseException]] = {REFUSED: UsageError, EXIT_CODE: Preempted}
-        error = kinds.get(self.code, RunFailed)(self.line)
-        error.reported = self  # type: ignore[attr-defined]
+        error: UsageError | Preempted | RunFailed
+        if self.code == REFUSED:
+            user = self.traceback
+            error = UserCodeError(self.line, user) if user else UsageError(self.line)
+        else:
+            error = Preempted(self.line) if self.code == EXIT_CODE else RunFailed(self.line)
+        error.reported = self  # type: ignore[union-attr]
         return error
 
 

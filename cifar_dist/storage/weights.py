@@ -1,6 +1,7 @@
 """Weights to start from: a safetensors file, or what a run has saved; all that fits, or nothing."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -10,7 +11,7 @@ from cifar_dist.config import Recipe, from_dict, local_path
 from cifar_dist.errors import UsageError, require
 from cifar_dist.models.catalogue import build_network
 from cifar_dist.storage.checkpoint import Checkpoint, Tensors, find_checkpoint, read_tensors
-from cifar_dist.user_code import identity, is_user_code, load_all, require_same
+from cifar_dist.user_code import from_object, identity, is_user_code, load_all, require_same
 
 SHOWN = 3  # names of each kind in a message
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # may stand for one another
@@ -98,20 +99,25 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
     return from_dict(checkpoint.state["recipe"])
 
 
-def restore_network(checkpoint: Checkpoint, path: Path, name: str | None = None) -> nn.Module:
+def restore_network(checkpoint: Checkpoint, path: Path, model: Any = None) -> nn.Module:
     """Return the network of a checkpoint, ready to evaluate: averaged weights where it has them.
 
     Args:
         path: of the checkpoint, for messages.
-        name: of the network; must be given if it is code of the user's own, which is not imported
-            because a checkpoint names it.
+        model: the network's name, or the user's class or function. Code of the user's own must be
+            given: it is not imported because a checkpoint names it.
 
     Raises:
         UserCodeError: the user's code raised an exception.
         UsageError: the user's code is not named or has changed, or the weights do not fit.
     """
     recipe = recipe_of(checkpoint)
-    recorded, codes = recipe.model.name, load_all({"model.name": name})
+    recorded = recipe.model.name
+    if model is None or isinstance(model, str):
+        name, codes = model, load_all({"model.name": model})
+    else:
+        codes = {"model.name": from_object(model)}
+        name = codes["model.name"].place
     if is_user_code(recorded):
         own = identity(recorded)
         require(

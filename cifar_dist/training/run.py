@@ -7,11 +7,13 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cifar_dist.config import OWN_KEYS, Recipe, flatten, local_path, nearest_multiples
+from torch import nn
+
+from cifar_dist.config import OWN_KEYS, Recipe, comparable, local_path, nearest_multiples
 from cifar_dist.data import Dataset, load_dataset
 from cifar_dist.data.batches import build_evaluation_loader, build_loader
 from cifar_dist.errors import RunError, UsageError, require
@@ -40,7 +42,7 @@ from cifar_dist.training.session import (
     open_session,
     save,
 )
-from cifar_dist.user_code import copy_files, load_all
+from cifar_dist.user_code import UserCode, copy_files, from_object, load_all
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,23 @@ class Result:
         out: run folder.
         metrics: of the last epoch: one entry a split, with loss, accuracy, correct and count.
         best: the same of the epoch with the best validation accuracy; None without validation.
+        network: the trained network, with averaged weights if the recipe averages them.
     """
 
     state: str
     out: Path
     metrics: dict[str, dict[str, Any]]
     best: dict[str, Any] | None
+    network: nn.Module
 
 
-def run(recipe: Recipe, origin: str = "Python") -> Result:
+def run(recipe: Recipe, origin: str = "Python", model: Any = None) -> Result:
     """Train `recipe`, or continue the run of it that its `out` holds.
 
     Args:
         recipe: what to do; every process gets the same.
         origin: where the recipe came from, for the banner.
+        model: class or function of the network, in place of recipe.model.name.
 
     Raises:
         UsageError: the request cannot work; nothing was started.
@@ -75,7 +80,7 @@ def run(recipe: Recipe, origin: str = "Python") -> Result:
     open_streams()
     preemption = Preemption()
     with preemption.listen():
-        return run_until_end(recipe, origin, preemption, lambda ending: None)
+        return run_until_end(recipe, origin, preemption, lambda ending: None, model)
 
 
 def run_until_end(
@@ -83,12 +88,16 @@ def run_until_end(
     origin: str,
     preemption: Preemption,
     report: Callable[[Ending], object],
+    model: Any = None,
 ) -> Result:
     """Do the same with the caller's signal handling; `report` prints the cause of a failure."""
     session: Session | None = None
+    code = from_object(model) if model is not None else None
+    if code:
+        recipe = replace(recipe, model=replace(recipe.model, name=code.place))
     with RunLock() as lock:
         try:
-            session = _start(recipe, lock, preemption)
+            session = _start(recipe, lock, preemption, code)
             with kept(session.out, session.accelerator.process_index, session.warned):
                 with session.warned.spare("the banner"):
                     announce(session, origin)
@@ -102,14 +111,15 @@ def run_until_end(
             raise ending.to_error() from (error if ending.code == FAILED else None)
 
 
-def _start(recipe: Recipe, lock: RunLock, preemption: Preemption) -> Session:
+def _start(recipe: Recipe, lock: RunLock, preemption: Preemption, code: UserCode | None) -> Session:
     """Check the request against this machine and these data, and prepare everything."""
     _check_batch_size(recipe, asked_world_size())
     with preemption.interruptible():
-        asked = {key: value for key, value in flatten(recipe).items() if key not in OWN_KEYS}
+        asked = {key: value for key, value in comparable(recipe).items() if key not in OWN_KEYS}
         accelerator, peers = start_processes(recipe.train, recipe.track.log_with, asked)
         on_main_process(accelerator, lambda: check_out(recipe, lock))
-        codes = load_all({"model.name": recipe.model.name, "train.loss": recipe.train.loss})
+        codes = load_all({"train.loss": recipe.train.loss})
+        codes |= {"model.name": code} if code else load_all({"model.name": recipe.model.name})
         hashes = [code.hashes() for code in codes.values()]
         peers.compare("source code", {name: h for files in hashes for name, h in files.items()})
         dataset = load_dataset(recipe.data)
@@ -232,7 +242,7 @@ def _finish(session: Session, finished: bool) -> Result:
         print(f"{result} at step {session.state.step}: {session.out}{hint}", flush=True)
     session.peers.leave()
     session.accelerator.wait_for_everyone()
-    return Result(result, session.out, session.metrics, best)
+    return Result(result, session.out, session.metrics, best, session.state.evaluated.eval())
 
 
 def _end(

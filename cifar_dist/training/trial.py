@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.module_tracker import ModuleTracker
 
 from cifar_dist.errors import UsageError, one_line, require
@@ -16,8 +16,11 @@ from cifar_dist.training.losses import Loss
 from cifar_dist.user_code import UserCode
 
 IMAGES = 2  # in the batch that is tried
-# Operations that copy values to the host, which a CUDA graph cannot hold.
-HOST_READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::item")
+# Functions that wait for the device and read a value on the host, which a CUDA graph cannot hold.
+HOST_READS = {
+    *("item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique"),
+    *("__bool__", "__int__", "__float__", "__index__"),
+}
 
 
 def try_network(
@@ -128,7 +131,7 @@ def _check_logits(logits: Any, name: str, num_classes: int, image_size: int) -> 
     require(
         isinstance(logits, torch.Tensor),
         f"model.name {name} returned {_describe(logits)} in training; expected one tensor of "
-        "logits [N, classes]",
+        "logits [N, classes]; turn off auxiliary outputs, as with model.options.aux_logits false",
     )
     shape = list(logits.shape)
     require(
@@ -144,20 +147,20 @@ def _check_logits(logits: Any, name: str, num_classes: int, image_size: int) -> 
     )
 
 
-class _HostReads(TorchDispatchMode):
-    """Notes the module in which the first operation copies a value to the host."""
+class _HostReads(TorchFunctionMode):
+    """Notes the module that first calls one of HOST_READS."""
 
     def __init__(self, tracker: ModuleTracker) -> None:
         super().__init__()
         self._tracker = tracker
         self.module = ""
 
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if not self.module and operation.name().partition(".")[0] in HOST_READS:
+        if not self.module and getattr(function, "__name__", "") in HOST_READS:
             self.module = max(self._tracker.parents, key=len)
-        return operation(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
 
 def _is_storable(dtype: torch.dtype) -> bool:
