@@ -209,6 +209,20 @@ def test_a_checkpoint_needs_its_code_again_and_unchanged(
     assert read_lines(here / "run")[-1]["epoch"] == 1
 
 
+def test_a_network_of_a_package(here: Path) -> None:
+    (here / "nets" / "parts").mkdir(parents=True)
+    (here / "nets" / "__init__.py").write_text("")
+    (here / "nets" / "wide.py").write_text(WIDE.replace("from parts", "from .parts.blocks"))
+    (here / "nets" / "unused.py").write_text("")
+    (here / "nets" / "parts" / "blocks.py").write_text(PARTS)
+    options = [*TINY, "--train.epochs", "1", "--data.limit_train", "64", "--out", "run"]
+    assert main([*options, "--model.name", "nets.wide:Wide"]) == 0
+    copied = [path for path in (here / "run" / "code").rglob("*") if path.is_file()]
+    names = {path.relative_to(here / "run" / "code").as_posix() for path in copied}
+    assert names == {"__init__.py", "wide.py", "parts/blocks.py"}
+    assert evaluate.main(["--checkpoint", "run", "--model.name", "nets.wide:Wide"]) == 0
+
+
 def test_processes_with_different_code_refuse(here: Path) -> None:
     for name in ("first", "second"):
         (here / name).mkdir()
