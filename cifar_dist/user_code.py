@@ -93,7 +93,7 @@ class _Finder(ModuleFinder):
         self._package = package
 
     def find_module(self, name: str, path: Any, parent: Any = None) -> Any:
-        if self._package and parent is None and name != self._package:
+        if self._package and path is None and name != self._package:
             raise ImportError(name)
         return super().find_module(name, path, parent)
 
