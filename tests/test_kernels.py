@@ -1,7 +1,9 @@
 """Our kernels against what they stand for, in Triton's interpreter where there is no GPU."""
 
+import dataclasses
 import sys
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn import functional
 
 from cifar_dist import speedups as kernels
 from cifar_dist.config import AugmentConfig
+from cifar_dist.data import augment
 from cifar_dist.data.augment import Pixels
 from cifar_dist.data.batches import Batch
 from tests.helpers import run_command
@@ -123,29 +126,64 @@ def test_kernels_compile_for_gpus_once_for_all_sizes(capability: int, tmp_path: 
     }
 
 
-CHANGES = [
+COMBINED = [
     AugmentConfig(),
-    AugmentConfig(flip="random", translate=2),
     AugmentConfig(flip="alternating", translate=3, padding="zero"),
     AugmentConfig(flip="alternating", cutout=3, grayscale=0.5),
     AugmentConfig(translate=1, padding="zero", cutout=2, grayscale=0.3),
 ]
 
 
-@pytest.mark.parametrize("config", CHANGES)
+SOME = {int: (2,), float: (0.5,), bool: (True,)}
+
+
+def one_at_a_time() -> list[AugmentConfig]:
+    """Return a config for each value of each choice, and for some value of each number."""
+    types, configs = get_type_hints(AugmentConfig), []
+    for field in dataclasses.fields(AugmentConfig):
+        values = get_args(types[field.name]) or SOME[types[field.name]]
+        base = AugmentConfig(translate=2) if field.name == "padding" else AugmentConfig()
+        configs += [dataclasses.replace(base, **{field.name: value}) for value in values]
+    return configs
+
+
+def training_batches(config: AugmentConfig) -> list[torch.Tensor]:
+    """Return a batch as training sees it in three epochs."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (20, 9, 9, 3), dtype=torch.uint8, generator=generator)
+    positions = torch.randint(0, 2**33, (20,), generator=generator)
+    batch = Batch(images.to(DEVICE), torch.zeros(20), positions.to(DEVICE))
+    pixels = Pixels((0.49, 0.48, 0.45), (0.25, 0.24, 0.26), config, seed=2**40 + 3)
+    return [pixels.for_training(batch, epoch) for epoch in range(3)]
+
+
+def compare_augmentation(config: AugmentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(augmentation, "PIXELS", 64)  # so that an image takes two programs
+    monkeypatch.setattr(kernels, "usable", lambda _: False)
+    plain = training_batches(config)
+    monkeypatch.setattr(kernels, "usable", lambda _: True)
+    for ours, expected in zip(training_batches(config), plain, strict=True):
+        assert torch.equal(ours, expected)
+        assert ours.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("config", [*one_at_a_time(), *COMBINED])
 def test_augmentation_is_the_same_to_the_bit(
     config: AugmentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(augmentation, "PIXELS", 64)  # so that an image takes two programs
-    torch.manual_seed(0)
-    images = torch.randint(0, 256, (20, 9, 9, 3), dtype=torch.uint8, device=DEVICE)
-    positions = torch.randint(0, 2**33, (20,), device=DEVICE)
-    batch = Batch(images, torch.zeros(20), positions)
-    pixels = Pixels((0.49, 0.48, 0.45), (0.25, 0.24, 0.26), config, seed=2**40 + 3)
-    for epoch in range(3):
-        monkeypatch.setattr(kernels, "usable", lambda _: False)
-        expected = pixels.for_training(batch, epoch)
-        monkeypatch.setattr(kernels, "usable", lambda _: True)
-        ours = pixels.for_training(batch, epoch)
-        assert torch.equal(ours, expected)
-        assert ours.stride() == expected.stride()
+    compare_augmentation(config, monkeypatch)
+
+
+def test_an_augmentation_without_a_kernel_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class WithInversion(AugmentConfig):
+        invert: bool = False
+
+    plain = augment.augment
+
+    def augment_and_invert(batch: Batch, config: WithInversion, *draws: int) -> Any:
+        images, mask = plain(batch, config, *draws)
+        return 255 - images if config.invert else images, mask
+
+    monkeypatch.setattr(augment, "augment", augment_and_invert)
+    compare_augmentation(WithInversion(flip="random", invert=True), monkeypatch)

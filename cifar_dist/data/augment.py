@@ -33,17 +33,18 @@ class Pixels:
     def for_training(self, batch: Batch, epoch: int) -> torch.Tensor:
         """Augment and normalise a training batch."""
         if kernels.usable(batch.images):
-            from cifar_dist.speedups.augmentation import augment_normalise
+            from cifar_dist.speedups.augmentation import augment_normalise, implements
 
-            device = batch.images.device
-            return augment_normalise(
-                batch.images,
-                batch.positions,
-                self.augment,
-                _epoch_keys(self.seed, epoch, self.augment.flip == "alternating", device),
-                stream_keys(GRAYSCALE + 1),
-                *_per_channel(tuple(self.mean), tuple(self.std), device),
-            )
+            if implements(self.augment):
+                device = batch.images.device
+                return augment_normalise(
+                    batch.images,
+                    batch.positions,
+                    self.augment,
+                    _epoch_keys(self.seed, epoch, self.augment.flip == "alternating", device),
+                    stream_keys(GRAYSCALE + 1),
+                    *_per_channel(tuple(self.mean), tuple(self.std), device),
+                )
         images, hole = augment(batch, self.augment, self.seed, epoch)
         return normalise(images, self.mean, self.std, hole)
 

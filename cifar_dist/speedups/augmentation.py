@@ -13,6 +13,12 @@ from triton import language as tl
 from cifar_dist.config import AugmentConfig
 
 PIXELS = 1024  # of a program
+FIELDS = ("flip", "translate", "padding", "cutout", "grayscale")  # that the kernel implements
+
+
+def implements(config: AugmentConfig) -> bool:
+    """Return whether the kernel applies every augmentation that `config` asks for."""
+    return config == type(config)(**{name: getattr(config, name) for name in FIELDS})
 
 
 def augment_normalise(
