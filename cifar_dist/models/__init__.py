@@ -13,7 +13,6 @@ from cifar_dist.models.resnet import resnet18, resnet34, resnet50
 from cifar_dist.models.speednet import SpeedNet
 from cifar_dist.models.tutorial import tutorial, tutorial_relu, tutorial_wide
 from cifar_dist.models.vgg import vgg16
-from cifar_dist.speedups.winograd import use_winograd
 
 # Each takes the number of classes and the probability of dropout; speednet, its shape too.
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -37,9 +36,7 @@ def build_model(config: ModelConfig, classes: int) -> nn.Module:
     """
     options = {name: getattr(config, name) for name in ("dropout", "widths", "depth", "stride")}
     chosen = {name: value for name, value in options.items() if value is not None}
-    network = MODELS[config.name](classes, **chosen)
-    use_winograd(network)
-    return network
+    return MODELS[config.name](classes, **chosen)
 
 
 @torch.no_grad()
