@@ -93,8 +93,10 @@ def stream_predictions(
     import numpy as np
     import torch
 
-    from cifar_dist.data.augment import normalise
+    from cifar_dist.config import AugmentConfig
+    from cifar_dist.data.augment import Pixels
     from cifar_dist.data.decode import decode_image
+    from cifar_dist.speedups import speed_up
     from cifar_dist.storage.checkpoint import find_checkpoint
     from cifar_dist.storage.weights import restore_network
 
@@ -103,7 +105,8 @@ def stream_predictions(
     checkpoint = find_checkpoint(place, best)[1]
     state = checkpoint.state
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    network = restore_network(checkpoint).to(device)
+    pixels = Pixels(state["mean"], state["std"], AugmentConfig(), seed=0)
+    network, pixels = speed_up(restore_network(checkpoint).to(device), pixels)
     for start in range(0, len(files), BATCH):
         names, decoded = [], []
         for file in files[start : start + BATCH]:
@@ -114,9 +117,9 @@ def stream_predictions(
                 yield {"image": str(file), "error": str(error)}
         if not decoded:
             continue
-        pixels = torch.from_numpy(np.stack(decoded)).to(device)
+        batch = torch.from_numpy(np.stack(decoded)).to(device)
         with torch.inference_mode():
-            logits = network(normalise(pixels, state["mean"], state["std"]))
+            logits = network(pixels.for_evaluation(batch))
             likely = logits.float().softmax(dim=1).topk(min(top, len(state["classes"])))
         for name, values, labels in zip(
             names, likely.values.tolist(), likely.indices.tolist(), strict=True

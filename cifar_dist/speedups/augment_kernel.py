@@ -1,16 +1,19 @@
-"""Augmentation and normalisation in one pass: dozens of short kernels otherwise, a sixth of a step.
+"""A Triton kernel for augmentation and normalisation in one pass.
 
-The draws, the pixels and the rounding are those of `cifar_dist.data.augment`, which says what they
-are; tests compare the two bit by bit.
+In torch they are dozens of short kernels, a sixth of a step. Draws, pixels and rounding are those
+of `cifar_dist.data.augment`, to the bit.
 """
 
-from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
 from triton import language as tl
 
+from cifar_dist import speedups
 from cifar_dist.config import AugmentConfig
+from cifar_dist.data.augment import Pixels, Stream, mix_integers, per_channel, stream_keys
+from cifar_dist.data.batches import Batch
 
 PIXELS = 1024  # of a program
 FIELDS = ("flip", "translate", "padding", "cutout", "grayscale")  # that the kernel implements
@@ -21,45 +24,53 @@ def implements(config: AugmentConfig) -> bool:
     return config == type(config)(**{name: getattr(config, name) for name in FIELDS})
 
 
-def augment_normalise(
-    images: torch.Tensor,
-    positions: torch.Tensor,
-    config: AugmentConfig,
-    keys: torch.Tensor,
-    streams: Sequence[int],
-    centre: torch.Tensor,
-    scale: torch.Tensor,
-) -> torch.Tensor:
-    """Return float32 [N, 3, H, W] with channels-last strides.
+class FusedPixels(Pixels):
+    """Pixels whose training batches are computed by the kernel on a GPU."""
 
-    Args:
-        images: uint8 [N, H, W, 3] on a GPU.
-        positions: of the samples in their set, int64 [N].
-        config: what to change.
-        keys: of the epoch's draws and of the mirroring's, each the low and the high 32 bits, and 1
-            where all are mirrored once more; int64 [5].
-        streams: what sets the draws apart, in the order of `cifar_dist.data.augment`.
-        centre, scale: per channel, for pixels from 0 to 255; float [3].
+    def for_training(self, batch: Batch, epoch: int) -> torch.Tensor:
+        """Augment and normalise a training batch."""
+        images, config = batch.images, self.augment
+        if not speedups.usable(images):
+            return super().for_training(batch, epoch)
+        count, height, width, _ = images.shape
+        outputs = torch.empty(images.shape, device=images.device)
+        keys = _epoch_keys(self.seed, epoch, config.flip == "alternating", images.device)
+        centre, scale = per_channel(tuple(self.mean), tuple(self.std), images.device)
+        streams = stream_keys()
+        _augment[(count, triton.cdiv(height * width, PIXELS))](
+            *(images.contiguous(), batch.positions, keys, outputs, centre, scale),
+            *(height, width, config.grayscale),
+            flip_stream=streams[Stream.FLIP],
+            x_stream=streams[Stream.SHIFT_X],
+            y_stream=streams[Stream.SHIFT_Y],
+            cutout_x_stream=streams[Stream.CUTOUT_X],
+            cutout_y_stream=streams[Stream.CUTOUT_Y],
+            grey_stream=streams[Stream.GRAYSCALE],
+            FLIP=config.flip != "none",
+            REACH=config.translate,
+            REFLECT=config.padding == "reflect",
+            GREY=config.grayscale > 0,
+            CUTOUT=config.cutout,
+            PIXELS=PIXELS,
+        )
+        return outputs.permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=4)
+def _epoch_keys(seed: int, epoch: int, alternates: bool, device: torch.device) -> torch.Tensor:
+    """Return what an epoch's draws depend on, int64 [5].
+
+    The key of the draws and the key of the flips, each as its low and high 32 bits, and 1 if all
+    flips are inverted in this epoch.
     """
-    count, height, width, _ = images.shape
-    outputs = torch.empty(images.shape, device=images.device)
-    _augment[(count, triton.cdiv(height * width, PIXELS))](
-        *(images.contiguous(), positions, keys, outputs, centre, scale),
-        *(height, width, config.grayscale),
-        *streams,
-        FLIP=config.flip != "none",
-        REACH=config.translate,
-        REFLECT=config.padding == "reflect",
-        GREY=config.grayscale > 0,
-        CUTOUT=config.cutout,
-        PIXELS=PIXELS,
-    )
-    return outputs.permute(0, 3, 1, 2)
+    keys = [mix_integers(seed, epoch), mix_integers(seed, 0 if alternates else epoch)]
+    halves = [half for key in keys for half in (key & 0xFFFFFFFF, key >> 32)]
+    return torch.tensor([*halves, epoch % 2 if alternates else 0], device=device)
 
 
 @triton.jit
 def _mix(bits):  # type: ignore[no-untyped-def]
-    """Scramble 32-bit values kept in int64, as the function of the same name."""
+    """Scramble 32-bit values kept in int64, as `cifar_dist.data.augment` does."""
     bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return bits ^ (bits >> 16)
@@ -77,7 +88,7 @@ def _uniform(sample, stream):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _source(place, side, REACH: tl.constexpr, REFLECT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return where the pixel at a place, perhaps outside the image, comes from."""
+    """Return the row or column of the image that is shown at `place`, which may be outside."""
     if REFLECT:
         last = tl.maximum(side - 1, 1)
         place = (place + 2 * last * REACH) % (2 * last)
@@ -127,11 +138,11 @@ def _augment(  # type: ignore[no-untyped-def]
     if CUTOUT > 0:
         top = (_uniform(sample, cutout_y_stream) * height).to(tl.int32) - CUTOUT // 2
         left = (_uniform(sample, cutout_x_stream) * width).to(tl.int32) - CUTOUT // 2
-        hole = (row >= top) & (row < top + CUTOUT) & (column >= left) & (column < left + CUTOUT)
-        red = tl.where(hole, 0.0, red)
-        green = tl.where(hole, 0.0, green)
-        blue = tl.where(hole, 0.0, blue)
-    there = outputs + (number.to(tl.int64) * height * width + pixel) * 3
-    tl.store(there, red, mask=mask)
-    tl.store(there + 1, green, mask=mask)
-    tl.store(there + 2, blue, mask=mask)
+        cut = (row >= top) & (row < top + CUTOUT) & (column >= left) & (column < left + CUTOUT)
+        red = tl.where(cut, 0.0, red)
+        green = tl.where(cut, 0.0, green)
+        blue = tl.where(cut, 0.0, blue)
+    target = outputs + (number.to(tl.int64) * height * width + pixel) * 3
+    tl.store(target, red, mask=mask)
+    tl.store(target + 1, green, mask=mask)
+    tl.store(target + 2, blue, mask=mask)
