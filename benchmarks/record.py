@@ -144,7 +144,9 @@ def cifar_dist(options: argparse.Namespace) -> Callable[[int], Figures]:
         return timed_evaluate(*arguments, **named)
 
     story.train_epoch, story.evaluate = timed_epoch, both_evaluations
-    SpeedNet.whiten = watch.time(SpeedNet.whiten)  # type: ignore[method-assign]
+    SpeedNet.initialise_from = watch.time(  # type: ignore[method-assign]
+        SpeedNet.initialise_from
+    )
     epochs = ["--train.epochs", str(options.epochs)] if options.epochs else []
 
     def one(seed: int) -> Figures:

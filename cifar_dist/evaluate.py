@@ -84,6 +84,7 @@ def evaluate_checkpoint(
     from cifar_dist.data.augment import Pixels
     from cifar_dist.data.batches import build_evaluation_loader
     from cifar_dist.processes.start import start_processes
+    from cifar_dist.speedups import speed_up
     from cifar_dist.storage.checkpoint import find_checkpoint
     from cifar_dist.training.engine import evaluate
 
@@ -96,9 +97,12 @@ def evaluate_checkpoint(
     pixels = Pixels(
         checkpoint.state["mean"], checkpoint.state["std"], recipe.augment, recipe.train.seed
     )
+    network, pixels = speed_up(
+        restore_network(checkpoint, path, model).to(accelerator.device), pixels
+    )
     result = evaluate(
         accelerator,
-        restore_network(checkpoint, path, model).to(accelerator.device),
+        network,
         build_evaluation_loader(accelerator, images.relabelled(tuple(classes))),
         pixels,
         len(classes),

@@ -22,6 +22,8 @@ from cifar_dist.errors import UsageError, require
 if TYPE_CHECKING:
     from torch import nn
 
+    from cifar_dist.data.augment import Pixels
+
 BATCH = 256  # images decoded and classified at a time
 
 
@@ -153,15 +155,14 @@ class Classifier:
         network: maps normalised float [N, 3, S, S] to logits [N, classes]; in evaluation mode.
         classes: names, in the order of the logits.
         image_size: S, in pixels.
-        mean, std: per channel, on the scale of [0, 1].
+        pixels: normalises images.
         history: the lines of the run's metrics.jsonl.
     """
 
     network: nn.Module
     classes: list[str]
     image_size: int
-    mean: Sequence[float]
-    std: Sequence[float]
+    pixels: Pixels
     history: list[dict[str, Any]]
 
     def predict(self, images: Any) -> Any:
@@ -189,13 +190,11 @@ class Classifier:
         """Classify images that have the network's size, each uint8 [S, S, 3]."""
         import torch
 
-        from cifar_dist.data.augment import normalise
-
         if not images:
             return []
-        pixels = torch.from_numpy(np.stack(images)).to(next(self.network.parameters()).device)
+        batch = torch.from_numpy(np.stack(images)).to(next(self.network.parameters()).device)
         with torch.inference_mode():
-            logits = self.network(normalise(pixels, self.mean, self.std))
+            logits = self.network(self.pixels.for_evaluation(batch))
             values, labels = logits.float().softmax(dim=1).sort(dim=1, descending=True, stable=True)
         predictions = []
         for shares, order in zip(values.tolist(), labels.tolist(), strict=True):
@@ -242,6 +241,9 @@ def load(place: str | Path, best: bool = False, model: Any = None) -> Classifier
     """
     import torch
 
+    from cifar_dist.config import AugmentConfig
+    from cifar_dist.data.augment import Pixels
+    from cifar_dist.speedups import speed_up
     from cifar_dist.storage.checkpoint import find_checkpoint
     from cifar_dist.storage.folder import read_metrics
     from cifar_dist.storage.weights import restore_network
@@ -249,12 +251,15 @@ def load(place: str | Path, best: bool = False, model: Any = None) -> Classifier
     path, checkpoint = find_checkpoint(str(place), best)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     state, out = checkpoint.state, path.parent.parent
-    return Classifier(
+    network, pixels = speed_up(
         restore_network(checkpoint, path, model).to(device),
+        Pixels(state["mean"], state["std"], AugmentConfig(), seed=0),
+    )
+    return Classifier(
+        network,
         state["classes"],
         state["image_size"],
-        state["mean"],
-        state["std"],
+        pixels,
         read_metrics(out) if (out / "metrics.jsonl").exists() else [],
     )
 

@@ -1,5 +1,7 @@
-"""`python -m tests.absent_gpu CAPABILITY`: steps and evaluations of speednet, every kernel
-compiled for a GPU of that capability (90 is an H100) and none run. Prints how often each was.
+"""Compile every kernel for a GPU that is absent: `python -m tests.absent_gpu CAPABILITY`.
+
+Takes steps and evaluations of speednet without running a kernel, and prints how often each was
+compiled for a GPU of that capability (90 is an H100).
 """
 
 import sys
@@ -12,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from cifar_dist import speedups as kernels
+from cifar_dist import speedups
 from cifar_dist.config import AugmentConfig
 from cifar_dist.data.augment import Pixels
 from cifar_dist.data.batches import Batch
@@ -21,14 +23,14 @@ from cifar_dist.training.engine import VIEWS, view
 
 
 class AbsentGPU:
-    """What Triton asks of a driver before it compiles."""
+    """The driver that Triton queries before it compiles."""
 
     def get_current_target(self) -> GPUTarget:
-        """Return what to compile for."""
+        """Return the GPU to compile for."""
         return GPUTarget("cuda", int(sys.argv[1]), 32)
 
     def get_current_device(self) -> int:
-        """Return its number."""
+        """Return the index of the GPU."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
@@ -46,14 +48,16 @@ def main() -> None:
         compiled.add((kernel.fn.__name__, result.hash))
         return result
 
-    network = SpeedNet(10).to(memory_format=torch.channels_last)
     augment = AugmentConfig(flip="random", translate=2, cutout=4, grayscale=0.1)
-    pixels = Pixels((0.5,) * 3, (0.25,) * 3, augment, seed=1)
     with (
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(kernels, "usable", return_value=True),
+        mock.patch.object(speedups, "runs_triton", return_value=True),
         torch.autocast("cpu", torch.bfloat16),
     ):
+        network, pixels = speedups.speed_up(
+            SpeedNet(10).to(memory_format=torch.channels_last),
+            Pixels((0.5,) * 3, (0.25,) * 3, augment, seed=1),
+        )
         for count in (3, 16):
             batch = Batch(
                 torch.zeros(count, 32, 32, 3, dtype=torch.uint8),

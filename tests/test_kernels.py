@@ -1,23 +1,29 @@
-"""Our kernels against what they stand for, in Triton's interpreter where there is no GPU."""
+"""Fused kernels against plain torch, in Triton's interpreter if there is no GPU."""
 
+import copy
+import dataclasses
 import sys
+import warnings
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from cifar_dist import speedups as kernels
+from cifar_dist import speedups
 from cifar_dist.config import AugmentConfig
+from cifar_dist.data import augment
 from cifar_dist.data.augment import Pixels
 from cifar_dist.data.batches import Batch
+from cifar_dist.models.speednet import Block, SpeedNet
 from tests.helpers import run_command
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytest.importorskip("triton")
-from cifar_dist.speedups import augmentation, layers  # noqa: E402
+from cifar_dist.speedups import augment_kernel, speednet_kernels  # noqa: E402
 
 
 def norm_of(channels: int) -> nn.BatchNorm2d:
@@ -47,7 +53,7 @@ CASES = [  # shape, pool: even and odd sides, channels that fill no tile, one th
 def test_training_equals_the_layers(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], pool: bool
 ) -> None:
-    monkeypatch.setattr(layers, "PROGRAMS", 5)  # so that programs add up several tiles
+    monkeypatch.setattr(speednet_kernels, "PROGRAMS", 5)  # so that programs add up several tiles
     torch.manual_seed(0)
     features = (2 * torch.randn(shape, device=DEVICE) + 3).contiguous(
         memory_format=torch.channels_last
@@ -55,7 +61,7 @@ def test_training_equals_the_layers(
     found = {}
     for name in ("expected", "ours"):
         layer, inputs = norm_of(shape[1]), features.clone().requires_grad_()
-        function = one_by_one if name == "expected" else layers.pool_normalise_activate
+        function = one_by_one if name == "expected" else speednet_kernels.pool_normalise_activate
         outputs = function(inputs, layer, pool)
         torch.manual_seed(2)
         outputs.backward(torch.randn(outputs.shape, device=DEVICE))
@@ -68,24 +74,24 @@ def test_training_equals_the_layers(
 @pytest.mark.parametrize(("shape", "pool"), CASES)
 def test_evaluation_equals_the_layers(shape: tuple[int, ...], pool: bool) -> None:
     layer, features = norm_of(shape[1]).eval(), torch.randn(shape, device=DEVICE)
-    ours = layers.pool_normalise_activate(features, layer, pool)
+    ours = speednet_kernels.pool_normalise_activate(features, layer, pool)
     torch.testing.assert_close(ours, one_by_one(features, layer, pool), rtol=1e-5, atol=1e-5)
 
 
 def test_a_mean_far_from_zero_cancels_nothing() -> None:
     features = torch.randn(16, 8, 6, 6, device=DEVICE) + 1000
     layer, reference = norm_of(8), norm_of(8).double()
-    ours = layers.pool_normalise_activate(features, layer, False)
+    ours = speednet_kernels.pool_normalise_activate(features, layer, False)
     expected = one_by_one(features.double(), reference, False)
     torch.testing.assert_close(ours.double(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_what_is_not_a_number_stays_so() -> None:
+def test_nan_is_propagated() -> None:
     for place in range(4):
         features = torch.randn(2, 4, 4, 4, device=DEVICE)
         features[1, 2, 2 + place // 2, place % 2] = torch.nan
         features = features.contiguous(memory_format=torch.channels_last).requires_grad_()
-        outputs = layers.pool_normalise_activate(features, norm_of(4), True)
+        outputs = speednet_kernels.pool_normalise_activate(features, norm_of(4), True)
         outputs.sum().backward()
         for values in (outputs, features.grad):
             assert values is not None
@@ -100,12 +106,87 @@ def test_whitening_equals_a_convolution(stride: int) -> None:
     whitening = nn.Conv2d(3, 24, 2, stride, device=DEVICE).requires_grad_(False)
     expected = functional.gelu(whitening(images))
     for layout in (torch.contiguous_format, torch.channels_last):
-        ours = layers.whiten_activate(images.contiguous(memory_format=layout), whitening)
+        ours = speednet_kernels.whiten_activate(images.contiguous(memory_format=layout), whitening)
         error = 1e-4 if DEVICE == "cpu" else 1e-2  # TF32
         torch.testing.assert_close(ours[:, :24], expected, rtol=error, atol=error)
         assert not ours[:, 24:].any()
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert layers.whiten_activate(images, whitening).dtype == torch.bfloat16
+        assert speednet_kernels.whiten_activate(images, whitening).dtype == torch.bfloat16
+
+
+PIXELS = Pixels((0.5,) * 3, (0.25,) * 3, AugmentConfig(), seed=0)
+
+
+class OwnNetwork(nn.Module):
+    """A network of the user's that contains a block of speednet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = Block(3), nn.Linear(3, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.block(images).amax((2, 3)))
+        return logits
+
+
+def plain_and_fast(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> tuple[nn.Module, nn.Module]:
+    """Return a network as it is, and a copy with kernels."""
+    monkeypatch.setattr(speedups, "runs_triton", lambda _: True)
+    plain = network.to(DEVICE, memory_format=torch.channels_last)
+    return plain, speedups.speed_up(copy.deepcopy(plain), PIXELS)[0]
+
+
+def gradients(network: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    """Return the gradients of the weights, and of the images if they require one."""
+    network.zero_grad()
+    functional.cross_entropy(network(images), torch.arange(len(images), device=DEVICE)).backward()
+    named = {name: parameter.grad for name, parameter in network.named_parameters()}
+    return named | {"images": images.grad}
+
+
+@pytest.mark.parametrize("network", [SpeedNet(10, (4, 8), depth=3), OwnNetwork()])
+def test_a_network_with_kernels_computes_the_same(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, fast = plain_and_fast(network, monkeypatch)
+    average = copy.deepcopy(fast)  # as AveragedModel makes it
+    images, error = torch.randn(4, 3, 8, 8, device=DEVICE), {"rtol": 1e-3, "atol": 1e-4}
+
+    def evaluate(network: nn.Module) -> torch.Tensor:
+        with torch.inference_mode():
+            logits: torch.Tensor = network.eval()(images)
+        network.train()
+        return logits
+
+    initial = evaluate(plain)
+    torch.testing.assert_close(gradients(fast, images), gradients(plain, images), **error)
+    torch.testing.assert_close(fast.state_dict(), plain.state_dict(), **error)
+    torch.testing.assert_close(evaluate(fast), evaluate(plain), **error)
+    torch.testing.assert_close(evaluate(average), initial, **error)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_images_are_not_lost(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attribution needs them, and fine-tuning those of layers in evaluation mode."""
+    plain, fast = plain_and_fast(SpeedNet(10, (4, 8)).train(training), monkeypatch)
+    images = torch.randn(4, 3, 8, 8, device=DEVICE)
+    found = [gradients(network, images.clone().requires_grad_()) for network in (plain, fast)]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_that_is_captured_is_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fast = plain_and_fast(SpeedNet(10, (4, 8)).eval(), monkeypatch)
+    images = torch.randn(2, 3, 8, 8, device=DEVICE)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TensorBoard has no other tracer than torch.jit
+        traced = torch.jit.trace(fast, images)
+        compiled = torch.compile(fast, backend="eager")
+        expected = plain(images)
+        assert not torch.equal(fast(images), expected)  # the kernels round differently
+        torch.testing.assert_close(traced(images), expected, rtol=0, atol=0)
+        torch.testing.assert_close(compiled(images), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("capability", [75, 90])
@@ -123,29 +204,65 @@ def test_kernels_compile_for_gpus_once_for_all_sizes(capability: int, tmp_path: 
     }
 
 
-CHANGES = [
+COMBINED = [
     AugmentConfig(),
-    AugmentConfig(flip="random", translate=2),
     AugmentConfig(flip="alternating", translate=3, padding="zero"),
     AugmentConfig(flip="alternating", cutout=3, grayscale=0.5),
     AugmentConfig(translate=1, padding="zero", cutout=2, grayscale=0.3),
 ]
 
 
-@pytest.mark.parametrize("config", CHANGES)
+SOME = {int: (2,), float: (0.5,), bool: (True,)}
+
+
+def one_at_a_time() -> list[AugmentConfig]:
+    """Return a config for each value of each choice, and for some value of each number."""
+    types, configs = get_type_hints(AugmentConfig), []
+    for field in dataclasses.fields(AugmentConfig):
+        values = get_args(types[field.name]) or SOME[types[field.name]]
+        base = AugmentConfig(translate=2) if field.name == "padding" else AugmentConfig()
+        configs += [dataclasses.replace(base, **{field.name: value}) for value in values]
+    return configs
+
+
+def training_batches(config: AugmentConfig) -> list[torch.Tensor]:
+    """Return a batch as training sees it in three epochs."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (20, 9, 9, 3), dtype=torch.uint8, generator=generator)
+    positions = torch.randint(0, 2**33, (20,), generator=generator)
+    batch = Batch(images.to(DEVICE), torch.zeros(20), positions.to(DEVICE))
+    pixels = Pixels((0.49, 0.48, 0.45), (0.25, 0.24, 0.26), config, seed=2**40 + 3)
+    _, pixels = speedups.speed_up(nn.Linear(1, 1).to(DEVICE), pixels)
+    return [pixels.for_training(batch, epoch) for epoch in range(3)]
+
+
+def compare_augmentation(config: AugmentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(augment_kernel, "PIXELS", 64)  # so that an image takes two programs
+    monkeypatch.setattr(speedups, "runs_triton", lambda _: False)
+    plain = training_batches(config)
+    monkeypatch.setattr(speedups, "runs_triton", lambda _: True)
+    for ours, expected in zip(training_batches(config), plain, strict=True):
+        assert torch.equal(ours, expected)
+        assert ours.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("config", [*one_at_a_time(), *COMBINED])
 def test_augmentation_is_the_same_to_the_bit(
     config: AugmentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(augmentation, "PIXELS", 64)  # so that an image takes two programs
-    torch.manual_seed(0)
-    images = torch.randint(0, 256, (20, 9, 9, 3), dtype=torch.uint8, device=DEVICE)
-    positions = torch.randint(0, 2**33, (20,), device=DEVICE)
-    batch = Batch(images, torch.zeros(20), positions)
-    pixels = Pixels((0.49, 0.48, 0.45), (0.25, 0.24, 0.26), config, seed=2**40 + 3)
-    for epoch in range(3):
-        monkeypatch.setattr(kernels, "usable", lambda _: False)
-        expected = pixels.for_training(batch, epoch)
-        monkeypatch.setattr(kernels, "usable", lambda _: True)
-        ours = pixels.for_training(batch, epoch)
-        assert torch.equal(ours, expected)
-        assert ours.stride() == expected.stride()
+    compare_augmentation(config, monkeypatch)
+
+
+def test_an_augmentation_without_a_kernel_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class WithInversion(AugmentConfig):
+        invert: bool = False
+
+    plain = augment.augment
+
+    def augment_and_invert(batch: Batch, config: WithInversion, *draws: int) -> Any:
+        images, mask = plain(batch, config, *draws)
+        return 255 - images if config.invert else images, mask
+
+    monkeypatch.setattr(augment, "augment", augment_and_invert)
+    compare_augmentation(WithInversion(flip="random", invert=True), monkeypatch)

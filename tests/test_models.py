@@ -119,7 +119,7 @@ def test_whitened_outputs_are_uncorrelated_over_all_images_given() -> None:
     images = torch.randn(1200, 3, 8, 8).cumsum(dim=3)  # neighbours alike
     images[500:] *= torch.tensor([3.0, 1.0, 0.5])[:, None, None]  # later images are others
     network = SpeedNet(10)
-    network.whiten(images)
+    network.initialise_from(images)
     filters, stride = network.whitening.weight, network.whitening.stride
     filtered = functional.conv2d(images, filters, stride=stride).transpose(0, 1).flatten(1)
     first, opposite = filtered.double().chunk(2)

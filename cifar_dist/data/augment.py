@@ -1,23 +1,23 @@
-"""Augmentation: pure functions on batches, the same whatever the process, worker or restart.
+"""Augmentation: pure functions on batches, independent of rank, worker and restart.
 
-Every random draw is a hash of (seed, epoch, position of the sample, purpose). Nothing is drawn from
-a generator whose state would have to be saved or kept equal.
+Every random draw is a hash of (seed, epoch, position of the sample, purpose). There is no generator
+whose state would have to be saved or kept equal on all ranks.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 
 import torch
 
-from cifar_dist import speedups as kernels
 from cifar_dist.config import AugmentConfig
 from cifar_dist.data.batches import Batch
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """How batches of pixels become the input of the network, float32 [N, 3, H, W].
+    """Turns batches of pixels into inputs of the network, float32 [N, 3, H, W].
 
     Attributes:
         mean, std: per channel, on the scale of [0, 1].
@@ -32,81 +32,78 @@ class Pixels:
 
     def for_training(self, batch: Batch, epoch: int) -> torch.Tensor:
         """Augment and normalise a training batch."""
-        if kernels.usable(batch.images):
-            from cifar_dist.speedups.augmentation import augment_normalise
-
-            device = batch.images.device
-            return augment_normalise(
-                batch.images,
-                batch.positions,
-                self.augment,
-                _epoch_keys(self.seed, epoch, self.augment.flip == "alternating", device),
-                stream_keys(GRAYSCALE + 1),
-                *_per_channel(tuple(self.mean), tuple(self.std), device),
-            )
-        images, hole = augment(batch, self.augment, self.seed, epoch)
-        return normalise(images, self.mean, self.std, hole)
+        images, cutout = augment(batch, self.augment, self.seed, epoch)
+        return normalise(images, self.mean, self.std, cutout)
 
     def for_evaluation(self, images: torch.Tensor) -> torch.Tensor:
         """Normalise images, uint8 [N, H, W, 3]."""
         return normalise(images, self.mean, self.std)
 
 
-# What a draw is for; each purpose has a stream of its own.
-FLIP, SHIFT_X, SHIFT_Y, CUTOUT_X, CUTOUT_Y, GRAYSCALE = range(6)
+class Stream(IntEnum):
+    """A stream of random numbers, one for each purpose. Add new ones at the end."""
+
+    FLIP = 0
+    SHIFT_X = 1
+    SHIFT_Y = 2
+    CUTOUT_X = 3
+    CUTOUT_Y = 4
+    GRAYSCALE = 5
 
 
 def augment(
     batch: Batch, config: AugmentConfig, seed: int, epoch: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return changed images, uint8 [N, H, W, 3], and where they are cut out, bool [N, H, W, 1].
+    """Return augmented images, uint8 [N, H, W, 3], and the cutout mask, bool [N, H, W, 1] or None.
 
-    The second is None where nothing is cut out. Cut-out pixels become the mean colour, hence zero
-    once normalised (DeVries and Taylor, 2017); `normalise` sets them.
+    `normalise` sets the pixels under the mask to the mean colour, hence to zero (DeVries and
+    Taylor, 2017).
     """
     images = batch.images
     count, height, width, _ = images.shape
     if config == AugmentConfig(padding=config.padding):
         return images, None
-    draws = uniform(seed, epoch, batch.positions, GRAYSCALE + 1)
+    draws = uniform(seed, epoch, batch.positions)
     if config.flip != "none" or config.translate:
         shift_y = shift_x = flip = torch.zeros(count, dtype=torch.long, device=images.device)
         if config.flip == "alternating":  # Jordan, 2024: every image both ways in two epochs
-            flip = (uniform(seed, 0, batch.positions, FLIP + 1)[FLIP] < 0.5).long()
+            flip = (uniform(seed, 0, batch.positions)[Stream.FLIP] < 0.5).long()
             flip = 1 - flip if epoch % 2 else flip
         elif config.flip == "random":
-            flip = (draws[FLIP] < 0.5).long()
+            flip = (draws[Stream.FLIP] < 0.5).long()
         if config.translate:
-            places = (draws[SHIFT_X : SHIFT_Y + 1] * (2 * config.translate + 1)).long()
+            places = (
+                draws[Stream.SHIFT_X : Stream.SHIFT_Y + 1] * (2 * config.translate + 1)
+            ).long()
             shift_x, shift_y = places - config.translate
         images = flip_and_shift(images, flip, shift_y, shift_x, config.translate, config.padding)
     if config.grayscale:
-        chosen = (draws[GRAYSCALE] < config.grayscale)[:, None, None, None]
+        chosen = (draws[Stream.GRAYSCALE] < config.grayscale)[:, None, None, None]
         images = torch.where(chosen, to_grey(images), images)
-    hole = None
+    cutout = None
     if config.cutout:
-        hole = _inside(draws[CUTOUT_Y], height, config.cutout)[:, :, None, None]
-        hole = hole & _inside(draws[CUTOUT_X], width, config.cutout)[:, None, :, None]
-    return images, hole
+        cutout = _inside(draws[Stream.CUTOUT_Y], height, config.cutout)[:, :, None, None]
+        cutout = cutout & _inside(draws[Stream.CUTOUT_X], width, config.cutout)[:, None, :, None]
+    return images, cutout
 
 
 def normalise(
     images: torch.Tensor,
     mean: Sequence[float],
     std: Sequence[float],
-    hole: torch.Tensor | None = None,
+    cutout: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Turn uint8 [N, H, W, 3] into float32 [N, 3, H, W] with channels-last strides.
 
     Args:
         images: pixels from 0 to 255.
         mean, std: per channel, on the scale of [0, 1].
-        hole: bool [N, H, W, 1]: pixels to set to the mean.
+        cutout: bool [N, H, W, 1]: pixels to set to the mean.
     """
     centre, scale = _per_pixel(tuple(mean), tuple(std), *images.shape[1:3], images.device)
     pixels = images.float().sub_(centre).mul_(scale)
-    if hole is not None:
-        pixels.masked_fill_(hole, 0)
+    if cutout is not None:
+        pixels.masked_fill_(cutout, 0)
     return pixels.permute(0, 3, 1, 2)
 
 
@@ -118,14 +115,14 @@ def flip_and_shift(
     reach: int,
     padding: str,
 ) -> torch.Tensor:
-    """Mirror and move each image: one gather of rows, one within them.
+    """Flip and shift each image by one gather of rows and one of pixels within rows.
 
     Args:
         images: uint8 [N, H, W, 3].
-        flip: int64 [N], 1 for those to mirror left to right, else 0.
+        flip: int64 [N], 1 for images to flip left to right, else 0.
         shift_y, shift_x: int64 [N], pixels by which the window moves over the image.
-        reach: the furthest that it moves.
-        padding: reflect or zero, for what lies outside the image.
+        reach: the largest shift, in pixels.
+        padding: reflect or zero, for pixels outside the image.
     """
     count, height, width, channels = images.shape
     row_table, row_inside = _windows(height, 1, reach, padding, images.device)
@@ -146,29 +143,28 @@ def flip_and_shift(
 def to_grey(images: torch.Tensor) -> torch.Tensor:
     """Replace uint8 [N, H, W, 3] by its luma (ITU-R BT.601) in all three channels.
 
-    In whole numbers, which every device rounds alike.
+    In integers, so that every device rounds alike.
     """
     red, green, blue = images.int().unbind(-1)
     luma = (299 * red + 587 * green + 114 * blue + 500) // 1000
     return luma.to(torch.uint8)[..., None].expand_as(images)
 
 
-def uniform(seed: int, epoch: int, positions: torch.Tensor, purposes: int) -> torch.Tensor:
-    """Hash to float32 [purposes, N] in [0, 1): a number per (seed, epoch, position, purpose).
+def uniform(seed: int, epoch: int, positions: torch.Tensor) -> torch.Tensor:
+    """Hash (seed, epoch, position, stream) to float32 [streams, N] in [0, 1).
 
     Args:
         positions: int64 [N].
-        purposes: how many streams, from the first on.
     """
     key = mix_integers(seed, epoch)
     bits = _mix((positions & 0xFFFFFFFF) ^ (key & 0xFFFFFFFF))
     bits = _mix(bits ^ (key >> 32))
-    bits = _mix(bits ^ _stream_keys(purposes, positions.device))
+    bits = _mix(bits ^ _stream_keys(positions.device))
     return (bits >> 8).float() / (1 << 24)
 
 
 def mix_integers(*values: int) -> int:
-    """Hash integers to one of 63 bits: a seed that differs wherever any of them does."""
+    """Hash integers to one of 63 bits, such as a seed that depends on all of them."""
     state = 0x9E3779B97F4A7C15
     for value in values:  # the finaliser of splitmix64 (Steele, Lea and Flood, 2014)
         state = (state ^ value) * 0xBF58476D1CE4E5B9 % (1 << 64)
@@ -180,41 +176,33 @@ def mix_integers(*values: int) -> int:
 def _mix(bits: torch.Tensor) -> torch.Tensor:
     """Scramble 32-bit values kept in int64: the finaliser of MurmurHash3 (Appleby, 2011).
 
-    Products overflow 64 bits, but their low 32 bits, which are kept, are exact on every device.
+    Products overflow 64 bits, but only their low 32 bits are kept, which are exact on any device.
     """
     bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return bits ^ (bits >> 16)
 
 
-# Constants are made once a device: making them anew at each step would stop a GPU's queue.
+@lru_cache
+def stream_keys() -> tuple[int, ...]:
+    """Return the key of each stream of random numbers."""
+    return tuple(mix_integers(stream) & 0xFFFFFFFF for stream in Stream)
+
+
+# Constants are copied to a device once: a copy at each step would make the host wait for a GPU.
 
 
 @lru_cache
-def stream_keys(purposes: int) -> tuple[int, ...]:
-    """Return what sets the streams of random numbers apart."""
-    return tuple(mix_integers(purpose) & 0xFFFFFFFF for purpose in range(purposes))
+def _stream_keys(device: torch.device) -> torch.Tensor:
+    """Return the key of each stream, int64 [streams, 1]."""
+    return torch.tensor(stream_keys(), device=device)[:, None]
 
 
 @lru_cache
-def _stream_keys(purposes: int, device: torch.device) -> torch.Tensor:
-    """Return the same as a tensor, int64 [purposes, 1]."""
-    return torch.tensor(stream_keys(purposes), device=device)[:, None]
-
-
-@lru_cache(maxsize=4)
-def _epoch_keys(seed: int, epoch: int, alternates: bool, device: torch.device) -> torch.Tensor:
-    """Return what an epoch's draws depend on, as the kernel for it takes it; int64 [5]."""
-    keys = [mix_integers(seed, epoch), mix_integers(seed, 0 if alternates else epoch)]
-    halves = [half for key in keys for half in (key & 0xFFFFFFFF, key >> 32)]
-    return torch.tensor([*halves, epoch % 2 if alternates else 0], device=device)
-
-
-@lru_cache
-def _per_channel(
+def per_channel(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return centre and scale for pixels from 0 to 255, each float32 [3]."""
+    """Return what to subtract from pixels from 0 to 255 and to multiply by, each float32 [3]."""
     return torch.tensor(mean, device=device) * 255, 1 / (torch.tensor(std, device=device) * 255)
 
 
@@ -222,8 +210,8 @@ def _per_channel(
 def _per_pixel(
     mean: tuple[float, ...], std: tuple[float, ...], height: int, width: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the same at full size, float32 [H, W, 3]: broadcasting costs several times more."""
-    centre, scale = _per_channel(mean, std, device)
+    """Return the same as float32 [H, W, 3]: broadcasting takes several times as long."""
+    centre, scale = per_channel(mean, std, device)
     shape = (height, width, 3)
     return centre.expand(shape).contiguous(), scale.expand(shape).contiguous()
 
@@ -232,10 +220,10 @@ def _per_pixel(
 def _windows(
     side: int, channels: int, reach: int, padding: str, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where the values along an axis come from, for each shift, plain and then mirrored.
+    """Return the source of each value along an axis, for each shift, first plain, then flipped.
 
     Returns:
-        Sources, int64 [2 (2 reach + 1), side * channels], and 1 for those inside the image, uint8.
+        Indices, int64 [2 (2 reach + 1), side * channels], and 1 for those inside the image, uint8.
     """
     source = torch.arange(side) + torch.arange(-reach, reach + 1)[:, None]
     inside = (source >= 0) & (source < side)
@@ -249,7 +237,7 @@ def _windows(
 
 
 def _inside(draw: torch.Tensor, side: int, length: int) -> torch.Tensor:
-    """Mark `length` pixels around a drawn centre of an axis; bool [N, side]."""
+    """Return a mask of `length` pixels around a drawn centre of an axis, bool [N, side]."""
     start = (draw * side).long() - length // 2
     axis = torch.arange(side, device=draw.device)
     return (axis >= start[:, None]) & (axis < start[:, None] + length)

@@ -1,8 +1,8 @@
-"""The small networks behind the CIFAR-10 speed records: a fixed first layer that whitens patches,
-then stages of convolution, pooling, normalisation and activation, and a scaled linear head.
+"""The small networks of the CIFAR-10 speed records.
 
-After airbench (Jordan, 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU"), which goes back to
-hlb-CIFAR10 (Balsam, 2023) and to Page's ResNet-9 (2018).
+A fixed first layer whitens patches. Stages of convolution, pooling, normalisation and activation
+follow, then a scaled linear head. After airbench (Jordan, 2024, "94% on CIFAR-10 in 3.29 Seconds on
+a Single GPU"), which is based on hlb-CIFAR10 (Balsam, 2023) and on Page's ResNet-9 (2018).
 """
 
 from collections.abc import Sequence
@@ -12,23 +12,48 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cifar_dist import speedups as kernels
-
 PATCH = 2  # side of the whitened patches, in pixels
-WHITENED_IMAGES = 1000
 WHITENING_EPSILON = 5e-4
 
 
+class Operations:
+    """The operations of the modules below. A faster implementation is a subclass."""
+
+    @staticmethod
+    def whiten(images: torch.Tensor, whitening: nn.Conv2d, activation: nn.Module) -> torch.Tensor:
+        """Apply the first layer."""
+        features: torch.Tensor = activation(whitening(images))
+        return features
+
+    @staticmethod
+    def convolve(images: torch.Tensor, convolution: nn.Conv2d) -> torch.Tensor:
+        """Apply the convolution with which a stage begins."""
+        features: torch.Tensor = convolution(images)
+        return features
+
+    @staticmethod
+    def finish(
+        features: torch.Tensor, normalisation: nn.Module, activation: nn.Module, pool: bool
+    ) -> torch.Tensor:
+        """Apply what follows a convolution: 2x2 max pooling if `pool`, then both modules."""
+        if pool:
+            features = functional.max_pool2d(features, 2)
+        finished: torch.Tensor = activation(normalisation(features))
+        return finished
+
+
 class SpeedNet(nn.Module):
-    """See the module's docstring.
+    """A network of the speed records.
 
     Args:
-        num_classes: outputs.
-        widths: channels of each stage; every stage halves the image.
-        stride: of the patches: at 2 they do not overlap, for a quarter of the arithmetic.
-        depth: convolutions a stage; the third and later ones are bridged by a residual connection.
-        dropout: before the head.
+        num_classes: number of outputs.
+        widths: channels of each stage. Every stage halves the image.
+        stride: of the patches. At 2 they do not overlap, for a quarter of the arithmetic.
+        depth: convolutions per stage. The third and later ones have a residual connection.
+        dropout: probability of dropout before the head.
     """
+
+    operations = Operations
 
     def __init__(
         self,
@@ -41,10 +66,10 @@ class SpeedNet(nn.Module):
         super().__init__()
         whitened = 2 * 3 * PATCH**2
         self.whitening = nn.Conv2d(3, whitened, PATCH, stride).requires_grad_(False)
-        # With this bias the activation lets most of what a filter finds through, without one half
-        # of it. As good as a trained one, which would take 4 % of a step.
+        # With this bias the activation passes most of each filter's output, instead of only its
+        # positive half. It is as accurate as a trained bias, which would take 4 % of a step.
         nn.init.ones_(self.whitening.get_parameter("bias"))
-        stages = [_Stage(*ends, depth) for ends in pairwise([whitened, *widths])]
+        stages = [Stage(*ends, depth) for ends in pairwise([whitened, *widths])]
         self.stages = nn.Sequential(nn.GELU(), *stages)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
@@ -53,30 +78,28 @@ class SpeedNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map float [N, 3, H, W] to logits [N, num_classes]."""
-        if kernels.usable(images):
-            from cifar_dist.speedups.layers import whiten_activate
-
-            features = self.stages[1:](whiten_activate(images, self.whitening))
-        else:
-            features = self.stages(self.whitening(images))
+        activation, *stages = self.stages
+        features = self.operations.whiten(images, self.whitening, activation)
+        for stage in stages:
+            features = stage(features)
         pooled = functional.max_pool2d(features, features.shape[2:]).flatten(1)
         logits: torch.Tensor = self.head(self.dropout(pooled)) / pooled.shape[1]
         return logits
 
     @torch.no_grad()
-    def whiten(self, images: torch.Tensor) -> None:
-        """Set the first layer so that its outputs on these images are uncorrelated.
+    def initialise_from(self, images: torch.Tensor) -> None:
+        """Set the first layer so that its outputs on `images` are uncorrelated.
 
         Its filters are the eigenvectors of the covariance of all patches, each scaled to unit
-        variance, and the same with opposite sign, as an activation follows.
+        variance, and the same with opposite sign, because an activation follows.
 
         Args:
-            images: normalised, float [N, 3, H, W]; WHITENED_IMAGES of them are plenty.
+            images: normalised, float [N, 3, H, W]. A thousand are enough.
         """
         products, count = torch.zeros((), dtype=torch.double), 0
         for part in images.split(500):
             patches = functional.unfold(part, PATCH).transpose(1, 2).flatten(0, 1)
-            # In double precision, for the same filters on any device; MPS has none.
+            # In double precision, for the same filters on every device; MPS does not support it.
             patches = (patches.cpu() if patches.device.type == "mps" else patches).double()
             products, count = products + (patches.T @ patches).cpu(), count + len(patches)
         variances, directions = torch.linalg.eigh(products / count)
@@ -85,27 +108,24 @@ class SpeedNet(nn.Module):
         self.whitening.weight.copy_(filters)
 
 
-class _Stage(nn.Module):
+class Stage(nn.Module):
     """Convolution, 2x2 pooling, normalisation, activation; then more convolutions at that size."""
+
+    operations = Operations
 
     def __init__(self, inputs: int, outputs: int, depth: int) -> None:
         super().__init__()
         self.convolution = _convolution(inputs, outputs)
         self.first = nn.Sequential(_normalisation(outputs), nn.GELU())
-        self.second = _Block(outputs) if depth > 1 else None
-        self.bridged = nn.ModuleList(_Block(outputs) for _ in range(depth - 2))
+        self.second = Block(outputs) if depth > 1 else None
+        self.bridged = nn.ModuleList(Block(outputs) for _ in range(depth - 2))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        weight = self.convolution.weight
-        empty = images.shape[1] - weight.shape[1]  # channels that were added to please a GPU
-        if empty:
-            weight = functional.pad(weight, (0, 0, 0, 0, 0, empty))
-            features = functional.conv2d(images, weight, padding=1)
-        else:
-            features = self.convolution(images)
+        """Map [N, inputs, H, W] to [N, outputs, H / 2, W / 2], or a single pixel to a pixel."""
+        features = self.operations.convolve(images, self.convolution)
+        pool = min(features.shape[2:]) > 1  # small images reach the last stage as a single pixel
         normalisation, activation = self.first
-        pool = min(features.shape[2:]) > 1  # small images are a single pixel before the last stage
-        features = _finish(features, normalisation, activation, pool)
+        features = self.operations.finish(features, normalisation, activation, pool)
         if self.second is not None:
             features = self.second(features)
         for block in self.bridged:
@@ -113,29 +133,18 @@ class _Stage(nn.Module):
         return features
 
 
-class _Block(nn.Sequential):
+class Block(nn.Sequential):
     """Convolution, normalisation, activation."""
+
+    operations = Operations
 
     def __init__(self, channels: int) -> None:
         super().__init__(_convolution(channels, channels), _normalisation(channels), nn.GELU())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map [N, channels, H, W] to the same shape."""
         convolution, normalisation, activation = self
-        return _finish(convolution(images), normalisation, activation, pool=False)
-
-
-def _finish(
-    features: torch.Tensor, normalisation: nn.Module, activation: nn.Module, pool: bool
-) -> torch.Tensor:
-    """Do what follows a convolution: pool 2x2 if asked to, normalise, activate."""
-    if type(normalisation) is nn.BatchNorm2d and kernels.usable(features):  # not SyncBatchNorm
-        from cifar_dist.speedups.layers import pool_normalise_activate
-
-        return pool_normalise_activate(features, normalisation, pool)
-    finished: torch.Tensor = activation(
-        normalisation(functional.max_pool2d(features, 2) if pool else features)
-    )
-    return finished
+        return self.operations.finish(convolution(images), normalisation, activation, False)
 
 
 def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
@@ -147,7 +156,7 @@ def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 def _normalisation(channels: int) -> nn.BatchNorm2d:
-    """Return BatchNorm without a learned scale, and with a short memory for its statistics."""
+    """Return BatchNorm without a trained scale, whose running statistics follow fast."""
     normalisation = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
     normalisation.weight.requires_grad_(False)
     return normalisation

@@ -17,8 +17,8 @@ from cifar_dist.data import Dataset
 from cifar_dist.data.augment import Pixels
 from cifar_dist.errors import UsageError, require
 from cifar_dist.models.catalogue import build_network
-from cifar_dist.models.speednet import WHITENED_IMAGES, SpeedNet
 from cifar_dist.processes.peers import Peers
+from cifar_dist.speedups import speed_up
 from cifar_dist.storage.checkpoint import (
     Checkpoint,
     Saver,
@@ -40,6 +40,8 @@ from cifar_dist.training.optim import build_optimizer
 from cifar_dist.training.schedule import total_steps
 from cifar_dist.training.trial import require_batchnorm_values, try_loss, try_network
 from cifar_dist.user_code import UserCode, hashes_of, require_same
+
+FIRST_IMAGES = 1000  # that a network with `initialise_from` gets
 
 
 @dataclass
@@ -163,16 +165,19 @@ def open_session(
         head_is_new = load_weights(network, recipe.model.weights)
         beginning = f"starts from {recipe.model.weights}" + (", new head" if head_is_new else "")
     pixels = Pixels(dataset.mean, dataset.std, recipe.augment, recipe.train.seed)
-    if isinstance(network, SpeedNet) and not beginning:
+    # A network may have this method, to set weights from normalised images, float [N, 3, H, W].
+    initialise_from = getattr(network, "initialise_from", None)
+    if initialise_from is not None and not beginning:
         images = dataset.train
-        first = torch.from_numpy(images.images[images.selected[:WHITENED_IMAGES]])
-        network.whiten(pixels.for_evaluation(first.to(accelerator.device)))
+        first = torch.from_numpy(images.images[images.selected[:FIRST_IMAGES]])
+        initialise_from(pixels.for_evaluation(first.to(accelerator.device)))
     if recipe.train.channels_last:
         network = network.to(memory_format=torch.channels_last)
     if recipe.train.sync_batchnorm:
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     per_process = recipe.train.batch_size // recipe.train.accumulate // accelerator.num_processes
     require_batchnorm_values(network, per_process, dataset.train.image_size)
+    network, pixels = speed_up(network, pixels)
     average = None
     if recipe.train.ema:
         blend = get_ema_multi_avg_fn(recipe.train.ema)

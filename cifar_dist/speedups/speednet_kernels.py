@@ -1,13 +1,13 @@
-"""Pooling, normalisation and activation in a few passes over memory, for a GPU.
+"""Triton kernels for the operations of `speednet` besides its wide convolutions.
 
-Between its convolutions a network like `speednet` only moves numbers, and on a GPU that takes as
-long as the convolutions. Done layer by layer, each operation reads and writes everything once more.
-Here training takes two passes forwards (pool and sum, then normalise and activate) and two
-backwards; the gradient of a pooled layer is written once, with its zeros. Unlike a compiled network
-these kernels, in Triton, are ready in seconds.
+Between its convolutions `speednet` only moves numbers, and on a GPU that takes as long as the
+convolutions: layer by layer, each operation reads and writes all features. Here training takes two
+passes forward (pool and sum, then normalise and activate) and two backward. The gradient of a
+pooled layer is written once, with its zeros. Unlike a compiled network these kernels are ready in
+seconds.
 
-All arithmetic within a pass is float32. Sums go over blocks in a fixed order: the same bits each
-time.
+All arithmetic within a pass is float32. Sums run over blocks in a fixed order, so results are
+bit-identical each time.
 """
 
 from typing import Any
@@ -16,18 +16,60 @@ import torch
 import triton
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from triton import language as tl
+
+from cifar_dist import speedups
+from cifar_dist.models.speednet import Operations
 
 CHANNELS = 64  # of a program's tile; 128 bytes of bfloat16, a cache line
 ROWS = 32
-LOOPS = 4  # tiles of a program, where it has nothing to add up
+LOOPS = 4  # tiles per program, in kernels without sums
 PROGRAMS = 512  # that share the sums over all pixels
 PADDED = 32  # channels of whitened images
 
-# Sizes that kernels take as they come: compiled for each kind of number they would be ready later,
-# and run no faster. That channels are a multiple of 16 they do profit from.
+# Kernels are not specialised on these arguments: that would compile them again for each kind of
+# number, and they would run no faster. They do gain from channels being a multiple of 16.
 SIZES = ["pixels", "patches", "windows", "height", "width", "rows", "columns", "stride"]
 SIZES += ["loops", "programs", "share", "of_image", "of_color", "of_row", "of_column"]
+
+
+class FusedOperations(Operations):
+    """The same operations, in fused kernels where these apply."""
+
+    @staticmethod
+    def whiten(images: torch.Tensor, whitening: nn.Conv2d, activation: nn.Module) -> torch.Tensor:
+        """Apply the first layer; on a GPU with PADDED channels, of which the last are zero."""
+        differentiated = torch.is_grad_enabled() and (
+            images.requires_grad or whitening.weight.requires_grad
+        )
+        if speedups.usable(images) and type(activation) is nn.GELU and not differentiated:
+            return whiten_activate(images, whitening)
+        return Operations.whiten(images, whitening, activation)
+
+    @staticmethod
+    def convolve(images: torch.Tensor, convolution: nn.Conv2d) -> torch.Tensor:
+        """Apply a stage's convolution, also to images that `whiten` has padded."""
+        added = images.shape[1] - convolution.in_channels
+        if added:
+            weight = functional.pad(convolution.weight, (0, 0, 0, 0, 0, added))
+            return functional.conv2d(images, weight, padding=1)
+        return Operations.convolve(images, convolution)
+
+    @staticmethod
+    def finish(
+        features: torch.Tensor, normalisation: nn.Module, activation: nn.Module, pool: bool
+    ) -> torch.Tensor:
+        """Apply what follows a convolution."""
+        if (
+            speedups.usable(features)
+            and type(normalisation) is nn.BatchNorm2d  # the kernels do not synchronise it
+            and type(activation) is nn.GELU
+            # With running statistics the kernel has no gradient.
+            and (normalisation.training or not torch.is_grad_enabled())
+        ):
+            return pool_normalise_activate(features, normalisation, pool)
+        return Operations.finish(features, normalisation, activation, pool)
 
 
 def pool_normalise_activate(
@@ -35,10 +77,11 @@ def pool_normalise_activate(
 ) -> torch.Tensor:
     """Return gelu(normalisation(features)), of 2x2 max-pooled features if `pool`.
 
-    As the three layers one after the other, running statistics included.
+    Equal to the three layers in turn, and updates the running statistics when training. In
+    evaluation the result has no gradient.
 
     Args:
-        features: [N, C, H, W] on a GPU; channels-last, else they are copied.
+        features: [N, C, H, W] on a GPU. Copied unless they are channels-last.
         normalisation: with running statistics.
     """
     features = features.contiguous(memory_format=torch.channels_last)
@@ -56,10 +99,10 @@ def pool_normalise_activate(
 
 
 def whiten_activate(images: torch.Tensor, whitening: nn.Conv2d) -> torch.Tensor:
-    """Return gelu(whitening(images)) without gradients, in the type autocast asks for.
+    """Return gelu(whitening(images)) without gradients, in autocast's dtype if it is enabled.
 
-    Libraries are slow at a convolution of three channels, and at one of 24: the outputs have
-    PADDED channels, the last of them zero, which halves the time of a convolution of these.
+    Libraries are slow at a convolution of three channels, and at one of 24. The outputs have
+    PADDED channels, the last of them zero, which halves the time of the next convolution.
 
     Args:
         images: float [N, 3, H, W] on a GPU.
@@ -137,7 +180,7 @@ class _Fused(torch.autograd.Function):
         of_bias, of_weight = parts.sum(dim=1)
         of_features = _empty(pooled, channels, height, width)
         pool = chosen is not None
-        # Where a side is odd, its last pixels belong to no window; they get zeros.
+        # If a side is odd, its last pixels belong to no window and get zeros.
         rows, columns = (-(-height // 2), -(-width // 2)) if pool else (height, width)
         windows = number * rows * columns
         _pass_back[(triton.cdiv(windows, LOOPS * ROWS), blocks)](
@@ -193,7 +236,7 @@ def _empty(
 
 
 def _shares(pixels: int, channels: int) -> tuple[int, int]:
-    """Return how many tiles a program adds up, and how many programs that makes."""
+    """Return the number of tiles that a program sums, and the number of programs."""
     programs = max(1, PROGRAMS // triton.cdiv(channels, CHANNELS))
     loops = triton.cdiv(pixels, programs * ROWS)
     return loops, triton.cdiv(pixels, loops * ROWS)
@@ -203,9 +246,8 @@ def _shares(pixels: int, channels: int) -> tuple[int, int]:
 def _normal(z):  # type: ignore[no-untyped-def]
     """Return the normal distribution's cumulative function and its density.
 
-    Both from one exponential, within 1e-7 (Abramowitz and Stegun, 1964, 7.1.26), and with the root
-    that a GPU has for a division that it has not: these kernels would wait for arithmetic
-    otherwise, not for memory.
+    Both from one exponential, within 1e-7 (Abramowitz and Stegun, 1964, 7.1.26), and using rsqrt,
+    since GPUs have no fast division: otherwise arithmetic would limit these kernels, not memory.
     """
     power = tl.exp2(z * z * -0.7213475204444817)
     t = 1.0 + 0.23164189 * tl.abs(z)
@@ -230,7 +272,7 @@ def _slope_of_gelu(z):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _corner(pixel, height, width, rows, columns, channels):  # type: ignore[no-untyped-def]
-    """Return where the window of a pooled pixel begins in the features."""
+    """Return the offset in the features at which the window of a pooled pixel begins."""
     image, place = pixel // (rows * columns), pixel % (rows * columns)
     row, column = 2 * (place // columns), 2 * (place % columns)
     return ((image.to(tl.int64) * height + row) * width + column) * channels
@@ -238,7 +280,7 @@ def _corner(pixel, height, width, rows, columns, channels):  # type: ignore[no-u
 
 @triton.jit
 def _largest(features, first, width, channels, mask):  # type: ignore[no-untyped-def]
-    """Return the largest value of each 2x2 window and which it is; the first, or not a number."""
+    """Return the largest value of each 2x2 window and its index: NaN if any is, else the first."""
     best = tl.load(features + first, mask=mask, other=0.0).to(tl.float32)
     chosen = tl.zeros_like(best).to(tl.uint8)
     for place in tl.static_range(1, 4):
@@ -256,9 +298,9 @@ def _pool_and_sum(  # type: ignore[no-untyped-def]
     height, width, rows, columns,
     POOL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Pool, and give each program's mean and sum of squared deviations for each channel.
+    """Pool, and write each program's mean and sum of squared deviations of each channel.
 
-    Deviations are from a value the program has seen, so that their squares do not cancel.
+    Deviations are from one of the program's own values, so that their squares do not cancel.
     """
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
@@ -300,7 +342,7 @@ def _finish_statistics(  # type: ignore[no-untyped-def]
     pixels, programs, share, channels,
     PROGRAMS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Put the programs' sums together and update the running statistics."""
+    """Combine the programs' sums and update the running statistics."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
     mean = tl.zeros([CHANNELS], tl.float32)
@@ -336,7 +378,7 @@ def _normalise(  # type: ignore[no-untyped-def]
     outputs, pixels, channels, height, width, rows, columns,
     POOL: tl.constexpr, LOOPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Normalise with given statistics and activate, pooling before that if asked to."""
+    """Pool if POOL, normalise with the given statistics, and activate."""
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
     centre = tl.load(mean + channel, mask=inside)
@@ -362,7 +404,7 @@ def _sum_gradients(  # type: ignore[no-untyped-def]
     sums, products, pixels, channels, loops,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Give each program's sums of the gradients before the activation, and of those times x."""
+    """Write each program's sums of the gradients before the activation, and of those times x."""
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
     centre = tl.load(mean + channel, mask=inside)
@@ -376,7 +418,7 @@ def _sum_gradients(  # type: ignore[no-untyped-def]
         mask = (pixel < pixels)[:, None] & inside[None, :]
         at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
         value = tl.load(pooled + at, mask=mask, other=0.0).to(tl.float32) - centre[None, :]
-        # Of masked places it is zero, and so is what they add.
+        # Masked gradients are zero, and add nothing.
         gradient = tl.load(gradients + at, mask=mask, other=0.0).to(tl.float32)
         gradient = gradient * _slope_of_gelu(value * gain[None, :] + shift[None, :])
         of_bias += gradient
@@ -392,7 +434,7 @@ def _pass_back(  # type: ignore[no-untyped-def]
     windows, pixels, channels, height, width, rows, columns,
     POOL: tl.constexpr, LOOPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the features, at all places of each window."""
+    """Write the gradient of the features, at all pixels of each window."""
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
     centre = tl.load(mean + channel, mask=inside)
@@ -443,7 +485,7 @@ def _whiten(  # type: ignore[no-untyped-def]
     image, place = patch // (rows * columns), patch % (rows * columns)
     row, column = place // columns * stride, place % columns * stride
     first = image.to(tl.int64) * of_image + row * of_row + column * of_column
-    tap = tl.arange(0, 16)  # 12 and 4 empty ones: matrix units want 16
+    tap = tl.arange(0, 16)  # 12 and 4 empty ones: tensor cores need 16
     color, down, right = tap % 3, tap // 3 // 2, tap // 3 % 2
     offset = color * of_color + down * of_row + right * of_column
     mask = real[:, None] & (tap < 12)[None, :]
@@ -452,7 +494,7 @@ def _whiten(  # type: ignore[no-untyped-def]
     mask = (tap < 12)[:, None] & (channel < channels)[None, :]
     at = offset[:, None] + channel[None, :] * of_filter
     weights = tl.load(filters + at, mask=mask, other=0.0)
-    # As exact as cuDNN's own convolution of float32, which uses TF32 too.
+    # As exact as cuDNN's convolution of float32, which uses TF32 too.
     sums = tl.dot(values.to(tl.float32), weights.to(tl.float32), input_precision="tf32")
     sums += tl.load(bias + channel, mask=channel < channels, other=0.0)[None, :]
     at = patch.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
