@@ -40,7 +40,6 @@ class Archive:
 
     Attributes:
         url: where it is published.
-        size: in bytes.
         sha256: of the archive.
         folder: that all its files are in.
         train, test: names of the files with the images of each split.
@@ -51,7 +50,6 @@ class Archive:
     """
 
     url: str
-    size: int
     sha256: str
     folder: str
     train: tuple[str, ...]
@@ -70,7 +68,6 @@ class Archive:
 ARCHIVES = {
     "cifar10": Archive(
         url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-        size=170_498_071,
         sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
         folder="cifar-10-batches-py",
         train=tuple(f"data_batch_{number}" for number in range(1, 6)),
@@ -90,7 +87,6 @@ ARCHIVES = {
     ),
     "cifar100": Archive(
         url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-        size=169_001_437,
         sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
         folder="cifar-100-python",
         train=("train",),
@@ -159,7 +155,7 @@ def _read_files(root: Path, dataset: str) -> dict[str, bytes]:
 
 def _download(dataset: str, archive: Archive, path: Path) -> None:
     try:
-        download(archive.url, path, archive.size, archive.sha256)
+        download(archive.url, path, archive.sha256)
     except UsageError as error:
         raise UsageError(
             f"{dataset} is not in '{path.parent}' and could not be downloaded ({error}); put "
