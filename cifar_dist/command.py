@@ -1,6 +1,5 @@
 """Run a command: errors become one line on standard error and an exit code."""
 
-import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -9,7 +8,7 @@ from cifar_dist.processes.ending import end_command
 from cifar_dist.processes.preemption import Preempted
 from cifar_dist.processes.streams import complain, is_lost, open_streams
 
-NOBODY_READS = 128 + signal.SIGPIPE  # as a shell counts it
+NOBODY_READS = 128 + 13  # SIGPIPE, as a shell reports it; Windows has no such signal
 
 
 def run_verb(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:

@@ -43,12 +43,23 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Force a file, or the names in a folder, to disk.
+
+    Folders that cannot be opened (on Windows none can) or synced (on some file systems) are left
+    to the operating system.
+    """
+    is_folder = path.is_dir()
+    try:
+        # Windows syncs only what is open for writing.
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    except PermissionError:
+        if is_folder:
+            return
+        raise
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems sync no folders
+        if error.errno != errno.EINVAL or not is_folder:
             raise
     finally:
         os.close(descriptor)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from cifar_dist.config import parse_recipe
-from cifar_dist.data import download
 from cifar_dist.train import run
 from cifar_dist.training.run import Result
 from tests.helpers import JOB, TINY, Integers, tested
@@ -40,8 +39,7 @@ def clean_environment(
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
-    """Return what starts a server; downloads wait little between their attempts."""
-    monkeypatch.setattr(download, "PAUSES", (0.01, 0.01, 0.01))
+    """Return a function that starts a server."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with running() as start:
         yield start

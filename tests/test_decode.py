@@ -566,7 +566,6 @@ def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Pa
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, paths)]))
     monkeypatch.setattr(decode, "usable_cores", lambda: 2)
     monkeypatch.setattr(decode, "LEAST", 1)
-    monkeypatch.setattr(decode, "CHUNK", 32)
     files = [tmp_path / f"{number:03d}.png" for number in range(300)]
     for number, file in enumerate(files):
         Image.new("L", (4, 4), number % 256).save(file)
@@ -597,7 +596,7 @@ def test_a_decoding_process_killed_from_outside_is_one_error(
 ) -> None:
     paths, target = many
     Path(paths[130]).write_bytes(b"CRASH" + bytes([signal.SIGKILL]))
-    with pytest.raises(UsageError, match=r"signal 9 .*128\.png to .*159\.png \(32 .*memory"):
+    with pytest.raises(UsageError, match=r"signal 9 .*130\.png; probably out of memory"):
         decode_files(paths, target, "decoding")
 
 

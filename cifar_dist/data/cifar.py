@@ -1,15 +1,18 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), from the archives that their author publishes.
 
-A file is read only after its hash is found right, and nothing is unpacked to disk. The batches are
-pickles, which may run any code when they are loaded; here they are not loaded but looked through.
+A file is read only after its hash has been verified, and nothing is unpacked to disk. The batches
+are pickles, which may run any code when they are loaded; the unpickler here admits only arrays.
 """
 
 import hashlib
-import pickletools
+import io
+import pickle
 import tarfile
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,15 +26,14 @@ from cifar_dist.files import sha256_of
 
 LARGEST_MEMBER = 160_000_000  # bytes; "train" of CIFAR-100 has 155,249,918
 
-IMAGE_BYTES = 3 * 32 * 32
-
-# Opcodes of pickle that matter here: Python 2 wrote the published files, Python 3 may write copies.
-INTEGERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
-OLD_STRINGS = {"SHORT_BINSTRING", "BINSTRING"}  # of Python 2, which may be text or bytes
-TEXTS = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
-BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-STORES = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
-FETCHES = {"GET", "BINGET", "LONG_BINGET"}
+# The functions that a pickled array names, as numpy 1 and numpy 2 call them.
+PICKLED_ARRAY = {
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.numeric._frombuffer",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,6 @@ class Archive:
 
     Attributes:
         url: where it is published.
-        size: in bytes.
         sha256: of the archive.
         folder: that all its files are in.
         train, test: names of the files with the images of each split.
@@ -51,7 +52,6 @@ class Archive:
     """
 
     url: str
-    size: int
     sha256: str
     folder: str
     train: tuple[str, ...]
@@ -70,7 +70,6 @@ class Archive:
 ARCHIVES = {
     "cifar10": Archive(
         url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-        size=170_498_071,
         sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
         folder="cifar-10-batches-py",
         train=tuple(f"data_batch_{number}" for number in range(1, 6)),
@@ -90,7 +89,6 @@ ARCHIVES = {
     ),
     "cifar100": Archive(
         url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-        size=169_001_437,
         sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
         folder="cifar-100-python",
         train=("train",),
@@ -159,7 +157,7 @@ def _read_files(root: Path, dataset: str) -> dict[str, bytes]:
 
 def _download(dataset: str, archive: Archive, path: Path) -> None:
     try:
-        download(archive.url, path, archive.size, archive.sha256)
+        download(archive.url, path, archive.sha256)
     except UsageError as error:
         raise UsageError(
             f"{dataset} is not in '{path.parent}' and could not be downloaded ({error}); put "
@@ -221,70 +219,54 @@ def _read_folder(folder: Path, archive: Archive) -> dict[str, bytes]:
     return contents
 
 
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles containers, numbers, strings and numpy arrays; refuses everything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in PICKLED_ARRAY:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
+        return super().find_class(module, name)
+
+
+def _unpickle(name: str, content: bytes) -> dict[str, Any]:
+    """Return the dict that a file of CIFAR holds.
+
+    Raises:
+        UsageError: the file is damaged, or holds something else.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy deprecates the dtypes that Python 2 pickled
+        try:
+            values = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+        except Exception as error:  # damaged pickles raise almost anything
+            reason = " ".join(str(error).split())
+            raise UsageError(f"'{name}' of CIFAR cannot be unpickled ({reason})") from error
+    require(isinstance(values, dict), f"'{name}' of CIFAR holds no dict")
+    return dict(values)
+
+
 def _read_classes(name: str, content: bytes, key: str) -> tuple[str, ...]:
-    lists, _ = _look_through(name, content)
-    found = lists.get(key, [])
-    classes = tuple(entry for entry in found if isinstance(entry, str))
-    require(
-        0 < len(classes) == len(found), f"'{name}' of CIFAR holds no list '{key}' of class names"
-    )
-    return classes
+    found = _unpickle(name, content).get(key)
+    if not (isinstance(found, list) and found and all(isinstance(entry, str) for entry in found)):
+        raise UsageError(f"'{name}' of CIFAR holds no list '{key}' of class names")
+    return tuple(found)
 
 
 def _read_batch(name: str, content: bytes, key: str, classes: int) -> tuple[np.ndarray, list[int]]:
     """Return the images uint8 [N, 32, 32, 3] and the N labels of one batch."""
-    lists, pixels = _look_through(name, content)
-    require(len(pixels) == 1, f"'{name}' of CIFAR holds {len(pixels)} arrays of images, expected 1")
-    images = np.frombuffer(pixels[0], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    found = lists.get(key, [])
+    values = _unpickle(name, content)
+    data, found = values.get("data"), values.get(key)
+    if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape[1:] == (3072,)):
+        raise UsageError(f"'{name}' of CIFAR holds no array 'data' of uint8 [N, 3072]")
+    if not isinstance(found, list):
+        raise UsageError(f"'{name}' of CIFAR holds no list '{key}'")
     labels = [entry for entry in found if isinstance(entry, int) and 0 <= entry < classes]
     require(
-        len(images) == len(labels) == len(found),
-        f"'{name}' of CIFAR holds {len(images)} images and {len(found)} {key}, of which "
+        len(data) == len(labels) == len(found),
+        f"'{name}' of CIFAR holds {len(data)} images and {len(found)} {key}, of which "
         f"{len(labels)} are from 0 to {classes - 1}; expected as many of each",
     )
-    return images, labels
-
-
-def _look_through(name: str, content: bytes) -> tuple[dict[object, list[object]], list[bytes]]:
-    """Find values in a pickled dict by the opcodes that would make them, executing none.
-
-    Returns:
-        The lists of integers and texts by their keys, with None for what is neither; and the byte
-        strings that have the length of one image or several.
-    """
-    lists: dict[object, list[object]] = {}
-    pixels: list[bytes] = []
-    memo: dict[object, object] = {}  # values that later opcodes may refer to
-    stack: list[object] = [None]  # a mark and what was pushed since; None for an object
-    filling: list[object] = []
-    try:
-        for opcode, value, _ in pickletools.genops(content):
-            kind = opcode.name
-            if kind in OLD_STRINGS | BYTES and value and len(value) % IMAGE_BYTES == 0:
-                pixels.append(value.encode("latin-1") if isinstance(value, str) else value)
-                stack.append(None)
-            elif kind in INTEGERS | OLD_STRINGS | TEXTS:
-                stack.append(value)
-            elif kind in STORES:
-                memo[len(memo) if value is None else value] = stack[-1]
-            elif kind in FETCHES:
-                stack.append(memo[value])
-            elif kind == "MARK":
-                stack = [None]
-            elif kind == "EMPTY_LIST":
-                filling = lists[stack[-1]] = []
-                stack.append(None)
-            elif kind == "APPEND":
-                filling.append(stack.pop())
-            elif kind == "APPENDS":  # long lists come in several parts
-                filling.extend(stack[1:])
-                stack = [None]
-            elif opcode.stack_after:
-                stack.append(None)
-    except (ValueError, LookupError) as error:
-        raise UsageError(f"'{name}' of CIFAR is no complete pickle ({error})") from error
-    return lists, pixels
+    return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
 
 
 def _resized(image: np.ndarray, size: int) -> np.ndarray:

@@ -12,17 +12,18 @@ Threads would not do: for small images Pillow spends more time in Python than in
 import functools
 import json
 import os
-import selectors
 import signal
 import stat
 import struct
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
@@ -31,7 +32,6 @@ from cifar_dist.errors import UsageError
 from cifar_dist.processes.environment import usable_cores
 from cifar_dist.processes.preemption import ignore_signals, uninterrupted
 
-CHUNK = 128  # images between two looks at signals
 LEAST = 2000  # images for which a process is worth its start
 
 # The raster formats that Pillow decodes itself. Absent are those for which it starts a program
@@ -193,116 +193,105 @@ def _read_orientation(exif: bytes) -> int | None:
 
 
 def decode_files(paths: Sequence[str], target: Path, title: str) -> dict[int, str]:
-    """Fill the array file `target`, uint8 [N, size, size, 3], from as many image files.
+    """Decode image files into the array file `target`, uint8 [N, size, size, 3].
 
     Returns:
         The rows that failed, each with the reason.
 
     Raises:
-        UsageError: a process was killed from outside; the images that it had are named.
+        UsageError: a decoding process was killed, for example by the OOM killer; names its image.
     """
     from tqdm import tqdm
 
-    bar = tqdm(desc=title, total=len(paths), unit=" images", disable=not sys.stderr.isatty())
-    chunks = [range(at, min(at + CHUNK, len(paths))) for at in range(0, len(paths), CHUNK)]
     processes = min(usable_cores(), len(paths) // LEAST)
-    with bar:
-        if processes < 2:
-            array = np.load(target, mmap_mode="r+")
-            failed: dict[int, str] = {}
-            for rows in chunks:
-                failed |= _decode_chunk(array, rows[0], paths[rows[0] : rows[-1] + 1])
-                bar.update(len(rows))
-            return failed
-        return _decode_in_processes(processes, chunks, paths, target, bar)
+    with (
+        tqdm(desc=title, total=len(paths), unit=" images", disable=not sys.stderr.isatty()) as bar,
+        ExitStack() as stack,
+    ):
+        if processes > 1:
+            return _decode_in_processes(processes, paths, target, bar, stack)
+        array, failed = np.load(target, mmap_mode="r+"), {}
+        for row, path in enumerate(paths):
+            if reason := _decode_row(array, row, path):
+                failed[row] = reason
+            bar.update()
+        return failed
 
 
 def _decode_in_processes(
-    processes: int, chunks: list[range], paths: Sequence[str], target: Path, bar: Any
+    processes: int, paths: Sequence[str], target: Path, bar: Any, stack: ExitStack
 ) -> dict[int, str]:
+    """Give each process every n-th image; an image that crashes its decoder fails alone."""
+    folder = Path(stack.enter_context(TemporaryDirectory(dir=target.parent)))
+    code = "import sys; from cifar_dist.data.decode import main; main(*sys.argv[1:])"
+    workers: dict[subprocess.Popen[bytes], tuple[range, IO[bytes]]] = {}
     failed: dict[int, str] = {}
-    code = "import sys; from cifar_dist.data.decode import main; main(sys.argv[1])"
-    command = [sys.executable, "-c", code, str(target)]
-    waiting = chunks[::-1]
-    workers: dict[subprocess.Popen[str], range] = {}  # each with the rows that it decodes
-    selector = selectors.DefaultSelector()
 
-    def start_worker() -> None:
+    def start_worker(rows: range) -> None:
+        job, log = folder / f"{rows[0]}.json", folder / f"{rows[0]}.log"
+        job.write_text(json.dumps([rows.start, rows.step, [paths[row] for row in rows]]))
+        output = stack.enter_context(log.open("w+b"))
         with uninterrupted():
-            worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            workers[worker] = range(0)
-        selector.register(worker.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
-        hand_out(worker)
-
-    def hand_out(worker: subprocess.Popen[str]) -> None:
-        if not waiting:
-            selector.unregister(worker.stdout)  # type: ignore[arg-type]
-            return
-        rows = workers[worker] = waiting.pop()
-        with suppress(BrokenPipeError):  # a dead worker's output has ended too, and is handled next
-            job = [rows[0], paths[rows[0] : rows[-1] + 1]]
-            print(json.dumps(job), file=worker.stdin, flush=True)
+            command = [sys.executable, "-c", code, str(target), str(job), str(log)]
+            workers[subprocess.Popen(command)] = rows, output
 
     try:
-        for _ in range(processes):
-            start_worker()
-        while selector.get_map():
-            for key, _ in selector.select():
-                worker = key.data
-                answer = worker.stdout.readline()
-                if answer.endswith("\n"):
-                    count, reasons = json.loads(answer)
-                    bar.update(count)
-                    failed |= {int(row): reason for row, reason in reasons.items()}
-                    hand_out(worker)
+        for first in range(processes):
+            start_worker(range(first, len(paths), processes))
+        while workers:
+            time.sleep(0.02)
+            for worker, (rows, log) in list(workers.items()):
+                ending = worker.poll()
+                bar.update(log.read().count(b"\n"))
+                if ending is None:
                     continue
-                selector.unregister(worker.stdout)
-                rows, ending = workers[worker], worker.wait()
-                if -ending not in CRASHES:
-                    raise UsageError(_describe_end(ending, [paths[row] for row in rows]))
-                if len(rows) == 1:
-                    failed[rows[0]] = f"its decoder crashed, {_name_signal(ending)}"
-                    bar.update(1)
-                else:  # halve, until the image that crashes its decoder is alone
-                    middle = len(rows) // 2
-                    waiting += [rows[middle:], rows[:middle]]
-                start_worker()
+                log.seek(0)
+                reasons = [json.loads(line) for line in log.read().splitlines()]
+                failed |= {row: why for row, why in zip(rows, reasons, strict=False) if why}
+                left = rows[len(reasons) :]
+                if left and -ending not in CRASHES:
+                    raise UsageError(_describe_end(ending, paths[left[0]]))
+                if left:
+                    failed[left[0]] = f"its decoder crashed, {_name_signal(ending)}"
+                    bar.update()
+                if left[1:]:
+                    start_worker(left[1:])
+                del workers[worker]
     finally:
         for worker in workers:
             worker.kill()
-            worker.communicate()
+            worker.wait()
     return dict(sorted(failed.items()))
 
 
-def _describe_end(code: int, paths: Sequence[str]) -> str:
-    """Describe the end of a process that had images to decode."""
+def _describe_end(code: int, path: str) -> str:
     end = f"was killed by {_name_signal(code)}" if code < 0 else f"exited with code {code}"
     cause = "; probably out of memory (OOM killer)" if code == -9 else ""
-    return (
-        f"a process {end} while it decoded {paths[0]} to {paths[-1]} ({len(paths)} images){cause}"
-    )
+    return f"a process {end} while it decoded {path}{cause}"
 
 
 def _name_signal(code: int) -> str:
     return f"signal {-code} ({signal.strsignal(-code)})"
 
 
-def _decode_chunk(array: np.ndarray, first: int, paths: Sequence[str]) -> dict[int, str]:
-    failed = {}
-    for row, path in enumerate(paths, first):
-        try:
-            array[row] = decode_image(path, array.shape[1])
-        except ValueError as error:
-            failed[row] = str(error)
-    return failed
+def _decode_row(array: np.ndarray, row: int, path: str) -> str:
+    """Decode one image into its row; return why it failed, or ""."""
+    try:
+        array[row] = decode_image(path, array.shape[1])
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
-def main(target: str) -> None:
-    """Decode the chunks that standard input lists, one a line, until it is closed."""
+def main(target: str, job: str, log: str) -> None:
+    """Decode the images that the file `job` lists; log one line per image: why it failed, or ""."""
     ignore_signals()
+    parent = os.getppid()
     array = np.load(target, mmap_mode="r+")
-    for line in sys.stdin:
-        first, paths = json.loads(line)
-        print(json.dumps([len(paths), _decode_chunk(array, first, paths)]), flush=True)
+    start, step, paths = json.loads(Path(job).read_text())
+    with open(log, "wb", buffering=0) as file:
+        for number, path in enumerate(paths):
+            reason = _decode_row(array, start + number * step, path)
+            file.write(json.dumps(reason).encode() + b"\n")
+            if os.getppid() != parent:  # nobody waits for the images any more
+                return

@@ -247,40 +247,37 @@ class _Walk:
             UsageError: a folder is unreadable.
         """
         try:
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                return self._images(descriptor, folder, prefix)
-            finally:
-                os.close(descriptor)
+            with os.scandir(folder) as entries:
+                return self._images(sorted(entries, key=lambda entry: entry.name), prefix)
         except (OSError, RecursionError) as error:
             raise _unreadable(folder, error) from error
 
-    def _images(self, descriptor: int, folder: str, prefix: str) -> list[str]:
+    def _images(self, entries: list["os.DirEntry[str]"], prefix: str) -> list[str]:
         found: list[str] = []
-        for name in sorted(os.listdir(descriptor)):
+        for entry in entries:
+            name = entry.name
             if _is_hidden(name):
-                self._leave_out_all(os.path.join(folder, name), HIDDEN)
+                self._leave_out_all(entry.path, HIDDEN)
                 continue
             is_image = name[name.rfind(".") :].lower() in SUFFIXES
             try:
-                status = os.stat(name, dir_fd=descriptor)
+                status = entry.stat()
             except OSError:
-                try:  # fails with PermissionError where the folder may not be searched
-                    os.lstat(name, dir_fd=descriptor)
-                except FileNotFoundError:  # removed meanwhile
+                try:  # raises PermissionError if the folder may not be searched
+                    os.lstat(entry.path)
+                except FileNotFoundError:  # it has been removed
                     continue
-                if is_image:  # a link that leads nowhere: decoding reports it
+                if is_image:  # a dangling link: decoding reports it
                     found.append(prefix + name)
                     self.stamps.extend((0, 0, 0, 0))
                 else:
                     self._leave_out(LINK, _suffix(name))
                 continue
             if stat.S_ISDIR(status.st_mode):
-                below = os.path.join(folder, name)
-                if os.path.islink(below):
+                if entry.is_symlink():
                     self._leave_out(LINK, _suffix(name))
                 else:
-                    found += self.images(below, f"{prefix}{name}/")
+                    found += self.images(entry.path, f"{prefix}{name}/")
             elif not stat.S_ISREG(status.st_mode):
                 self._leave_out(SPECIAL, _suffix(name))
             elif is_image:
@@ -290,7 +287,7 @@ class _Walk:
                 self.stamps.append(status.st_ctime_ns & UNSIGNED)
                 self.stamps.append(status.st_ino & UNSIGNED)
             else:
-                self._leave_out_other(os.path.join(folder, name))
+                self._leave_out_other(entry.path)
         return found
 
     def _leave_out(self, reason: str, suffix: str) -> None:

@@ -22,7 +22,8 @@ from typing import Any
 from cifar_dist.processes.environment import is_launched
 
 EXIT_CODE = 75  # EX_TEMPFAIL: start the same command again
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 REPEAT_SECONDS = 1.0  # a launcher forwards the Ctrl-C that the terminal has already delivered
 
 

@@ -118,7 +118,7 @@ def keep_memory() -> None:
     It maps each large tensor anew otherwise, and the kernel clears every page again: up to a third
     of a step on a CPU. Other C libraries do without.
     """
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # Windows raises TypeError
         allocator = ctypes.CDLL(None)
         m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
         allocator.mallopt(m_mmap_max, 0)

@@ -5,7 +5,6 @@ metrics.jsonl one JSON object a line. Only rank 0 writes.
 """
 
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -18,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from cifar_dist import __version__
 from cifar_dist.config import Recipe, differences, dump_recipe, load_recipe, local_path
 from cifar_dist.errors import UsageError
@@ -29,50 +30,51 @@ LINE = {"split": str, "epoch": int, "step": int}  # keys of every line of metric
 class RunLock:
     """Held by the one run that may write to a run folder.
 
-    The kernel drops it when the process ends, however it ends, so there is no stale lock.
+    The kernel releases it when the process ends, however it ends, so there is no stale lock.
     """
 
     def __init__(self) -> None:
-        self._descriptor: int | None = None
+        self._lock: filelock.BaseFileLock | None = None
 
     def __enter__(self) -> "RunLock":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def held(self) -> bool:
-        """Whether `take` has succeeded."""
-        return self._descriptor is not None
+        """Whether `take` has locked a folder."""
+        return self._lock is not None
 
     def take(self, out: Path) -> None:
-        """Take the lock of the folder `out`, unless it is held already.
+        """Lock the folder `out`, unless this object holds a lock already.
 
         Raises:
-            UsageError: another run has it; names its process and host.
+            UsageError: another run holds the lock; names its process and host.
             OSError: the folder cannot be written.
         """
         if self.held:
             return
-        descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        lock = filelock.FileLock(out / ".lock", timeout=0)
+        owner = out / ".lock-owner"  # a file of its own: Windows lets nobody read a locked file
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.read(descriptor, 200).decode(errors="replace") or "another process"
-            os.close(descriptor)
+            lock.acquire()
+        except filelock.Timeout as error:
+            holder = "another process"
+            with suppress(OSError):
+                holder = owner.read_text(encoding="utf-8", errors="replace")
             raise UsageError(
-                f"'{out}' is in use by {owner}; wait for that run, stop it, or name another folder "
-                "with --out"
+                f"'{out}' is in use by {holder}; wait for that run, stop it, or name another "
+                "folder with --out"
             ) from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
             print(f"warning: '{out}' cannot be locked ({error.strerror}); start one run only there")
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
-        self._descriptor = descriptor
+        self._lock = lock
+        owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
 
 
 def check_out(recipe: Recipe, lock: RunLock) -> None:
