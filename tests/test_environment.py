@@ -123,7 +123,7 @@ def test_empty_variables_are_not_set(tmp_path: Path) -> None:
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "x"}, "ACCUMULATION_STEPS is 'x' in the"),
         ({"ACCELERATE_MIXED_PRECISION": "fp17"}, "ACCELERATE_MIXED_PRECISION is 'fp17'; give no,"),
         ({"ACCELERATE_DYNAMO_BACKEND": "x"}, "(ACCELERATE_DYNAMO_BACKEND=x)"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP is for networks that do not fit on one GPU, and"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP is for networks that do not fit on one GPU; these"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config is for networks that"),
     ],
 )

@@ -224,14 +224,17 @@ def test_all_cores_are_used_unless_the_user_chose(
         ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks"),
         (
             {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
-            "on several machines, and none knows where the first one is; add -x MASTER_ADDR",
+            "on several machines; add -x MASTER_ADDR",
         ),
         ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "but RANK is not set, so the processes cannot"),
         (
             {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "RANK": "0"},
-            "but MASTER_ADDR is not set, so the processes cannot meet",
+            "but MASTER_ADDR is not set, so the processes cannot connect",
         ),
-        ({"WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "unset the one that is not the"),
+        (
+            {"WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+            "unset the one that the launcher did not",
+        ),
     ],
 )
 def test_environments_in_which_accelerate_would_train_alone(

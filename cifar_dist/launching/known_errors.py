@@ -20,7 +20,7 @@ class KnownError:
 KNOWN = (
     KnownError(
         "port-taken",
-        r"EADDRINUSE|[Aa]ddress already in use|port \d+ is taken",
+        r"EADDRINUSE|[Aa]ddress already in use|port \d+ is (taken|in use)",
         "the port is held by another program, often a run before this one that is still ending",
         "end it, or give another port; on one machine --main_process_port 0 takes a free one",
     ),

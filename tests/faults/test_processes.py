@@ -126,7 +126,7 @@ def test_under_a_launcher_the_line_is_there_too(tmp_path: Path) -> None:
             ["--optim.lr", "0.5"],
             "",
             "rank 1 was started with another recipe than rank 0: optim.lr is 0.02 there and 0.5 on "
-            "rank 1; start all with the same",
+            "rank 1; use the same on all ranks",
         ),
         (
             ["--data.limit_train", "640"],
@@ -235,7 +235,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         with start([*TINY], 2, folder=tmp_path, MASTER_PORT=port) as job:
             job.processes[0].join(30)
             assert job.processes[0].exitcode == 2
-            assert f"port {port} is taken by another program" in job.text(0)
+            assert f"port {port} is in use by another program" in job.text(0)
             assert "--main_process_port" in job.text(0)
 
 

@@ -244,7 +244,7 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         14,
         Facts(config=of(distributed_type="FSDP")),
         "sharded",
-        "FSDP, of two.yaml, is for networks that do not fit on one GPU, and all of these do; use "
+        "FSDP, of two.yaml, is for networks that do not fit on one GPU; these networks do; use "
         "MULTI_GPU",
     ),
     "sharding by another section": (
@@ -257,7 +257,7 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         14,
         Facts(sharded="FSDP"),
         "sharded",
-        "FSDP is for networks that do not fit on one GPU, and all of these do; use MULTI_GPU",
+        "FSDP is for networks that do not fit on one GPU; these networks do; use MULTI_GPU",
     ),
     "a kind that is no more": (
         14,
