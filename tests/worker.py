@@ -207,7 +207,7 @@ def hang_in_doctor(rank: str, *arguments: str) -> None:
 
     doctor.STAGE_SECONDS = 5
     if os.environ["RANK"] == rank:
-        doctor.STAGES["in a first all-reduce"] = late
+        doctor.STAGES["in the first all-reduce"] = late
     sys.exit(doctor.main(arguments))
 
 

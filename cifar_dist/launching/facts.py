@@ -1,4 +1,4 @@
-"""Gather what the checks need to know about this machine and this launch; imports no torch."""
+"""Gather the facts of this machine and this launch for the checks. Does not import torch."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ from cifar_dist.processes.environment import (
 from cifar_dist.processes.network import address_towards, interface_of
 from cifar_dist.storage.folder import RunLock, check_out
 
-PATIENCE = 5.0  # seconds for another machine, or a driver, to answer
+PATIENCE = 5.0  # seconds to wait for another machine or for nvidia-smi
 
 
 def gather(
@@ -43,11 +43,11 @@ def gather(
     per_machine: int | None = None,
     script: str | None = None,
 ) -> Facts:
-    """Return the facts of a launch from here.
+    """Return the facts of a launch, as seen from this machine.
 
     Args:
-        machines, per_machine: where neither the environment nor `config` says it.
-        script: a Slurm script to look into.
+        machines, per_machine: override the environment and `config`.
+        script: path of a Slurm script to check.
 
     Raises:
         UsageError: the script cannot be read.
@@ -85,7 +85,7 @@ def gather(
 
 
 def describe_machine(facts: Facts) -> dict[str, str]:
-    """Return what a person wants to see of the facts."""
+    """Return the facts to show to a person, by name."""
     config = facts.config
     names = [f"{device.index} {device.name}" for device in facts.devices]
     launch = f"{facts.machines} machines x " if facts.machines > 1 else ""
@@ -104,7 +104,7 @@ def describe_machine(facts: Facts) -> dict[str, str]:
 
 
 def find_devices() -> list[Device]:
-    """Return the NVIDIA GPUs that processes here would see, as the driver lists them."""
+    """Return the NVIDIA GPUs that are visible to processes here, in nvidia-smi's order."""
     query = "index,name,uuid,compute_cap,driver_version"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     try:
@@ -126,7 +126,7 @@ def find_devices() -> list[Device]:
 
 
 def _endpoint(config: AccelerateConfig) -> Endpoint | None:
-    """Return where the processes are to meet, and whether that is possible from here."""
+    """Return the rendezvous endpoint, and whether this machine can reach it."""
     env = os.environ
     host = env.get("PET_MASTER_ADDR") or env.get("MASTER_ADDR")
     port = str(launcher_number("PET_MASTER_PORT", "MASTER_PORT") or 29500)
@@ -145,14 +145,14 @@ def _endpoint(config: AccelerateConfig) -> Endpoint | None:
         return Endpoint(host, number, error=f"unknown host: {error.strerror or error}")
     mine = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
     if address in mine:
-        # Within a launch the launcher itself listens there.
+        # In a running launch the launcher itself listens on the port.
         free = is_launched() or number == 0
         return Endpoint(host, number, True, holder="" if free else _holder(address, number))
     return Endpoint(host, number, error=_reach(address, number) if number else "")
 
 
 def _holder(address: str, port: int) -> str:
-    """Return which process of this machine has a port, or "" if it is free."""
+    """Return the process of this machine that uses a port, or "" if the port is free."""
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -171,7 +171,7 @@ def _holder(address: str, port: int) -> str:
 
 
 def _reach(address: str, port: int) -> str:
-    """Return why no connection can be made, or ""."""
+    """Return why a connection fails, or ""."""
     try:
         socket.create_connection((address, port), timeout=PATIENCE).close()
     except ConnectionRefusedError:
@@ -182,14 +182,14 @@ def _reach(address: str, port: int) -> str:
 
 
 def _interface(host: str) -> str:
-    """Return the network interface that leads to a machine, or ""."""
+    """Return the network interface of the route to a host, or ""."""
     with suppress(OSError):
         return interface_of(address_towards(host)) or ""
     return ""
 
 
 def own_address() -> str:
-    """Return the address that the name of this machine means, or ""."""
+    """Return the address to which this machine's host name resolves, or ""."""
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
@@ -197,7 +197,7 @@ def own_address() -> str:
 
 
 def _dataset(recipe: Recipe) -> str:
-    """Return why the dataset is not ready for a run, or ""."""
+    """Return why the dataset is not ready, or ""."""
     config = recipe.data
     if config.name not in ARCHIVES:
         return _refusal(lambda: count_images(config))
@@ -213,7 +213,7 @@ def _dataset(recipe: Recipe) -> str:
 
 
 def _disk(recipe: Recipe, processes: int) -> int:
-    """Return the bytes of disk for checkpoints, 0 if that cannot be known."""
+    """Return the disk space for checkpoints in bytes, or 0 if it is unknown."""
     with suppress(UsageError, ZeroDivisionError):
         return predict(recipe, processes).disk
     return 0
@@ -225,7 +225,7 @@ def _try_out(recipe: Recipe) -> None:
 
 
 def _refusal(function: Callable[[], object]) -> str:
-    """Return the message with which a function refuses, or ""."""
+    """Return the message of the UsageError that a function raises, or ""."""
     try:
         function()
     except UsageError as error:
@@ -243,7 +243,7 @@ def _read_script(place: str | None) -> tuple[str, str] | None:
 
 
 def _number(*names: str) -> int | None:
-    """Return the first variable that is a number; torchrun takes ranges and words, too."""
+    """Return the first of these variables that is a number; torchrun also accepts "1:4", "gpu"."""
     words = re.compile(r"\d+:\d+|auto|cpu|gpu|xpu")
     return launcher_number(*(n for n in names if not words.fullmatch(os.environ.get(n, ""))))
 

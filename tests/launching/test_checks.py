@@ -52,43 +52,43 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         1,
         Facts(config=of(distributed_type="NO", num_processes=4)),
         "alone",
-        "asks for 4 processes, but with distributed_type NO accelerate launch starts one",
+        "asks for 4 processes, but with distributed_type NO accelerate launch silently starts one",
     ),
     "machines apart": (
         1,
         Facts(config=of(distributed_type=False, num_machines=2), machines=2),
         "alone",
-        "names 2 machines, but with distributed_type NO each would train alone",
+        "names 2 machines, but with distributed_type NO each would silently train alone",
     ),
     "unreachable": (
         2,
         Facts(machines=2, rank=1, endpoint=at("10.0.0.1", error="timed out")),
         "unreachable",
-        "machine 1 cannot reach 10.0.0.1:29500 (timed out); look for a firewall",
+        "machine 1 cannot reach 10.0.0.1:29500 (timed out); check the firewall",
     ),
     "not started yet": (
         2,
         Facts(machines=2, rank=1, endpoint=at("10.0.0.1", error="refused")),
         "nobody-listens",
-        "10.0.0.1 answers, and nothing listens on port 29500 yet; start the first machine",
+        "10.0.0.1 answers, but nothing listens on port 29500 yet; start the first machine",
     ),
     "another machine's address": (
         2,
         Facts(machines=2, rank=0, endpoint=at("10.0.0.9", error="refused")),
         "not-this-machine",
-        "10.0.0.9 is not an address of this machine, which is to be the first",
+        "10.0.0.9 is not an address of this machine, which has machine_rank 0",
     ),
     "no address": (
         2,
         Facts(machines=2, config=of(num_machines=2)),
         "no-address",
-        "names 2 machines and no main_process_ip",
+        "names 2 machines but no main_process_ip",
     ),
     "rank expanded too early": (
         3,
         script('srun bash -c "torchrun --node_rank $SLURM_PROCID -m cifar_dist.train"'),
         "rank-expanded",
-        "the first machine expands it, and every machine becomes rank 0",
+        "the batch script expands it, and every machine becomes rank 0",
     ),
     "a file nobody named": (
         4,
@@ -106,37 +106,37 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         5,
         Facts(per_machine=4, devices=[H100, H100]),
         "too-few-devices",
-        "4 processes a machine, and this one has 2 GPUs",
+        "4 processes per machine, but this one has 2 GPUs",
     ),
     "port held": (
         6,
         Facts(endpoint=at("127.0.0.1", is_here=True, holder="process 812 (python train.py)")),
         "port-taken",
-        "port 29500 is held by process 812 (python train.py); end that program",
+        "port 29500 is in use by process 812 (python train.py); end that program",
     ),
     "port 0 on several": (
         6,
         Facts(machines=2, endpoint=at("10.0.0.1", 0, is_here=True)),
         "port-zero",
-        "port 0 on 2 machines: each would take another free one, and wait",
+        "port 0 on 2 machines: each would choose its own port, and hang",
     ),
     "no warning ahead of the end": (
         9,
         script("#SBATCH --ntasks-per-node=1\nsrun torchrun -m cifar_dist.train"),
         "not-requeued",
-        "asks for no signal ahead of its time limit, or not to be requeued",
+        "job.sbatch lacks --signal before the time limit, or --requeue",
     ),
     "a signal to the shell": (
         9,
         script("#SBATCH --ntasks-per-node=1 --requeue\n#SBATCH --signal=B:USR1@60\nsrun torchrun"),
         "signal-to-the-shell",
-        "--signal=B:USR1@60 reaches the batch shell alone",
+        "--signal=B:USR1@60 reaches only the batch shell",
     ),
     "two ways to choose GPUs": (
         10,
         Facts(config=of(gpu_ids="0,1"), environment={"CUDA_VISIBLE_DEVICES": "4,5"}),
         "gpu-ids",
-        "gpu_ids 0,1 of two.yaml counts as nvidia-smi does, and replaces CUDA_VISIBLE_DEVICES=4,5",
+        "gpu_ids 0,1 of two.yaml uses nvidia-smi's numbers, and replaces CUDA_VISIBLE_DEVICES=4,5",
     ),
     "somebody else's GPUs": (
         10,
@@ -148,14 +148,14 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         11,
         Facts(machines=2, address="127.0.1.1", interface="eth0"),
         "loopback-address",
-        "this machine's name means 127.0.1.1, which gloo would tell the others; "
-        "export GLOO_SOCKET_IFNAME=eth0",
+        "this machine's host name resolves to 127.0.1.1, which gloo would publish to the other "
+        "machines; export GLOO_SOCKET_IFNAME=eth0",
     ),
     "meeting at oneself": (
         11,
         Facts(machines=2, endpoint=at("localhost", is_here=True)),
         "loopback-endpoint",
-        "localhost means another machine on each of 2 machines",
+        "localhost is a loopback address: on each of 2 machines it is the machine itself",
     ),
     "bf16 on an old GPU": (
         12,
@@ -169,7 +169,7 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
             config=of(distributed_type="NO", num_processes=1, mixed_precision="fp16", use_cpu=True)
         ),
         "precision",
-        "fp16 on a CPU: Accelerate would train in fp32 and call it fp16",
+        "fp16 on a CPU: Accelerate would train in fp32 and report fp16",
     ),
     "GPUs that hang": (
         13,
@@ -194,25 +194,25 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         14,
         Facts(config=of(dynamo_backend="INDUCTOR")),
         "compiled",
-        "two.yaml has every network compiled by dynamo's backend inductor",
+        "two.yaml compiles every network with the dynamo backend inductor",
     ),
     "compiled by a section": (
         14,
         Facts(config=of(dynamo_config={"dynamo_backend": "eager"})),
         "compiled",
-        "two.yaml has every network compiled by dynamo's backend eager",
+        "two.yaml compiles every network with the dynamo backend eager",
     ),
     "old fp16 on a CPU": (
         12,
         Facts(config=of(fp16=True, use_cpu=True)),
         "precision",
-        "fp16 on a CPU: Accelerate would train in fp32 and call it fp16",
+        "fp16 on a CPU: Accelerate would train in fp32 and report fp16",
     ),
     "unknown nested keys": (
         14,
         Facts(config=of(dynamo_config={"bogus": 1})),
         "unknown-key",
-        "dynamo_config.bogus in two.yaml is no option of accelerate launch",
+        "dynamo_config.bogus in two.yaml is not an option of accelerate launch",
     ),
     "ignored keys": (
         14,
@@ -232,7 +232,7 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         14,
         Facts(config=of(gpu_ids=[0, 1])),
         "wrong-type",
-        "gpu_ids in two.yaml is [0, 1], and accelerate launch takes text only",
+        "gpu_ids in two.yaml is [0, 1], but accelerate launch needs a string",
     ),
     "lower case": (
         14,
@@ -263,7 +263,7 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         14,
         Facts(config=of(distributed_type="TP")),
         "wrong-type",
-        "distributed_type in two.yaml is TP, which trains nothing here; write MULTI_GPU",
+        "distributed_type in two.yaml is TP, which cifar_dist does not support; write MULTI_GPU",
     ),
     "no threads": (
         15,
@@ -275,13 +275,13 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         11,
         Facts(nameless="nohost.invalid"),
         "unknown-host-name",
-        "this machine's name nohost.invalid means no address, and torchrun would wait for it; add",
+        "this machine's host name nohost.invalid does not resolve, and torchrun would hang on it",
     ),
     "one thread": (
         15,
         Facts(cores=16, per_machine=2, environment={"OMP_NUM_THREADS": "1"}),
         "threads",
-        "OMP_NUM_THREADS is 1, and 16 cores among 2 processes are 8 each; unset it",
+        "OMP_NUM_THREADS is 1, but 16 cores for 2 processes are 8 each; unset it",
     ),
     "tasks for each GPU": (
         16,
@@ -293,19 +293,19 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         16,
         script("#SBATCH --cpus-per-task=8\n#SBATCH --ntasks-per-node=1\nsrun torchrun"),
         "cpus-per-task",
-        "srun does not take --cpus-per-task over, and gives a task one core",
+        "srun does not inherit --cpus-per-task, and gives each task one core",
     ),
     "nothing downloaded": (
         17,
         Facts(machines=2, dataset="cifar10 is not in 'data', and would be downloaded at the start"),
         "dataset",
-        "with several machines fetch it first",
+        "with several machines, download it first",
     ),
     "a batch that does not divide": (
         18,
         Facts(per_machine=3),
         "batch",
-        "64 does not divide among 3 processes or parts; the nearest that work: 63, 66",
+        "64 does not divide among 3 processes or micro-batches; the nearest that work: 63, 66",
     ),
     "restarts in place": (
         19,
@@ -318,19 +318,19 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         20,
         Facts(platform="darwin", per_machine=2),
         "mps",
-        "MPS trains in one process; 2 would use the CPU",
+        "MPS supports one process; 2 would train on the CPU",
     ),
     "no room": (
         9,
         Facts(free=10_000_000, needed=400_000_000),
         "disk",
-        "checkpoints need 400 MB, and 10 MB are free",
+        "checkpoints need 400 MB, but 10 MB are free",
     ),
     "a small container": (
         7,
         Facts(per_machine=2, devices=[H100, H100], shared_memory=64 << 20),
         "shared-memory",
-        "/dev/shm has 67 MB, and NCCL uses it among GPUs",
+        "/dev/shm has only 67 MB, and NCCL uses it between GPUs",
     ),
 }
 
@@ -349,7 +349,7 @@ def test_a_number_that_is_no_whole_number_is_found(key: str, value: object) -> N
     found = check(Facts(config=of(**{key: value})))
     wrong = [finding for finding in found if finding.code == "wrong-type"]
     assert [finding.message for finding in wrong] == [f"{key} in two.yaml is {value!r}"]
-    assert wrong[0].fix == "write a number"
+    assert wrong[0].fix == "write an integer"
     assert exit_code(found) == 2
 
 

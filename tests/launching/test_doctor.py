@@ -51,7 +51,7 @@ def test_this_machine_is_fine_and_torch_is_not_needed() -> None:
     )
     done = run_command([sys.executable, "-c", code, *TINY])
     assert done.returncode == 0, done.stdout
-    assert "nothing wrong was found" in done.stdout
+    assert "no problems found" in done.stdout
 
 
 def test_a_taken_port_is_found_with_its_holder(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_taken_port_is_found_with_its_holder(tmp_path: Path) -> None:
     assert code == 2
     (finding,) = found["findings"]
     assert finding["code"] == "port-taken"
-    assert f"port {port} is held by process {os.getpid()}" in finding["message"]
+    assert f"port {port} is in use by process {os.getpid()}" in finding["message"]
 
 
 def test_three_processes_on_two_machines(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_process_that_hangs_is_named(tmp_path: Path) -> None:
     done = run_command([*worker, *TINY])
     assert done.returncode != 0
     assert "error: rank 1 did not arrive within" in done.stdout
-    assert "in a first all-reduce (rank 1 is in worker.py:" in done.stdout
+    assert "in the first all-reduce (rank 1 is in worker.py:" in done.stdout
     assert time.monotonic() - began < 90
 
 
@@ -239,7 +239,7 @@ def test_interleaved_tracebacks_are_told_apart(
 def test_a_log_without_errors_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "log").write_text("all is well\n")
     assert doctor.main(["--explain", str(tmp_path / "log")]) == 1
-    assert "holds no error that is known here" in capsys.readouterr().out
+    assert "contains no known error" in capsys.readouterr().out
     assert doctor.main(["--explain", str(tmp_path / "absent")]) == 2
     assert "cannot be read" in capsys.readouterr().err
 

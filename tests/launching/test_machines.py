@@ -122,7 +122,7 @@ def test_the_doctor_names_the_machine_that_cannot_be_reached(
 ) -> None:
     first, second = machines
     code, said = examine(second, 1, first, tmp_path)
-    assert f"note: {first.name} answers, and nothing listens on port 29500 yet" in said
+    assert f"note: {first.name} answers, but nothing listens on port 29500 yet" in said
     assert "export GLOO_SOCKET_IFNAME=cable" in said  # its name is on 127.0.1.1
     assert code == 1
     cut_cable()
@@ -141,7 +141,7 @@ def test_the_doctor_meets_itself_on_two_machines(
     assert [process.returncode for process in processes] == [0, 0], outputs
     said = "".join(outputs)
     assert re.search(r"^rank 0: cifar-a-\d+, cpu\nrank 1: cifar-b-\d+, cpu$", said, re.M)
-    assert re.search(r"^all reduce: right; latency \d+ us, [\d.]+ GB/s", said, re.M)
+    assert re.search(r"^all reduce: correct; latency \d+ us, [\d.]+ GB/s", said, re.M)
 
 
 @pytest.mark.slow

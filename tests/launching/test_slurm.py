@@ -102,7 +102,7 @@ def test_the_doctor_is_started_as_the_training_is(cluster: slurm.Cluster, tmp_pa
     after = [*JOB, "--out", str(tmp_path / "run")]
     job = cluster.run("sbatch", *before, str(script), *after).strip()
     cluster.wait(job, "COMPLETED", "FAILED")
-    assert re.search(r"^all reduce: right; latency \d+ us", said.read_text(), re.M)
+    assert re.search(r"^all reduce: correct; latency \d+ us", said.read_text(), re.M)
     assert re.search(r"^rank 1: cifar-b-\d+, cpu", said.read_text(), re.M)
 
 
