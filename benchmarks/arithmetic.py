@@ -1,9 +1,9 @@
-"""What is computed in fewer operations than its definition says, against the definition.
+"""Time fast algorithms against their definitions: Winograd convolutions and Gram matrices.
 
 `python -m benchmarks.arithmetic [--rounds N] [--batch N]`
 
-Wide 3x3 and 5x5 convolutions on a CPU, the networks that have them, and Muon's orthogonalisation;
-forward and backward, each and its definition in turn.
+Measures forward and backward passes of wide 3x3 and 5x5 convolutions on a CPU, of networks with
+such convolutions, and Muon's orthogonalisation. The two variants run alternately.
 """
 
 import argparse
@@ -33,13 +33,13 @@ LAYERS = [
 ]
 NETWORKS = ["resnet18", "vgg16", "deep", "speednet", "tutorial"]
 BANKS = (3, 256, 2304)  # the widest filters of speednet
-TURN = 0.2  # seconds at least, so that each finds in the caches what it left there itself
+TURN = 0.2  # minimum seconds of a turn, so that each variant runs with its own data in the caches
 
 Pair = dict[str, Callable[[], object]]
 
 
 def convolution(inputs: int, outputs: int, side: int, size: int, batch: int) -> Pair:
-    """Return a layer's forward and backward pass, both ways."""
+    """Return both variants of a layer's forward and backward pass."""
     images = torch.randn(batch, inputs, side, side)
     images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
 
@@ -53,7 +53,7 @@ def convolution(inputs: int, outputs: int, side: int, size: int, batch: int) -> 
 
 
 def network(name: str, batch: int) -> Pair:
-    """Return a network's forward and backward pass, with torch's convolutions and with ours."""
+    """Return a network's forward and backward pass, with torch's convolutions and with Winograd."""
     images = torch.rand(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (batch,))
 
@@ -66,7 +66,7 @@ def network(name: str, batch: int) -> Pair:
 
 
 def orthogonalisation() -> Pair:
-    """Return Newton and Schulz's iteration on filters, and on their Gram matrix."""
+    """Return the Newton-Schulz iteration on the filters, and on their Gram matrix."""
     filters = torch.randn(BANKS)
 
     def defined() -> None:
@@ -79,7 +79,7 @@ def orthogonalisation() -> Pair:
 
 
 def measure(pair: Pair, rounds: int) -> Rounds:
-    """Run both in turn, forwards and backwards, after one turn that does not count."""
+    """Run both variants in rounds, reversing their order each round, after one warm-up round."""
     found: Rounds = {name: [] for name in pair}
     times = 1
     for number in range(rounds + 1):
@@ -95,11 +95,11 @@ def measure(pair: Pair, rounds: int) -> Rounds:
 
 
 def main() -> None:
-    """Measure, and write results/arithmetic-BATCH."""
+    """Measure, and write results/arithmetic-BATCH.md and .json."""
     parser = argparse.ArgumentParser("benchmarks.arithmetic", description=__doc__)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was found")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args()
     keep_memory()
     torch.manual_seed(0)
@@ -114,7 +114,7 @@ def main() -> None:
     found, rows = {}, []
     for name, build in work.items():
         rounds = found[name] = measure(build(), options.rounds)
-        # `paired` says how many times as fast; here the share of time is meant.
+        # `paired` divides the second by the first: the arguments give the time ratio here/defined.
         of_time, of_cpu = (paired(rounds, "defined", "here", key) for key in ("wall", "cpu"))
         times = [f"{1e3 * median(rounds, kind, 'wall'):.1f}" for kind in ("defined", "here")]
         rows.append([name, *times, spread(of_time), spread(of_cpu)])
@@ -122,8 +122,8 @@ def main() -> None:
     record(
         options.results,
         f"arithmetic-{options.batch}",
-        f"Less arithmetic, at batch {options.batch}, {options.rounds} rounds",
-        table(["work", "as defined, ms", "here, ms", "of its time", "of its CPU seconds"], rows),
+        f"Fewer operations, batch {options.batch}, {options.rounds} rounds",
+        table(["work", "as defined, ms", "here, ms", "ratio of time", "ratio of CPU time"], rows),
         found,
     )
 
