@@ -218,7 +218,7 @@ def test_all_cores_are_used_unless_the_user_chose(
 
 
 @pytest.mark.parametrize(
-    ("environment", "message"),
+    ("variables", "message"),
     [
         ({"RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_RANK is not set"),
         ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks"),
@@ -238,9 +238,9 @@ def test_all_cores_are_used_unless_the_user_chose(
     ],
 )
 def test_environments_in_which_accelerate_would_train_alone(
-    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in environment.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message):
         environment.asked_world_size()
