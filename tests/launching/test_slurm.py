@@ -90,7 +90,7 @@ def test_a_job_that_fails_does_not_queue_again(cluster: slurm.Cluster, tmp_path:
     assert cluster.facts(job)["Restarts"] == "0"
     said = Path(f"{out}.txt").read_text()
     assert "error: train.batch_size 33 does not divide among 2 processes" in said
-    assert "not queueing again; status: none" in said
+    assert "not requeueing; status: none" in said
 
 
 @pytest.mark.slow
