@@ -21,7 +21,12 @@ from cifar_dist.launching.accelerate_config import (
     unknown_nested,
 )
 from cifar_dist.launching.findings import Finding, error, note, warning
-from cifar_dist.processes.environment import TOO_MUCH, chosen_threads
+from cifar_dist.processes.environment import (
+    TOO_MUCH,
+    chosen_threads,
+    is_slurm_job,
+    restarts_in_place,
+)
 
 LOOPBACK = ("127.", "::1", "localhost")
 # Compute capability by GPU name, for a plan; on this machine nvidia-smi reports it.
@@ -304,7 +309,7 @@ def devices(facts: Facts) -> Iterator[Finding]:
             f"CUDA_VISIBLE_DEVICES={visible}",
             "use only one of the two: set gpu_ids: all, or unset CUDA_VISIBLE_DEVICES",
         )
-    if "SLURM_JOB_ID" in facts.environment:
+    if is_slurm_job(facts.environment):
         yield error(
             "gpu-ids",
             f"gpu_ids {chosen} of {facts.config.path} may be GPUs of another job",
@@ -460,9 +465,8 @@ def threads(facts: Facts) -> Iterator[Finding]:
 
 def restarts(facts: Facts) -> Iterator[Finding]:
     """Check for torchrun's restarts in place, which usually hang."""
-    wanted = facts.environment.get("PET_MAX_RESTARTS", "0")
-    separate = facts.environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
-    if wanted.isdigit() and int(wanted) > 0 and not separate:
+    wanted = restarts_in_place(facts.environment)
+    if wanted > 0:
         yield error(
             "restarts",
             f"PET_MAX_RESTARTS is {wanted}: torchrun's restart in place leaves keys of the failed "

@@ -1,9 +1,7 @@
 """Gather the facts of this machine and this launch for the checks. Does not import torch."""
 
 import errno
-import os
 import platform
-import re
 import shutil
 import socket
 import subprocess
@@ -25,10 +23,14 @@ from cifar_dist.launching.forecast import count_images, predict
 from cifar_dist.processes.environment import (
     asked_world_size,
     is_launched,
-    launcher_number,
+    launched_machine_rank,
+    launched_machines,
+    launched_per_machine,
+    rendezvous_endpoint,
     sharding,
     usable_cores,
     user_environment,
+    visible_gpus,
 )
 from cifar_dist.processes.network import address_towards, interface_of
 from cifar_dist.storage.folder import RunLock, check_out
@@ -52,10 +54,9 @@ def gather(
     Raises:
         UsageError: the script cannot be read.
     """
-    machines = machines or _number("PET_NNODES", "SLURM_NNODES") or config.machines
-    per_machine = per_machine or _number("PET_NPROC_PER_NODE", "LOCAL_WORLD_SIZE")
-    per_machine = per_machine or max(1, config.per_machine)
-    rank = _number("PET_NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
+    machines = machines or launched_machines() or config.machines
+    per_machine = per_machine or launched_per_machine() or max(1, config.per_machine)
+    rank = launched_machine_rank()
     place = _endpoint(config)
     out = local_path(recipe.out or "runs").absolute()
     existing = next(path for path in (out, *out.parents) if path.exists())
@@ -118,20 +119,15 @@ def find_devices() -> list[Device]:
         index, name, uuid, capability, driver = (part.strip() for part in line.split(","))
         numbers = tuple(int(part) for part in driver.split(".") if part.isdigit())
         devices.append(Device(int(index), name, uuid, float(capability), numbers))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = visible_gpus()
     if visible is None:
         return devices
-    wanted = [part.strip() for part in visible.split(",")]
-    return [device for device in devices if {str(device.index), device.uuid} & set(wanted)]
+    return [device for device in devices if {str(device.index), device.uuid} & set(visible)]
 
 
 def _endpoint(config: AccelerateConfig) -> Endpoint | None:
     """Return the rendezvous endpoint, and whether this machine can reach it."""
-    env = os.environ
-    host = env.get("PET_MASTER_ADDR") or env.get("MASTER_ADDR")
-    port = str(launcher_number("PET_MASTER_PORT", "MASTER_PORT") or 29500)
-    if not host and env.get("PET_RDZV_ENDPOINT"):
-        host, _, port = env["PET_RDZV_ENDPOINT"].partition(":")
+    host, port = rendezvous_endpoint()
     if not host:
         values = config.values
         if not (values.get("main_process_ip") or values.get("main_process_port")):
@@ -240,12 +236,6 @@ def _read_script(place: str | None) -> tuple[str, str] | None:
         return place, local_path(place).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"'{place}' cannot be read ({error}); name a Slurm script") from error
-
-
-def _number(*names: str) -> int | None:
-    """Return the first of these variables that is a number; torchrun also accepts "1:4", "gpu"."""
-    words = re.compile(r"\d+:\d+|auto|cpu|gpu|xpu")
-    return launcher_number(*(n for n in names if not words.fullmatch(os.environ.get(n, ""))))
 
 
 def _has_mps() -> bool:

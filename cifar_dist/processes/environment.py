@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -107,7 +108,7 @@ def asked_world_size() -> int:
                 f"WORLD_SIZE is {size}, but {name} is not set, so the processes cannot connect; "
                 "start them with torchrun or accelerate launch",
             )
-        rank = launcher_number("RANK") or 0
+        rank = global_rank()
         require(rank < size, f"RANK is {rank}, but WORLD_SIZE is {size}; ranks start at 0")
         port = launcher_number("MASTER_PORT") or 0
         require(port <= PORTS, f"MASTER_PORT is {port}; give a port of {PORTS} or less")
@@ -119,7 +120,7 @@ def asked_world_size() -> int:
         "accelerate launch was asked for several processes but started only this one; "
         f"on a CPU use: {TWO_ON_CPU}",
     )
-    rank = launcher_number("RANK") or 0
+    rank = global_rank()
     require(
         (size, rank) == (1, 0),
         f"WORLD_SIZE is {size} and RANK is {rank}, but LOCAL_RANK is not set, so "
@@ -272,3 +273,103 @@ def local_rank() -> int:
 def is_launched() -> bool:
     """Return whether a launcher started this process."""
     return any(os.environ.get(name) for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"))
+
+
+def global_rank() -> int:
+    """Return this process's rank among all processes, or 0 without a launcher."""
+    return launcher_number("RANK") or 0
+
+
+def processes_here() -> int:
+    """Return the number of processes on this machine, or 1 without a launcher."""
+    return launcher_number(*LOCAL_SIZES, least=1) or 1
+
+
+def master_address() -> str:
+    """Return the host of rank 0, as set by the launcher."""
+    return os.environ["MASTER_ADDR"]
+
+
+def master_port() -> int:
+    """Return the port of the process group on rank 0's host, as set by the launcher."""
+    return int(os.environ["MASTER_PORT"])
+
+
+def has_agent_store() -> bool:
+    """Return whether torchrun serves the store of the launch."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def restart_count() -> str:
+    """Return how often torchrun has restarted the processes, "0" at first."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def restarts_in_place(environment: Mapping[str, str]) -> int:
+    """Return torchrun's number of restarts, or 0 if its store is not shared with them."""
+    wanted = environment.get("PET_MAX_RESTARTS", "0")
+    separate = environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
+    return int(wanted) if wanted.isdigit() and not separate else 0
+
+
+def is_slurm_job(environment: Mapping[str, str]) -> bool:
+    """Return whether an environment is that of a Slurm job."""
+    return "SLURM_JOB_ID" in environment
+
+
+def launched_machines() -> int | None:
+    """Return the number of machines set by torchrun or Slurm, or None."""
+    return _plain_number("PET_NNODES", "SLURM_NNODES")
+
+
+def launched_per_machine() -> int | None:
+    """Return the number of processes on each machine set by torchrun, or None."""
+    return _plain_number("PET_NPROC_PER_NODE", "LOCAL_WORLD_SIZE")
+
+
+def launched_machine_rank() -> int | None:
+    """Return the rank of this machine set by torchrun or Slurm, or None."""
+    return _plain_number("PET_NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
+
+
+def rendezvous_endpoint() -> tuple[str, str]:
+    """Return host and port at which the processes connect; the host is "" if none is set."""
+    env = os.environ
+    host = env.get("PET_MASTER_ADDR") or env.get("MASTER_ADDR") or ""
+    port = str(launcher_number("PET_MASTER_PORT", "MASTER_PORT") or 29500)
+    if not host and env.get("PET_RDZV_ENDPOINT"):
+        host, _, port = env["PET_RDZV_ENDPOINT"].partition(":")
+    return host, port
+
+
+def accelerate_settings() -> str:
+    """Return the variables that accelerate launch has set, as "NAME=VALUE, ..."."""
+    names = [name for name in os.environ if name.startswith("ACCELERATE_")]
+    return ", ".join(f"{name}={os.environ[name]}" for name in names)
+
+
+def accelerate_uses_cpu() -> bool:
+    """Return whether accelerate launch was asked to use the CPU."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def accelerate_precision() -> str:
+    """Return the mixed precision set by accelerate launch, or "no"."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+
+
+def accelerate_accumulation() -> int | None:
+    """Return the gradient accumulation steps set by accelerate launch, or None."""
+    return launcher_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", least=1)
+
+
+def visible_gpus() -> list[str] | None:
+    """Return the indices or UUIDs in CUDA_VISIBLE_DEVICES, or None if it is not set."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if visible is None else [part.strip() for part in visible.split(",")]
+
+
+def _plain_number(*names: str) -> int | None:
+    """Return the first of these variables that is a number; torchrun also accepts "1:4", "gpu"."""
+    words = re.compile(r"\d+:\d+|auto|cpu|gpu|xpu")
+    return launcher_number(*(n for n in names if not words.fullmatch(os.environ.get(n, ""))))

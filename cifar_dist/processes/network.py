@@ -5,6 +5,7 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
+from cifar_dist.processes.environment import master_address
 from cifar_dist.processes.peers import Peers
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def choose_interface(peers: Peers) -> None:
     to 127.0.1.1. Runs on GPUs use gloo too, to agree on signals.
     """
     # The first machine may reach itself through its loopback interface; the others do not.
-    told = peers.tell("address", address_towards(os.environ["MASTER_ADDR"]))
+    told = peers.tell("address", address_towards(master_address()))
     outside = [address for address in told if not ipaddress.ip_address(address).is_loopback]
     interface = interface_of(address_towards((*outside, "127.0.0.1")[0]))
     if interface:

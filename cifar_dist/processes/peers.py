@@ -5,7 +5,6 @@ under torchrun it outlives the training processes.
 """
 
 import json
-import os
 import platform
 import sys
 import threading
@@ -20,7 +19,15 @@ from typing import Any, TypeVar
 
 from cifar_dist.errors import PeerLost, PeersMissing, UsageError
 from cifar_dist.processes.ending import GRACE_SECONDS, Ending
-from cifar_dist.processes.environment import local_rank
+from cifar_dist.processes.environment import (
+    asked_world_size,
+    global_rank,
+    has_agent_store,
+    local_rank,
+    master_address,
+    master_port,
+    restart_count,
+)
 
 MEETING_SECONDS = 60  # for all processes to arrive, after the first one
 POLL_SECONDS = 0.05
@@ -53,15 +60,14 @@ class Peers:
     ) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout
         self.first_here = rank - local_rank()
-        self.serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self.serves = rank == 0 and not has_agent_store()
         self.heard: Ending | None = None
         self._done = threading.Event()
         self._thread = threading.get_ident()  # the training thread: under Ray not the main one
         Peers.current = None
         if world > 1:
             Peers.meetings += 1
-            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._prefix = f"cifar_dist/{restart}/{Peers.meetings}"
+            self._prefix = f"cifar_dist/{restart_count()}/{Peers.meetings}"
             self._store = self._connect(patience)
             self._listener = threading.Thread(target=self._listen, daemon=True)
             self._listener.start()
@@ -70,12 +76,11 @@ class Peers:
     @classmethod
     def late(cls) -> "Peers | None":
         """Connect after a failure that came before the processes connected; None if impossible."""
-        from cifar_dist.processes.environment import asked_world_size
 
         with suppress(UsageError, RuntimeError, KeyError, ValueError):
             world = asked_world_size()
             if world > 1:
-                return cls(int(os.environ["RANK"]), world, 0, patience=GRACE_SECONDS)
+                return cls(global_rank(), world, 0, patience=GRACE_SECONDS)
         return None
 
     def compare(
@@ -255,7 +260,7 @@ class Peers:
         """
         import torch.distributed
 
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        host, port = master_address(), master_port()
         try:
             store = torch.distributed.TCPStore(
                 host,

@@ -16,12 +16,16 @@ from cifar_dist.config import TrainConfig
 from cifar_dist.errors import PeersMissing, UsageError, require
 from cifar_dist.processes.ending import describe_refusal
 from cifar_dist.processes.environment import (
-    LOCAL_SIZES,
     TOO_MUCH,
     TWO_ON_CPU,
+    accelerate_accumulation,
+    accelerate_precision,
+    accelerate_settings,
+    accelerate_uses_cpu,
     asked_world_size,
     chosen_threads,
-    launcher_number,
+    global_rank,
+    processes_here,
     sharding,
     usable_cores,
     user_environment,
@@ -53,9 +57,8 @@ def start_processes(
     asked = asked_world_size()
     require(not sharding(), f"{sharding()} {TOO_MUCH}; use MULTI_GPU")
     threads = chosen_threads(user_environment())
-    parts = launcher_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", least=1)
     require(
-        parts in (None, 1),
+        accelerate_accumulation() in (None, 1),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set; unset it and use train.accumulate",
     )
     from accelerate import (
@@ -74,7 +77,7 @@ def start_processes(
     if use_cpu:
         keep_memory()
     _choose_algorithms(train.deterministic)
-    peers = Peers(launcher_number("RANK") or 0, asked, train.timeout)
+    peers = Peers(global_rank(), asked, train.timeout)
     peers.compare("code", describe_process())
     peers.compare("recipe", told or {})
     if asked > 1:
@@ -97,8 +100,9 @@ def start_processes(
             project_config=ProjectConfiguration(project_dir="."),  # the run folder is set later
         )
     except ValueError as error:
-        given = ", ".join(f"{n}={v}" for n, v in os.environ.items() if n.startswith("ACCELERATE_"))
-        raise UsageError(f"Accelerate refuses this configuration: {error} ({given})") from error
+        raise UsageError(
+            f"Accelerate refuses this configuration: {error} ({accelerate_settings()})"
+        ) from error
     except RuntimeError as error:
         if "connectFullMesh" not in str(error):
             raise
@@ -174,7 +178,7 @@ def _cpu_is_meant(processes: int) -> bool:
     """Return whether to train on the CPU: the launcher asked for it, or no GPU is usable."""
     import torch
 
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if accelerate_uses_cpu():
         return True
     device = torch.accelerator.current_accelerator(check_available=True)
     # With several processes on MPS, Accelerate would train in each of them separately.
@@ -184,7 +188,7 @@ def _cpu_is_meant(processes: int) -> bool:
 def _choose_precision(asked: str, use_cpu: bool) -> str:
     import torch
 
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    launcher = accelerate_precision()
     require(
         asked != "auto" or launcher in ("no", "fp16", "bf16"),
         f"ACCELERATE_MIXED_PRECISION is '{launcher}'; give no, fp16 or bf16",
@@ -244,8 +248,7 @@ def _use_all_cores(chosen: int | None) -> None:
     """
     import torch
 
-    local = launcher_number(*LOCAL_SIZES, least=1) or 1
-    threads = chosen or max(1, usable_cores() // local)
+    threads = chosen or max(1, usable_cores() // processes_here())
     os.environ["OMP_NUM_THREADS"] = str(threads)  # otherwise Accelerate sets its own number
     torch.set_num_threads(threads)
 
