@@ -30,7 +30,12 @@ SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 # Distributed types for which it starts several processes. With NO and MULTI_CPU it starts one per
 # machine.
 SEVERAL = (
-    *("MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "MULTI_MUSA"),
+    "MULTI_GPU",
+    "MULTI_XPU",
+    "MULTI_NPU",
+    "MULTI_MLU",
+    "MULTI_HPU",
+    "MULTI_MUSA",
     *SHARDED,
 )
 ALONE = ("NO", "MULTI_CPU")

@@ -31,9 +31,23 @@ from cifar_dist.processes.environment import (
 LOOPBACK = ("127.", "::1", "localhost")
 # Compute capability by GPU name, for a plan; on this machine nvidia-smi reports it.
 CAPABILITIES = {
-    **{"K80": 3.7, "P100": 6.0, "P40": 6.1, "GTX 10": 6.1, "V100": 7.0, "T4": 7.5, "RTX 20": 7.5},
-    **{"A100": 8.0, "A10": 8.6, "A40": 8.6, "RTX 30": 8.6, "L4": 8.9, "RTX 40": 8.9, "H100": 9.0},
-    **{"H200": 9.0, "B200": 10.0, "RTX 50": 12.0},
+    "K80": 3.7,
+    "P100": 6.0,
+    "P40": 6.1,
+    "GTX 10": 6.1,
+    "V100": 7.0,
+    "T4": 7.5,
+    "RTX 20": 7.5,
+    "A100": 8.0,
+    "A10": 8.6,
+    "A40": 8.6,
+    "RTX 30": 8.6,
+    "L4": 8.9,
+    "RTX 40": 8.9,
+    "H100": 9.0,
+    "H200": 9.0,
+    "B200": 10.0,
+    "RTX 50": 12.0,
 }
 NATIVE_BF16 = 8.0
 SMALL_SHARED_MEMORY = 1 << 30  # bytes; NCCL uses some per pair of GPUs, docker's default is 64 MB
@@ -427,9 +441,9 @@ def types(facts: Facts) -> Iterator[Finding]:
             f"distributed_type in {path} is {kind}, which cifar_dist does not support",
             "write MULTI_GPU, or NO for one process",
         )
-    used = (
-        kind if kind in SHARDED else "parallelism_config" * bool(values.get("parallelism_config"))
-    )
+    used = "parallelism_config" if values.get("parallelism_config") else ""
+    if kind in SHARDED:
+        used = kind
     if used or facts.sharded:
         place = f", of {path}," if used else ""
         yield error("sharded", f"{used or facts.sharded}{place} {TOO_MUCH}", "use MULTI_GPU")
@@ -526,8 +540,22 @@ def room(facts: Facts) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    *(alone, endpoint, interface, counts, batch_script, devices, precision, peer_to_peer, keys),
-    *(types, default_config, threads, restarts, platform, data, room),
+    alone,
+    endpoint,
+    interface,
+    counts,
+    batch_script,
+    devices,
+    precision,
+    peer_to_peer,
+    keys,
+    types,
+    default_config,
+    threads,
+    restarts,
+    platform,
+    data,
+    room,
 )
 
 

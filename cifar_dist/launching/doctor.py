@@ -124,7 +124,8 @@ def _meet(facts: Facts, as_json: bool) -> int:
         told["all_reduce"] = _in_words(told["all_reduce"])
     code = show(findings, told, as_json) if peers.rank == 0 else 0
     # Launchers report any exit code but 0 as a failed job, so warnings must exit with 0.
-    code = 2 * (peers.tell("verdict", code, STAGE_SECONDS)[0] == 2)
+    verdict = peers.tell("verdict", code, STAGE_SECONDS)[0]
+    code = 2 if verdict == 2 else 0
     peers.leave()
     accelerator.wait_for_everyone()
     leave_processes()

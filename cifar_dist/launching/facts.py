@@ -90,6 +90,7 @@ def describe_machine(facts: Facts) -> dict[str, str]:
     config = facts.config
     names = [f"{device.index} {device.name}" for device in facts.devices]
     launch = f"{facts.machines} machines x " if facts.machines > 1 else ""
+    noun = "processes" if facts.per_machine > 1 else "process"
     return {
         "machine": f"{platform.node()} ({facts.address or 'no address'}), {platform.platform()}, "
         f"{facts.cores} cores, {psutil.virtual_memory().total / 1e9:.0f} GB",
@@ -99,7 +100,7 @@ def describe_machine(facts: Facts) -> dict[str, str]:
         )
         + f", python {platform.python_version()}",
         "configuration": f"{config.path} ({config.digest})" if config.path else "none",
-        "launch": f"{launch}{facts.per_machine} process{'es' * (facts.per_machine > 1)}"
+        "launch": f"{launch}{facts.per_machine} {noun}"
         + (f", meeting at {facts.endpoint.host}:{facts.endpoint.port}" if facts.endpoint else ""),
     }
 

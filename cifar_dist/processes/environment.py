@@ -19,7 +19,9 @@ SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WO
 
 
 LOCAL_SIZES = (
-    *("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "LOCAL_WORLD_SIZE",
+    "MPI_LOCALNRANKS",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
     "MV2_COMM_WORLD_LOCAL_SIZE",
 )
 
@@ -29,14 +31,32 @@ RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 # Prefixes of the variables that launchers set and that torch and Accelerate read.
 LAUNCHERS = (
-    *("ACCELERATE_", "FSDP_", "GROUP_", "LOCAL_", "MASTER_", "MPI_", "MV2_", "OMPI_", "PET_"),
-    *("PMI_", "RANK", "ROLE_", "SLURM_", "TORCHELASTIC_", "WORLD_SIZE"),
+    "ACCELERATE_",
+    "FSDP_",
+    "GROUP_",
+    "LOCAL_",
+    "MASTER_",
+    "MPI_",
+    "MV2_",
+    "OMPI_",
+    "PET_",
+    "PMI_",
+    "RANK",
+    "ROLE_",
+    "SLURM_",
+    "TORCHELASTIC_",
+    "WORLD_SIZE",
 )
 
 
 LAUNCHER_PROGRAMS = {
-    *("accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun"),
-    *("accelerate.commands.accelerate_cli", "torch.distributed.run", "torch.distributed.launch"),
+    "accelerate",
+    "accelerate-launch",
+    "accelerate.commands.launch",
+    "accelerate.commands.accelerate_cli",
+    "torchrun",
+    "torch.distributed.run",
+    "torch.distributed.launch",
 }
 
 
