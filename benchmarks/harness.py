@@ -128,12 +128,12 @@ class Subject:
 
     def start(self) -> None:
         """Start the program; the first `wait` returns after its warm-up."""
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open as long as the process
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open as long as the process
         self.process = subprocess.Popen(
             [sys.executable, *self.arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.said,
+            stderr=self.stderr,
             text=True,
             env={**os.environ, **(self.environment or {})},
         )
@@ -143,15 +143,15 @@ class Subject:
         if hasattr(self, "process"):
             self.process.kill()
             self.process.communicate()
-            self.said.close()
+            self.stderr.close()
 
     def wait(self) -> dict[str, float]:
         """Wait for the end of the current round and return its report."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            self.said.seek(0)
-            print(self.said.read()[-3000:], file=sys.stderr)
+            self.stderr.seek(0)
+            print(self.stderr.read()[-3000:], file=sys.stderr)
             raise SystemExit(f"the subject '{self.name}' exited with code {self.process.wait()}")
         report: dict[str, float] = json.loads(line)
         return report

@@ -37,9 +37,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
     parser.add_argument("--workers", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    own, options = parser.parse_known_args(arguments)
-    out = own.out.absolute()
-    recipe, _ = parse_recipe([*options, "--resume", "auto", "--out", str(out)])
+    options, recipe_options = parser.parse_known_args(arguments)
+    out = options.out.absolute()
+    recipe, _ = parse_recipe([*recipe_options, "--resume", "auto", "--out", str(out)])
     data = dataclasses.replace(recipe.data, root=str(Path(recipe.data.root).absolute()))
     ray.init()
     TorchTrainer(
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         # Longer than the run's own timeout, so that the run reports a missing process, not Ray.
         torch_config=TorchConfig(timeout_s=recipe.train.timeout + 60),
         scaling_config=ScalingConfig(
-            num_workers=own.workers, use_gpu="GPU" in ray.cluster_resources()
+            num_workers=options.workers, use_gpu="GPU" in ray.cluster_resources()
         ),
         run_config=RunConfig(
             name=out.name,

@@ -255,12 +255,14 @@ def counts(facts: Facts) -> Iterator[Finding]:
             "GPUs",
             "num_processes is the total over all machines; use one process per GPU",
         )
-    batch, parts = facts.recipe.train.batch_size, facts.processes * facts.recipe.train.accumulate
-    if batch % parts:
+    batch = facts.recipe.train.batch_size
+    micro_batches = facts.processes * facts.recipe.train.accumulate
+    if batch % micro_batches:
         yield error(
             "batch",
-            f"train.batch_size {batch} does not divide among {parts} processes or micro-batches",
-            nearest_multiples(batch, parts),
+            f"train.batch_size {batch} does not divide among {micro_batches} processes or "
+            "micro-batches",
+            nearest_multiples(batch, micro_batches),
         )
 
 
@@ -418,8 +420,8 @@ def types(facts: Facts) -> Iterator[Finding]:
         yield warning("misread", f"{path}: {what}", "write the intended value plainly")
     for key in ("distributed_type", "mixed_precision", "dynamo_backend"):
         if values.get(key) is False:
-            say = warning if key == "distributed_type" else error
-            yield say(
+            finding = warning if key == "distributed_type" else error
+            yield finding(
                 "wrong-type",
                 f"{key} in {path} is the unquoted word no, which YAML reads as false",
                 f'write {key}: "{"NO" if key == "distributed_type" else "no"}"',
@@ -509,8 +511,8 @@ def platform(facts: Facts) -> Iterator[Finding]:
 def data(facts: Facts) -> Iterator[Finding]:
     """Check that the dataset is present."""
     if facts.dataset:
-        say = warning if facts.machines > 1 else note
-        yield say(
+        finding = warning if facts.machines > 1 else note
+        yield finding(
             "dataset",
             facts.dataset,
             "with several machines, download it first with a short run on one of them, to a folder "

@@ -47,17 +47,17 @@ WORK = 512  # side of the matrices with which the speed of a process is measured
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run the checks, and return 0, 1 with warnings, 2 with errors."""
-    return run_verb(_examine, argv)
+    return run_verb(_run, argv)
 
 
-def _examine(argv: Sequence[str]) -> int:
+def _run(argv: Sequence[str]) -> int:
     options, _, recipe, _ = _parser().read(argv)
     if options.explain:
         return _explain(options.explain, options.json)
     config = read_config(options.accelerate_config)
     facts = gather(config, recipe, options.machines, options.processes_per_machine, options.script)
     if is_launched() and not (facts.alone or facts.sharded):
-        return _meet(facts, options.json)
+        return _check_together(facts, options.json)
     return show(check(facts), describe_machine(facts), options.json)
 
 
@@ -94,20 +94,20 @@ def _explain(place: str, as_json: bool) -> int:
     return code or (2 if first else 0)
 
 
-def _meet(facts: Facts, as_json: bool) -> int:
+def _check_together(facts: Facts, as_json: bool) -> int:
     """Check all processes together; rank 0 prints the report, and all return the same code."""
     train = dataclasses.replace(
         Recipe().train, precision=facts.recipe.train.precision, timeout=STAGE_SECONDS
     )
     stage = "while the processes connected"
     findings = check(facts)
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     try:
         recipe = {key: v for key, v in flatten(facts.recipe).items() if key not in OWN_KEYS}
-        accelerator, peers = start_processes(train, told=recipe)
+        accelerator, peers = start_processes(train, shared=recipe)
         for where, function in STAGES.items():
             stage = where
-            told |= function(accelerator, peers, facts, findings)
+            results |= function(accelerator, peers, facts, findings)
     except Exception as failure:
         if Peers.current is None and not isinstance(failure, UsageError):
             raise
@@ -116,15 +116,15 @@ def _meet(facts: Facts, as_json: bool) -> int:
             code, remedy = "lost", "check their machines, and the network between them"
             if ending.code == REFUSED:
                 code, remedy = "start", "see docs/launching.md"
-            show([*findings, error(code, ending.line, remedy)], told, as_json)
+            show([*findings, error(code, ending.line, remedy)], results, as_json)
 
         agree(failure, stage, report)
         return 2
-    if not as_json and "all_reduce" in told:
-        told["all_reduce"] = _in_words(told["all_reduce"])
-    code = show(findings, told, as_json) if peers.rank == 0 else 0
+    if not as_json and "all_reduce" in results:
+        results["all_reduce"] = _format_link(results["all_reduce"])
+    code = show(findings, results, as_json) if peers.rank == 0 else 0
     # Launchers report any exit code but 0 as a failed job, so warnings must exit with 0.
-    verdict = peers.tell("verdict", code, STAGE_SECONDS)[0]
+    verdict = peers.exchange("verdict", code, STAGE_SECONDS)[0]
     code = 2 if verdict == 2 else 0
     peers.leave()
     accelerator.wait_for_everyone()
@@ -137,12 +137,12 @@ def _compare(
 ) -> dict[str, Any]:
     """Compare machines, devices and configurations, and collect the findings of all ranks."""
     token = f".doctor-{uuid.uuid4().hex}"
-    token = str(peers.tell("token", token, STAGE_SECONDS)[0])
+    token = str(peers.exchange("token", token, STAGE_SECONDS)[0])
     place = local_path(facts.recipe.out or ".").absolute()
     folder = next(path for path in (place, *place.parents) if path.is_dir())
     if peers.rank == 0:
         (folder / token).touch()
-    peers.tell("written", 0, STAGE_SECONDS)
+    peers.exchange("written", 0, STAGE_SECONDS)
     mine = {
         "host": platform.node(),
         "device": _device_id(accelerator.device),
@@ -152,7 +152,7 @@ def _compare(
         "summary": describe_machine(facts),
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }
-    ranks = peers.tell("facts", mine, STAGE_SECONDS)
+    ranks = peers.exchange("facts", mine, STAGE_SECONDS)
     if peers.rank == 0:
         (folder / token).unlink(missing_ok=True)
     # All ranks read their clocks just after the same exchange, at nearly the same time.
@@ -183,7 +183,7 @@ def _device_id(device: torch.device) -> str:
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
-def _reduce_rightly(
+def _check_all_reduce(
     accelerator: Accelerator, peers: Peers, facts: Facts, findings: list[Finding]
 ) -> dict[str, Any]:
     """Check all-reduced sums of known vectors, in float32 and bfloat16."""
@@ -201,7 +201,7 @@ def _reduce_rightly(
         if sums.max() <= exact and not torch.equal(mine.long(), sums):
             wrong.append(str(kind))
     # Each process checks its own result; all results must be correct.
-    all_wrong = peers.tell("sums", wrong, STAGE_SECONDS)
+    all_wrong = peers.exchange("sums", wrong, STAGE_SECONDS)
     for rank, kinds in enumerate(all_wrong):
         if kinds:
             findings.append(
@@ -257,7 +257,7 @@ def _measure_pace(
         began = time.perf_counter()
         torch.mm(matrix, matrix).sum().item()
         times.append(time.perf_counter() - began)
-    paces = peers.tell("pace", float(np.median(times)), STAGE_SECONDS)
+    paces = peers.exchange("pace", float(np.median(times)), STAGE_SECONDS)
     slowest = max(paces) / min(paces)
     if slowest > UNEVEN:
         findings.append(
@@ -271,7 +271,7 @@ def _measure_pace(
     return {"slowest_over_fastest": round(slowest, 2)}
 
 
-def _in_words(found: dict[str, Any]) -> str:
+def _format_link(found: dict[str, Any]) -> str:
     times = [
         f"{int(size) / 1e6:g} MB {1e3 * each:.2f} ms" for size, each in found["seconds"].items()
     ]
@@ -294,7 +294,7 @@ def _all_reduce(tensor: torch.Tensor) -> None:
 Stage = Callable[["Accelerator", "Peers", Facts, list[Finding]], dict[str, Any]]
 STAGES: dict[str, Stage] = {
     "in the comparison of the ranks": _compare,
-    "in the first all-reduce": _reduce_rightly,
+    "in the first all-reduce": _check_all_reduce,
     "in the timed all-reduces": _measure_link,
     "in the timed work": _measure_pace,
 }

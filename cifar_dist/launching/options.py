@@ -36,6 +36,6 @@ class Options(argparse.ArgumentParser):
         Raises:
             UsageError: an option is unknown or invalid.
         """
-        options, own = self.parse_known_args(argv)
-        recipe, origin = parse_recipe(own)
-        return options, own, recipe, origin
+        options, recipe_options = self.parse_known_args(argv)
+        recipe, origin = parse_recipe(recipe_options)
+        return options, recipe_options, recipe, origin

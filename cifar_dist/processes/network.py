@@ -19,8 +19,8 @@ def choose_interface(peers: Peers) -> None:
     to 127.0.1.1. Runs on GPUs use gloo too, to agree on signals.
     """
     # The first machine may reach itself through its loopback interface; the others do not.
-    told = peers.tell("address", address_towards(master_address()))
-    outside = [address for address in told if not ipaddress.ip_address(address).is_loopback]
+    addresses = peers.exchange("address", address_towards(master_address()))
+    outside = [address for address in addresses if not ipaddress.ip_address(address).is_loopback]
     interface = interface_of(address_towards((*outside, "127.0.0.1")[0]))
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)

@@ -99,7 +99,7 @@ class Peers:
             PeerLost: the launch has ended meanwhile.
             UsageError: the message names the first rank that differs, and its differences.
         """
-        first, *others = self.tell(what, dict(facts), seconds)
+        first, *others = self.exchange(what, dict(facts), seconds)
         for rank, other in enumerate(others, 1):
             different = [
                 f"{key} is {first.get(key)} there and {other.get(key)} on rank {rank}"
@@ -112,7 +112,7 @@ class Peers:
                     f"{'; '.join(different[:5])}; use the same on all ranks"
                 )
 
-    def tell(self, what: str, fact: Any, seconds: float | None = MEETING_SECONDS) -> list[Any]:
+    def exchange(self, what: str, fact: Any, seconds: float | None = MEETING_SECONDS) -> list[Any]:
         """Return the facts of all processes, by rank. Every process must call it.
 
         Args:

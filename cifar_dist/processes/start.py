@@ -41,14 +41,14 @@ T = TypeVar("T")
 
 
 def start_processes(
-    train: TrainConfig, log_with: Sequence[str] = (), told: Mapping[str, Any] | None = None
+    train: TrainConfig, log_with: Sequence[str] = (), shared: Mapping[str, Any] | None = None
 ) -> "tuple[Accelerator, Peers]":
     """Join the processes that the launcher started, and return the Accelerator and the peers.
 
     Args:
         train: precision, timeout, determinism and gradient compression.
         log_with: names of trackers.
-        told: options that must be equal on all ranks, as plain values.
+        shared: options that must be equal on all ranks, as plain values.
 
     Raises:
         UsageError: the world size, the precision or a tracker is unavailable on this machine, or
@@ -79,7 +79,7 @@ def start_processes(
     _choose_algorithms(train.deterministic)
     peers = Peers(global_rank(), asked, train.timeout)
     peers.compare("code", describe_process())
-    peers.compare("recipe", told or {})
+    peers.compare("recipe", shared or {})
     if asked > 1:
         choose_interface(peers)
     # NCCL aborts the process on a timeout; the shorter one of the gloo group raises an error first.

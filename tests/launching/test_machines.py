@@ -261,7 +261,7 @@ def test_the_interface_is_that_of_the_way_to_a_host(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
         if not chosen:
             monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-        peers = SimpleNamespace(tell=lambda what, address: [address, "127.0.1.1"])
+        peers = SimpleNamespace(exchange=lambda what, address: [address, "127.0.1.1"])
         choose_interface(peers)  # type: ignore[arg-type]
         assert os.environ["GLOO_SOCKET_IFNAME"] == (chosen or loopback)
 
