@@ -1,4 +1,4 @@
-"""Each pain of launching, its facts made up, and the message that answers it."""
+"""Each common launch problem, with made-up facts, and the message that reports it."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def script(text: str) -> Facts:
     return Facts(batch_script=("job.sbatch", text))
 
 
-PAINS: dict[str, tuple[int, Facts, str, str]] = {
+PROBLEMS: dict[str, tuple[int, Facts, str, str]] = {
     "started alone": (
         1,
         Facts(alone="accelerate launch was asked for several processes but started only this one"),
@@ -335,8 +335,8 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
 }
 
 
-@pytest.mark.parametrize(("number", "facts", "code", "message"), PAINS.values(), ids=PAINS)
-def test_each_pain_is_answered(number: int, facts: Facts, code: str, message: str) -> None:
+@pytest.mark.parametrize(("number", "facts", "code", "message"), PROBLEMS.values(), ids=PROBLEMS)
+def test_each_problem_is_reported(number: int, facts: Facts, code: str, message: str) -> None:
     found = [finding for finding in check(facts) if finding.code == code]
     assert any(message in f"{finding.message}; {finding.fix}" for finding in found), check(facts)
 
@@ -345,7 +345,7 @@ def test_each_pain_is_answered(number: int, facts: Facts, code: str, message: st
     "key", ["num_processes", "num_machines", "machine_rank", "main_process_port"]
 )
 @pytest.mark.parametrize("value", ["2", True, 2.0])
-def test_a_number_that_is_no_whole_number_is_found(key: str, value: object) -> None:
+def test_a_value_that_is_not_an_integer_is_found(key: str, value: object) -> None:
     found = check(Facts(config=of(**{key: value})))
     wrong = [finding for finding in found if finding.code == "wrong-type"]
     assert [finding.message for finding in wrong] == [f"{key} in two.yaml is {value!r}"]
@@ -358,7 +358,7 @@ def test_nothing_is_found_where_nothing_is_wrong() -> None:
     assert check(Facts(config=good, per_machine=2, devices=[H100, H100], cores=16)) == []
 
 
-def test_the_shipped_slurm_script_has_none_of_these_pains() -> None:
+def test_the_shipped_slurm_script_has_no_problem() -> None:
     assert check(script((ROOT / "launch/slurm.sbatch").read_text())) == []
 
 
@@ -396,7 +396,7 @@ def test_equal_ranks_are_fine() -> None:
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "TP", "XLA"])
-def test_a_kind_that_is_refused_is_not_said_to_start_one_process(kind: str) -> None:
+def test_a_refused_kind_is_not_also_reported_as_starting_one_process(kind: str) -> None:
     found = {finding.code for finding in check(Facts(config=of(distributed_type=kind)))}
     assert len(found) == 1
     assert "alone" not in found
@@ -419,13 +419,15 @@ def test_the_old_keys_are_those_that_accelerate_reads(tmp_path: Path) -> None:
         assert theirs.dynamo_config.get("dynamo_backend", "").lower() == compiler
 
 
-def test_what_accelerate_reads_otherwise_is_said(tmp_path: Path) -> None:
+def test_values_that_accelerate_misreads_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "odd.yaml"
     path.write_text("distributed_type: MULTI_GPU\nnum_processes: 010\nmain_process_port: 1:30\n")
     config = read_config(str(path))
     assert config.processes == 8  # as Accelerate does
-    said = [finding.message for finding in check(Facts(config=config)) if finding.code == "misread"]
-    assert said == [
+    misread = [
+        finding.message for finding in check(Facts(config=config)) if finding.code == "misread"
+    ]
+    assert misread == [
         f"{path}: num_processes is 010, and is read as 8",
         f"{path}: main_process_port is 1:30, and is read as 90",
     ]
@@ -440,7 +442,7 @@ def test_exit_codes() -> None:
     assert exit_code(check(Facts(platform="win32"))) == 2
 
 
-def test_what_is_known_of_accelerate_is_so() -> None:
+def test_the_constants_match_the_installed_accelerate() -> None:
     assert set(known_keys()) == set(ClusterConfig.__dataclass_fields__)
     defaults = vars(launch_command_parser().parse_args(["script.py"]))
     always = {key for key in known_keys() if defaults.get(key) is not None}
