@@ -1,4 +1,4 @@
-"""Damaged checkpoints: always found, the newest good one used by all, and never a fresh start."""
+"""Damaged checkpoints are always detected; all ranks use the newest intact one, never none."""
 
 import json
 import random
@@ -42,7 +42,7 @@ def test_every_flipped_bit_is_found(copy: Path) -> None:
     assert len(files) == 5
     for file in files:
         whole = file.read_bytes()
-        for number in range(200):  # half of them among the first bytes, where a header is
+        for number in range(200):  # half of them in the first bytes, the header
             hurt = bytearray(whole)
             end = len(hurt) if number % 2 else min(len(hurt), 1000)
             hurt[chance.randrange(end)] ^= 1 << chance.randrange(8)
