@@ -3,13 +3,9 @@
 import ipaddress
 import os
 import socket
-from typing import TYPE_CHECKING
 
 from cifar_dist.processes.environment import master_address
 from cifar_dist.processes.peers import Peers
-
-if TYPE_CHECKING:
-    pass
 
 
 def choose_interface(peers: Peers) -> None:

@@ -84,12 +84,12 @@ class Peers:
         return None
 
     def compare(
-        self, what: str, facts: Mapping[str, Any], seconds: float | None = MEETING_SECONDS
+        self, name: str, facts: Mapping[str, Any], seconds: float | None = MEETING_SECONDS
     ) -> None:
         """Raise UsageError unless all ranks have the same facts. Every process must call it.
 
         Args:
-            what: name of the facts, for messages.
+            name: name of the facts, for messages.
             facts: plain values.
             seconds: time to wait for the other ranks. None waits without a limit, and prints which
                 ranks are missing.
@@ -99,7 +99,7 @@ class Peers:
             PeerLost: the launch has ended meanwhile.
             UsageError: the message names the first rank that differs, and its differences.
         """
-        first, *others = self.exchange(what, dict(facts), seconds)
+        first, *others = self.exchange(name, dict(facts), seconds)
         for rank, other in enumerate(others, 1):
             different = [
                 f"{key} is {first.get(key)} there and {other.get(key)} on rank {rank}"
@@ -108,15 +108,15 @@ class Peers:
             ]
             if different:
                 raise UsageError(
-                    f"rank {rank} was started with another {what} than rank 0: "
+                    f"rank {rank} was started with another {name} than rank 0: "
                     f"{'; '.join(different[:5])}; use the same on all ranks"
                 )
 
-    def exchange(self, what: str, fact: Any, seconds: float | None = MEETING_SECONDS) -> list[Any]:
+    def exchange(self, name: str, fact: Any, seconds: float | None = MEETING_SECONDS) -> list[Any]:
         """Return the facts of all processes, by rank. Every process must call it.
 
         Args:
-            what: name of the fact, for messages.
+            name: name of the fact, for messages.
             fact: a plain value.
             seconds: time to wait for the other ranks. None waits without a limit, and prints which
                 ranks are missing.
@@ -130,25 +130,25 @@ class Peers:
         import torch.distributed
 
         try:
-            self._store.set(f"{what}/{self.rank}", json.dumps(fact))
-            self._wait_for(what, seconds)
-            facts = [json.loads(self._store.get(f"{what}/{rank}")) for rank in range(self.world)]
-            self.mark(f"{what}/read")
+            self._store.set(f"{name}/{self.rank}", json.dumps(fact))
+            self._wait_for(name, seconds)
+            facts = [json.loads(self._store.get(f"{name}/{rank}")) for rank in range(self.world)]
+            self.mark(f"{name}/read")
             if self.serves:  # the store ends with this process, so wait until all have read
                 self.wait_until(
-                    lambda: len(self.marked(f"{what}/read")) == self.world, GRACE_SECONDS
+                    lambda: len(self.marked(f"{name}/read")) == self.world, GRACE_SECONDS
                 )
         except torch.distributed.DistNetworkError as error:
-            raise PeerLost(f"rank 0 exited before it sent its {what}") from error
+            raise PeerLost(f"rank 0 exited before it sent its {name}") from error
         return facts
 
-    def _wait_for(self, what: str, seconds: float | None) -> None:
-        keys = [f"{what}/{rank}" for rank in range(self.world)]
+    def _wait_for(self, name: str, seconds: float | None) -> None:
+        keys = [f"{name}/{rank}" for rank in range(self.world)]
         began = printed = time.monotonic()
         while not self._store.check(keys):  # store.wait would not notice that the launch ends
             time.sleep(min(1.0, POLL_SECONDS * self.world / 4))
             if self.ending():
-                raise PeerLost(f"the launch ended before all processes sent their {what}")
+                raise PeerLost(f"the launch ended before all processes sent their {name}")
             now = time.monotonic()
             waited = round(now - began)
             if now - (printed if seconds is None else began) < (seconds or MEETING_SECONDS):
@@ -162,7 +162,7 @@ class Peers:
                 )
             printed = now
             if self.rank == min(here):
-                print(f"waiting for the {what} of ranks {missing}, {waited} s", flush=True)
+                print(f"waiting for the {name} of ranks {missing}, {waited} s", flush=True)
 
     def leave(self) -> None:
         """Stop the listening thread: Python must not exit while it is in the store's C++ code."""

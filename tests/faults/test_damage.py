@@ -76,8 +76,8 @@ def test_all_processes_fall_back_to_the_same_and_end_as_before(copy: Path, tmp_p
     file.write_bytes(hurt)
     with start([*OPTIONS, "--out", str(copy)], 2, folder=tmp_path) as job:
         assert job.wait() == [0, 0], job.text()
-        said = [line for line in job.text().splitlines() if line.startswith("warning")]
-    assert said == [
+        warnings = [line for line in job.text().splitlines() if line.startswith("warning")]
+    assert warnings == [
         "warning: damaged checkpoint step-00000020: the SHA-256 of model.safetensors differs; "
         "using step-00000010"
     ]
