@@ -232,9 +232,7 @@ class Peers:
     def _listen(self) -> None:
         """Answer `call_roll` and `ask_where`, and receive the ending; runs in a daemon thread."""
         answered = set()
-        with suppress(
-            UsageError, RuntimeError, KeyError
-        ):  # the launch or the main thread has ended
+        with suppress(UsageError, RuntimeError, KeyError):  # the launch or main thread has ended
             store = self._connect(MEETING_SECONDS)  # a second client: the first may be blocked
             while not self._done.wait(LISTENING_SECONDS):
                 if not store.check(["news"]):
