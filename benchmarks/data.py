@@ -1,4 +1,4 @@
-"""The images that every subject of a benchmark gets. Imports torch where it is used."""
+"""Load the images of a benchmark. torch is imported only where it is used."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def same_places(options: argparse.Namespace) -> list[str]:
-    """Return --root and --cache as given, for a subject."""
+    """Return --root and --cache as given, for the command line of a subject."""
     given = {"--root": options.root, "--cache": options.cache}
     return [part for option, place in given.items() if place for part in (option, place)]
 
 
 def data_options(options: argparse.Namespace) -> list[str]:
-    """Return the same choice as options of cifar_dist.train."""
+    """Return the equivalent options of cifar_dist.train."""
     cache = ["--data.cache", options.cache] if options.cache else []
     if not options.root:
         return ["--data.name", "cifar10", *cache]
@@ -37,7 +37,7 @@ def data_options(options: argparse.Namespace) -> list[str]:
 
 
 def load(options: argparse.Namespace) -> Dataset:
-    """Return the dataset, decoded at its first use."""
+    """Return the dataset. It is decoded on first use."""
     from cifar_dist.data import load_dataset
 
     if options.root:

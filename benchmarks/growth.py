@@ -1,10 +1,10 @@
-"""What ten times the images, twice their side and twice the width cost: time, memory, start-up.
+"""Measure time, memory and start-up with ten times the images, larger images and wider networks.
 
 `python -m benchmarks.growth [--images FEWER MORE] [--batch N] [--rounds N]`
 
-Drawn images are written as files, decoded by a first start, and trained on by `cifar-dist train`
-with the tutorials' network, or `speednet` where the width differs. An epoch is a whole one:
-with the evaluation of a fifth as many test images, reports and checkpoint.
+Synthetic images are written as files, decoded by a first start, and trained on by `cifar-dist
+train` with the network `tutorial`, or `speednet` to vary the width. The time of an epoch includes
+the evaluation of a fifth as many test images, the reports and the checkpoint.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from cifar_dist.data.batches import EVALUATION_BATCH
 from cifar_dist.data.synthetic import SHAPES, draw
 
 SIDE = 32
-CHUNK = 500  # images drawn at a time
-STARTS = 3  # for each round of epochs: a start is short, and varies more
+CHUNK = 500  # images generated at a time
+STARTS = 3  # per round of epochs, because a start is short and varies more
 SPEEDNET = ("--model.name", "speednet", "--model.depth", "1", "--model.stride", "2")
 
 
@@ -30,11 +30,11 @@ class Case:
     """A row of the table.
 
     Attributes:
-        name: its row.
-        reference: the row it differs from in one thing.
-        images: to train on.
-        side: of an image, in pixels.
-        own: options of its network.
+        name: of the row.
+        reference: name of the row that it is compared with.
+        images: number of training images.
+        side: width and height of an image in pixels.
+        own: options of the network.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Case:
     own: tuple[str, ...] = ()
 
     def arguments(self, folder: str, batch: int) -> list[str]:
-        """Return what follows `python` to train an epoch a round."""
+        """Return the arguments of `python` that train one epoch per round."""
         return [
             *(*TRAIN, str(self.images // batch), "--config", "tutorial", *self.own),
             *("--train.batch_size", str(batch), "--train.epochs", "1000000"),
@@ -54,17 +54,17 @@ class Case:
 
     @property
     def megabytes(self) -> float:
-        """Size of the images in memory, with those to test on."""
+        """The size of the training and test images in memory."""
         return (self.images + test_images(self.images)) * 3 * self.side**2 / (1 << 20)
 
 
 def test_images(images: int) -> int:
-    """Return how many to test on: at least a whole batch, which is what takes memory."""
+    """Return the number of test images: at least a full batch, which determines the memory."""
     return max(images // 5, EVALUATION_BATCH)
 
 
 def write_images(root: Path, images: int) -> None:
-    """Write drawn images without compression: quick to write and quick to decode."""
+    """Write synthetic images as BMP files, which are fast to write and to decode."""
     for part, count in (("train", images), ("test", test_images(images))):
         for name in SHAPES:
             (root / part / name).mkdir(parents=True)
@@ -76,12 +76,14 @@ def write_images(root: Path, images: int) -> None:
 
 
 def main() -> None:
-    """Measure, and write results/growth."""
+    """Measure, and write results/growth.md and .json."""
     parser = argparse.ArgumentParser("benchmarks.growth", description=__doc__)
-    parser.add_argument("--images", type=int, nargs=2, default=[5000, 50000], help="to train on")
+    parser.add_argument(
+        "--images", type=int, nargs=2, default=[5000, 50000], help="training images"
+    )
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was found")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args()
     fewer, more = options.images
     first, network = f"{fewer} images", "speednet"
@@ -127,19 +129,20 @@ def main() -> None:
             ]
         )
     head = [
-        *("", "seconds an epoch", "ms an image", "its ratio", "peak MB", "images MB"),
-        *("peak beyond images, MB", "seconds to start", "its ratio"),
+        *("", "seconds per epoch", "ms per image", "ratio", "peak MB", "images MB"),
+        *("peak beyond images, MB", "seconds to start", "ratio"),
     ]
     record(
         options.results,
         "growth",
-        f"Growth: batch {options.batch}, {options.rounds} rounds, and {STARTS} starts in each",
+        f"Growth: batch {options.batch}, {options.rounds} rounds with {STARTS} starts each",
         table(head, rows),
         {"images": options.images, "batch": options.batch, "start_up": start_up, "epochs": epochs},
-        f"Ratios are to `{first}` or `{network}` in the same round; of the time an image it is the "
-        "ratio of epochs over that of images. `Peak beyond images` is by how much the peak grew "
-        "less by how much the images did, a byte a value. A start is from the command to the end "
-        "of the first step, with the images decoded before.",
+        f"Ratios are to `{first}` or `{network}` in the same round. For the time per image it is "
+        "the ratio of epoch times divided by that of image counts. `Peak beyond images` is the "
+        "growth of peak memory minus the growth of the images, at one byte per value. The seconds "
+        "to start are from the command to the end of the first step, with the images already "
+        "decoded.",
     )
 
 

@@ -1,9 +1,11 @@
-"""What trust costs: `python -m benchmarks.guards [--models NAME...] [--rounds N]`.
+"""Measure the cost of the NaN guard and of saving.
 
-Trains the same network, from the same images, with the guard against numbers that are not finite
-and without it, a few steps of each in turn; then has a real run save often, and measures how long
-training stands still. Ratios are medians over rounds, each of neighbours in time; where rounds
-differ by more than the guard costs, its operations timed alone say more.
+`python -m benchmarks.guards [--models NAME...] [--rounds N]`
+
+Trains the same network on the same images with and without the guard against non-finite values, a
+few steps of each alternately. Then a real run saves often, and the time for which saving blocks
+training is measured. Ratios are medians over rounds. If rounds vary by more than the guard costs,
+the guard's operations timed alone are the better measure.
 """
 
 import argparse
@@ -56,7 +58,7 @@ def build_state(accelerator: Accelerator, model: str) -> TrainState:
 def bare_epoch(
     accelerator: Accelerator, state: TrainState, loader: Any, config: TrainConfig
 ) -> Iterator[None]:
-    """Do what train_epoch does, but for the guard."""
+    """Train an epoch as train_epoch does, without the guard."""
     scale = accelerator.num_processes / config.batch_size
     state.model.train()
     for batch in loader:
@@ -74,7 +76,7 @@ def bare_epoch(
 
 
 def measure_guard(accelerator: Accelerator, model: str, rounds: int, steps: int) -> dict[str, Any]:
-    """Return the ratio of guarded to bare step time, wall and CPU, and the cost of a digest."""
+    """Return the ratios of guarded to bare step time, wall and CPU, and the cost of a digest."""
     config = TrainConfig(batch_size=BATCH)
     images = draw(BATCH * steps, 32, seed=(0,))
     loader, _ = build_loader(accelerator, images, BATCH, seed=0)
@@ -96,7 +98,7 @@ def measure_guard(accelerator: Accelerator, model: str, rounds: int, steps: int)
             for _ in epochs[name]():
                 pass
             taken[name] = (time.perf_counter() - began, time.process_time() - used)
-        if number:  # the first warms up
+        if number:  # the first round warms up
             wall.append(taken["guarded"][0] / taken["bare"][0])
             processor.append(taken["guarded"][1] / taken["bare"][1])
             step_seconds.append(taken["bare"][0] / steps)
@@ -119,7 +121,7 @@ def measure_guard(accelerator: Accelerator, model: str, rounds: int, steps: int)
 
 
 def time_guard(state: TrainState) -> float:
-    """Return the seconds that the guard's own operations take, on the gradients there are."""
+    """Return the seconds that the guard's operations take on the current gradients."""
     assert state.guard is not None
     one, parameters = torch.ones(()), list(state.network.parameters())
     began = time.perf_counter()
@@ -129,7 +131,7 @@ def time_guard(state: TrainState) -> float:
 
 
 def measure_saving(model: str, steps: int) -> dict[str, Any]:
-    """Return how many steps' time training stands still for a save, and how long a commit takes."""
+    """Return the time for which a save blocks training, in steps, and the seconds of a commit."""
     original, stalls, ends = session.save, [], []
 
     def save(current: session.Session) -> None:
@@ -186,8 +188,8 @@ def main() -> None:
         f"{torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"{platform.processor() or platform.machine()}, batch {BATCH}",
         "",
-        "| network | guarded / bare, wall | CPU | quartiles of wall | its operations alone "
-        "| digest of all weights | stand-still for a save | checkpoint | written in |",
+        "| network | guarded / bare, wall | CPU | quartiles of wall | guard alone "
+        "| digest of all weights | training blocked by a save | checkpoint | written in |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for model in options.models:
@@ -203,7 +205,9 @@ def main() -> None:
         )
     text = "\n".join(lines)
     print(text)
-    (Path(__file__).parent / "results" / "guards.md").write_text(f"# What trust costs\n{text}\n")
+    (Path(__file__).parent / "results" / "guards.md").write_text(
+        f"# The cost of the guard and of saving\n{text}\n"
+    )
 
 
 if __name__ == "__main__":

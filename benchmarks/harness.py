@@ -1,8 +1,8 @@
-"""Side by side: subjects in processes of their own, a round of each in turn, ratios of neighbours.
+"""Measure programs side by side: each is a process, runs in rounds, and is compared per round.
 
-A subject is a program that trains and stops after every `steps` steps until it is asked for the
-next round, so all have started and warmed up long before the first round counts, and only one works
-at a time. Machines drift; what is quoted is the median over rounds of ratios within a round.
+A subject is a program that trains and, after every `steps` steps, waits for the start of the next
+round. All subjects have started and warmed up before the first round, and only one runs at a time.
+The speed of a machine drifts, so results are medians over rounds of ratios within a round.
 """
 
 import json
@@ -29,22 +29,22 @@ PACKAGES = ("torch", "torchvision", "accelerate", "lightning", "timm", "airbench
 
 
 class Meter:
-    """On a subject's side: call `tick` after every step.
+    """Count steps in a subject, which calls `tick` after every step.
 
     Args:
-        steps: of a round.
-        warmup: steps before the first.
+        steps: per round.
+        warmup: steps before the first round.
     """
 
     def __init__(self, steps: int, warmup: int) -> None:
         self.steps, self.left, self.warm = steps, warmup, False
-        self._out = os.fdopen(os.dup(1), "w")  # what the subject prints goes elsewhere
+        self._out = os.fdopen(os.dup(1), "w")  # stdout is for reports; the subject prints to stderr
         os.dup2(2, 1)
 
     def tick(self, **found: float) -> None:
-        """Count a step; at the end of a round, report it with `found` and wait for the next.
+        """Count a step. At the end of a round, report it with `found` and wait for the next.
 
-        Of several processes the first does, and none begins the next round before the others.
+        With several processes rank 0 reports, and a barrier starts the next round on all of them.
         """
         self.left -= 1
         if self.left:
@@ -66,10 +66,10 @@ class Meter:
             report = {}
         print(json.dumps(report), file=self._out, flush=True)
         if not sys.stdin.readline():
-            os._exit(0)  # the program around this loop has more to do, and nobody waits for it
+            os._exit(0)  # skip the rest of the training program
 
     def follow(self, story: Any) -> None:
-        """Count the steps of cifar_dist.training.run from now on."""
+        """Count the steps of cifar_dist.training.run."""
         train_epoch = story.train_epoch
 
         def counted(*arguments: Any) -> Iterator[None]:
@@ -81,37 +81,37 @@ class Meter:
 
 
 def wait_for_device() -> None:
-    """Return once the GPU, if this process uses one, has done what it was given."""
+    """Synchronise the GPU, if this process uses one."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def _peak_memory() -> float:
-    """Return the most MB that this process has held."""
+    """Return the peak resident memory of this process in MB."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-    # The figure of getrusage begins, on Linux, with what the parent held.
+    # On Linux, getrusage includes the peak of the parent before exec.
     lines = status.read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 def _processor_seconds() -> float:
-    """Return the CPU seconds of this process and of those it has started."""
+    """Return the CPU seconds of this process and its descendants."""
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 @dataclass
 class Subject:
-    """What is measured.
+    """A program to measure.
 
     Attributes:
-        name: its row in the table.
-        arguments: of its program, after `python`.
-        environment: variables in addition to this process's own.
-        ready: seconds from its start until it had warmed up.
+        name: of its row in the table.
+        arguments: of `python`.
+        environment: variables to add to this process's environment.
+        ready: seconds from its start to the end of the warm-up.
     """
 
     name: str
@@ -120,39 +120,39 @@ class Subject:
     ready: float = 0.0
 
     def prepare(self) -> None:
-        """Start the program and wait until it has warmed up."""
+        """Start the program and wait for its warm-up."""
         began = time.perf_counter()
         self.start()
         self.wait()
         self.ready = time.perf_counter() - began
 
     def start(self) -> None:
-        """Start the program; it warms up when `wait` is called first."""
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open as long as the process
+        """Start the program; the first `wait` returns after its warm-up."""
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open as long as the process
         self.process = subprocess.Popen(
             [sys.executable, *self.arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.said,
+            stderr=self.stderr,
             text=True,
             env={**os.environ, **(self.environment or {})},
         )
 
     def stop(self) -> None:
-        """End the program, if it was started."""
+        """Kill the program, if it was started."""
         if hasattr(self, "process"):
             self.process.kill()
             self.process.communicate()
-            self.said.close()
+            self.stderr.close()
 
     def wait(self) -> dict[str, float]:
-        """Return the report of the round that is running."""
+        """Wait for the end of the current round and return its report."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            self.said.seek(0)
-            print(self.said.read()[-3000:], file=sys.stderr)
-            raise SystemExit(f"the subject '{self.name}' ended with code {self.process.wait()}")
+            self.stderr.seek(0)
+            print(self.stderr.read()[-3000:], file=sys.stderr)
+            raise SystemExit(f"the subject '{self.name}' exited with code {self.process.wait()}")
         report: dict[str, float] = json.loads(line)
         return report
 
@@ -168,18 +168,22 @@ Rounds = dict[str, list[dict[str, float]]]
 def measure(
     subjects: Sequence[Subject], rounds: int, after_round: Callable[[Rounds], None] = lambda _: None
 ) -> Rounds:
-    """Run `rounds` rounds of all subjects, forwards and backwards in turn; report by name.
+    """Run `rounds` rounds of all subjects, reversing their order each round.
 
-    `after_round` is called with all reports so far, for rounds that take an hour.
+    Args:
+        after_round: called with all reports so far, to save results of long benchmarks.
+
+    Returns:
+        The reports of each subject, by name.
     """
     found: Rounds = {subject.name: [] for subject in subjects}
     try:
-        # Warming up is work too: at once only where the cores suffice for that.
+        # Warm up in parallel only if there are enough cores.
         many = (os.cpu_count() or 1) >= 4 * len(subjects)
         pool = ThreadPoolExecutor(len(subjects) if many else 1)
         for future in as_completed([pool.submit(subject.prepare) for subject in subjects]):
             future.result()
-        os.sync()  # what preparing has written is not written back while rounds are measured
+        os.sync()  # otherwise the kernel would write back data during the rounds
         for number in range(rounds):
             for subject in subjects if number % 2 else reversed(subjects):
                 found[subject.name].append(subject.go())
@@ -193,13 +197,13 @@ def measure(
 
 
 def paired(rounds: Rounds, name: str, reference: str, key: str = "wall") -> list[float]:
-    """Return `reference`'s value over `name`'s, round by round; above 1, `name` needed less."""
+    """Return the ratio of `reference` to `name` in each round; above 1, `name` is faster."""
     pairs = zip(rounds[reference], rounds[name], strict=True)
     return [theirs[key] / ours[key] for theirs, ours in pairs]
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Return the median with its quartiles, or its ends if few: "0.974 (0.961 to 0.988)"."""
+    """Return median and quartiles, such as "0.974 (0.961 to 0.988)"; below 4 values the range."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}"
     few = [min(values), statistics.median(values), max(values)]
@@ -208,12 +212,12 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def median(rounds: Rounds, name: str, key: str) -> float:
-    """Return the median of a figure over the rounds of a subject."""
+    """Return the median of a value over the rounds of a subject."""
     return statistics.median(report[key] for report in rounds[name])
 
 
 def machine() -> dict[str, Any]:
-    """Return what a reader must know about where and when the figures were taken."""
+    """Return the date, the hardware and the versions, to be stored with the results."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -242,7 +246,7 @@ def machine() -> dict[str, Any]:
 def record(
     folder: Path, name: str, title: str, rows: Sequence[str], raw: Any, notes: str = ""
 ) -> None:
-    """Write NAME.json with every figure and NAME.md with the table into `folder`; print that."""
+    """Write all values to NAME.json and the table to NAME.md in `folder`, and print the table."""
     facts = machine()
     versions = ", ".join(f"{package} {number}" for package, number in facts["versions"].items())
     command = " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
@@ -271,7 +275,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def best_of(function: Callable[[], object], times: int = 3) -> float:
-    """Return the least seconds that a call took, after one that does not count."""
+    """Return the minimum time of a call in seconds, after one warm-up call."""
     function()
     taken = []
     for _ in range(times):

@@ -1,4 +1,4 @@
-"""Images per second of the same network and batch in every loop, and of the bare arithmetic.
+"""Compare training loops of several libraries on the same network and batch: images per second.
 
 `python -m benchmarks.loop [--model NAME] [--batch N] [--rounds N] [--root FOLDER]`
 """
@@ -31,17 +31,19 @@ ROWS = [
 
 
 def main() -> None:
-    """Measure, and write results/loop-MODEL-BATCH, or loop-MODEL-BATCH-gpu."""
+    """Measure, and write results/loop-MODEL-BATCH, or loop-MODEL-BATCH-gpu, as .md and .json."""
     parser = argparse.ArgumentParser("benchmarks.loop", description=__doc__)
     parser.add_argument("--model", default="tutorial")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=0, help="of a round; default: about 2 seconds")
-    parser.add_argument("--only", nargs="+", metavar="SUBJECT", help="besides the bare arithmetic")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was found")
+    parser.add_argument("--steps", type=int, default=0, help="per round; default: about 2 seconds")
+    parser.add_argument(
+        "--only", nargs="+", metavar="SUBJECT", help="in addition to bare arithmetic"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
     add_options(parser)
     options = parser.parse_args()
-    load(options)  # decoded before anything is measured
+    load(options)  # decode the images before measuring
     steps = options.steps or max(2, (4096 if options.model == "tutorial" else 64) // options.batch)
     warmup = 3 if options.model != "tutorial" else 20
     subjects = [
@@ -84,16 +86,16 @@ def main() -> None:
         figures = {key: median(rounds, "ceilings", f"{key}_gflops") for key in keys}
         copy = median(rounds, "ceilings", "copy_gbs")
         notes = (
-            f"Ceilings in the same rounds: matrix product {figures['product']:.0f} GFLOP/s, a 3x3 "
-            f"convolution of 64 channels forwards {figures['convolution']:.0f}, with its backward "
-            f"{figures['training']:.0f}; memory copy {copy:.1f} GB/s (read and written)."
+            f"Ceilings in the same rounds: matrix product {figures['product']:.0f} GFLOP/s; 3x3 "
+            f"convolution of 64 channels, forward {figures['convolution']:.0f}, with its backward "
+            f"pass {figures['training']:.0f}; memory copy {copy:.1f} GB/s (read and written)."
         )
-    head = ["loop", "images/s", "of the bare arithmetic", f"{OURS}'s speed, of this"]
+    head = ["loop", "images/s", "relative to bare arithmetic", f"{OURS} relative to this"]
     record(
         options.results,
         f"loop-{options.model}-{options.batch}{'-gpu' if ON_GPU else ''}",
         f"{options.model} at batch {options.batch}, {options.rounds} rounds of {steps} steps",
-        table([*head, "CPU ms an image", "peak MB"], rows),
+        table([*head, "CPU ms per image", "peak MB"], rows),
         {"batch": options.batch, "steps": steps, "rounds": rounds},
         notes,
     )

@@ -1,9 +1,9 @@
-"""The subjects of benchmarks.loop, one a function: the same network trained by different loops.
+"""The subjects of benchmarks.loop: one function per training loop, all with the same network.
 
-`python -m benchmarks.peers SUBJECT --model NAME --batch N ...` is started by the harness. Each is
-written as its project's own documentation does it, over its public interface, and calls
-`meter.tick()` after every optimizer step. The `lean` ones get their cheap best: channels_last
-memory, and whatever their options switch off. On a GPU all compute in bfloat16.
+The harness starts `python -m benchmarks.peers SUBJECT --model NAME --batch N ...`. Each loop
+follows the documentation of its library, uses the public interface, and calls `meter.tick()` after
+every optimizer step. The `lean` variants use channels_last memory and switch off what the library
+lets one switch off. On a GPU all compute in bfloat16.
 """
 
 import argparse
@@ -24,18 +24,18 @@ from benchmarks.harness import Meter, best_of, wait_for_device
 from cifar_dist.models.catalogue import MODELS
 
 LR, MOMENTUM = 0.01, 0.9
-FOREVER = 10**6  # epochs: the harness ends a subject
+FOREVER = 10**6  # epochs; the harness kills the subject
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"
 
 
 def precision() -> torch.autocast:
-    """Return the context of a forward pass."""
+    """Return the autocast context of a forward pass."""
     return torch.autocast(DEVICE, torch.bfloat16, enabled=ON_GPU)
 
 
 class PillowImages(Dataset[tuple[Any, int]]):
-    """Images held as torchvision.datasets.CIFAR10 holds them, made Pillow's on access."""
+    """Images in an array, converted to Pillow on access, as in torchvision.datasets.CIFAR10."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, transform: Any) -> None:
         self.images, self.labels, self.transform = images.numpy(), labels.tolist(), transform
@@ -48,7 +48,7 @@ class PillowImages(Dataset[tuple[Any, int]]):
 
 
 def network_of(options: argparse.Namespace, lean: bool) -> nn.Module:
-    """Return the network as torch computes it."""
+    """Return the network without speed-ups."""
     torch.manual_seed(0)
     network = MODELS[options.model](10).to(DEVICE)
     return network.to(memory_format=torch.channels_last) if lean else network
@@ -66,7 +66,7 @@ def sgd(network: nn.Module) -> torch.optim.SGD:
 
 
 def bare(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
-    """Forward, backward and step on one batch that lies ready: the ceiling of every loop."""
+    """Train on one batch in memory: an upper bound for every loop."""
     network = network_of(options, lean=True)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=MOMENTUM, fused=True)
     images = torch.rand(options.batch, 3, 32, 32, device=DEVICE)
@@ -83,7 +83,7 @@ def bare(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
 
 
 def bare_kept(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
-    """The same where the allocator keeps its memory, as cifar_dist has it."""
+    """The same, with glibc keeping freed memory as in cifar_dist."""
     from cifar_dist.processes.start import keep_memory
 
     keep_memory()
@@ -91,7 +91,7 @@ def bare_kept(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
 
 
 def cifar_dist(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
-    """`cifar_dist.train.run` itself, stopped between its steps."""
+    """`cifar_dist.train.run`, pausing between its steps."""
     from cifar_dist.config import parse_recipe
     from cifar_dist.train import run
     from cifar_dist.training import run as story
@@ -115,7 +115,7 @@ def cifar_dist_compiled(meter: Meter, options: argparse.Namespace, lean: bool) -
 
 
 def tutorials(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
-    """The single-file tutorials: Pillow, ToTensor, DataLoader, and a loop that adds up the loss."""
+    """The single-file tutorials: Pillow, ToTensor, DataLoader, and a loop with `loss.item()`."""
     network, loader = network_of(options, lean), pillow_loader(options)
     optimizer, loss_of = torch.optim.SGD(network.parameters(), lr=LR), nn.CrossEntropyLoss()
     network.train()
@@ -133,7 +133,7 @@ def tutorials(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
 
 
 def accelerate(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
-    """The loop of Accelerate's documentation, with its prepared scheduler."""
+    """The loop of Accelerate's documentation, with a prepared scheduler."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=not ON_GPU, mixed_precision="bf16" if ON_GPU else "no")
@@ -155,7 +155,7 @@ def accelerate(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
 
 
 def lightning(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
-    """A LightningModule under its Trainer; lean: without logger, checkpoints, bar and summary."""
+    """A LightningModule; lean: without logger, checkpoints, progress bar and summary."""
     from lightning import Callback, LightningModule, Trainer
 
     logging.getLogger("lightning").setLevel(logging.ERROR)
@@ -195,7 +195,7 @@ def lightning(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
 
 
 def timm(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
-    """timm's loader, optimizer and the step of its training script."""
+    """timm's loader and optimizer, with the step of its training script."""
     from timm.data import create_loader
     from timm.optim import create_optimizer_v2
 
@@ -230,7 +230,7 @@ def timm(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
 
 
 def airbench(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
-    """airbench's loader, in float32, and the step of its `train`."""
+    """airbench's loader in float32, with the step of its `train`."""
     from airbench import CifarLoader
 
     images, labels = as_tensors(load(options))
@@ -256,7 +256,7 @@ def airbench(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
 
 
 def ceilings(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
-    """What this machine can do in the same round: matrices, convolutions, copies; per second."""
+    """Measure the peak rates of matrix products, convolutions and memory copies."""
     kind = torch.bfloat16 if ON_GPU else torch.float32
     side, channels, images, copied = (
         (8192, 64, 8192, 1 << 30) if ON_GPU else (1024, 64, 64, 1 << 26)
@@ -302,7 +302,7 @@ SUBJECTS: dict[str, Callable[[Meter, argparse.Namespace, bool], None]] = {
 
 
 def main() -> None:
-    """Run one subject until its input is closed."""
+    """Run one subject until its stdin is closed."""
     parser = argparse.ArgumentParser("benchmarks.peers")
     parser.add_argument("subject", choices=SUBJECTS)
     parser.add_argument("--lean", action="store_true")

@@ -1,12 +1,12 @@
-"""`cifar10-94` against the record holders: accuracy and what it costs, on the same files.
+"""Compare `cifar10-94` with the record holders: accuracy and training time on the same images.
 
 `python -m benchmarks.record --airbench airbench94_muon.py [--successor cifar10_speedrun.py]
 [--runs N] [--root FOLDER]`
 
-Their scripts are not on the package index: take them from the repositories KellerJordan/
-cifar10-airbench and hiverge/cifar10-speedrun. On a GPU they run as they are; on a CPU they are told
-to use that, in float32 and without compiling. What counts is what their own timers count:
-whitening, training, and the evaluation with test-time augmentation.
+The scripts are not on PyPI: download them from the repositories KellerJordan/cifar10-airbench and
+hiverge/cifar10-speedrun. On a GPU they run unchanged. For a CPU they are changed to use it, in
+float32 and without compilation. The measured time is that of their own timers: whitening,
+training, and the evaluation with test-time augmentation.
 """
 
 import argparse
@@ -44,12 +44,12 @@ ON_GPU = torch.cuda.is_available()
 
 @dataclass(frozen=True)
 class Script:
-    """One of their scripts.
+    """A script of a record holder.
 
     Attributes:
         row: its name in the table.
-        epochs: as it writes their number where it counts its steps.
-        to_cpu: what to put in place of what, for a CPU.
+        epochs: the number of epochs, as written in its source.
+        to_cpu: replacements of source text, for a CPU.
     """
 
     row: str
@@ -88,13 +88,13 @@ Figures = dict[str, float]
 
 
 class Stopwatch:
-    """Adds up the wall and CPU seconds of spans."""
+    """Sum of the wall and CPU seconds of several spans."""
 
     def __init__(self) -> None:
         self.wall = self.cpu = 0.0
 
     def read(self) -> tuple[float, float]:
-        """Return both clocks once the device has done what it was given."""
+        """Synchronise the device and return wall and CPU seconds."""
         wait_for_device()
         return time.perf_counter(), time.process_time()
 
@@ -104,7 +104,7 @@ class Stopwatch:
         self.cpu += ended[1] - began[1]
 
     def time(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `function`, with its calls added."""
+        """Return `function`, wrapped to add the time of its calls."""
 
         def timed(*arguments: Any, **named: Any) -> Any:
             began = self.read()
@@ -115,14 +115,14 @@ class Stopwatch:
         return timed
 
     def take(self) -> Figures:
-        """Return what was added up, and start again."""
+        """Return the sums and reset them."""
         found = {"train_wall": self.wall, "train_cpu": self.cpu}
         self.wall = self.cpu = 0.0
         return found
 
 
 def cifar_dist(options: argparse.Namespace) -> Callable[[int], Figures]:
-    """`cifar_dist.train.run` with the recipe as shipped."""
+    """Return a function that trains the shipped recipe with a seed."""
     from cifar_dist.config import parse_recipe
     from cifar_dist.models.speednet import SpeedNet
     from cifar_dist.train import run
@@ -160,12 +160,12 @@ def cifar_dist(options: argparse.Namespace) -> Callable[[int], Figures]:
 
 
 def theirs(options: argparse.Namespace) -> Callable[[int], Figures]:
-    """A script's `main`, once a run, in a folder with cifar10/train.pt and test.pt."""
+    """Return a function that calls a script's `main`, in a folder with cifar10/{train,test}.pt."""
     script, path = SCRIPTS[options.subject], getattr(options, options.subject)
     watch, last = Stopwatch(), dict[str, Any]()
 
     class Event:
-        """Stands for torch.cuda.Event, and knows the CPU seconds too."""
+        """Replacement of torch.cuda.Event that also measures CPU seconds."""
 
         def record(self) -> None:
             self.at = watch.read()
@@ -182,10 +182,10 @@ def theirs(options: argparse.Namespace) -> Callable[[int], Figures]:
     source = path.read_text()
     for old, new in changes.items():
         if old not in source:
-            raise SystemExit(f"{path} has no '{old}': is it another version?")
+            raise SystemExit(f"{path} does not contain '{old}'; it may be another version")
         source = source.replace(old, new)
     module: Any = types.ModuleType(options.subject)
-    sys.modules[options.subject] = module  # torch.compile imports it by its name
+    sys.modules[options.subject] = module  # torch.compile imports it by name
     exec(compile(source, str(path), "exec"), module.__dict__)
     module.Event = Event
     module.print_training_details = lambda variables, is_final_entry: last.update(variables)
@@ -211,7 +211,7 @@ def theirs(options: argparse.Namespace) -> Callable[[int], Figures]:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Run once a round, until the harness ends this process; on a GPU once before, to warm up."""
+    """Train once per round until the harness kills this process. On a GPU, warm up with one run."""
     meter = Meter(steps=1, warmup=1)
     one = (cifar_dist if options.subject == "cifar-dist" else theirs)(options)
     seed, found = 0, one(0) if ON_GPU else Figures()
@@ -222,25 +222,25 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Measure, and write results/record."""
+    """Measure, and write results/record-cpu or record-gpu, as .md and .json."""
     parser = argparse.ArgumentParser("benchmarks.record", description=__doc__)
     parser.add_argument("--airbench", type=Path, required=True, help="airbench94_muon.py")
     parser.add_argument("--successor", type=Path, help="cifar10_speedrun.py")
-    parser.add_argument("--runs", type=int, default=2, help="of each")
-    parser.add_argument("--epochs", type=int, help="of each, to try this out")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was found")
+    parser.add_argument("--runs", type=int, default=2, help="of each subject")
+    parser.add_argument("--epochs", type=int, help="of each subject, for a quick test")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--subject", choices=["cifar-dist", *SCRIPTS], help=argparse.SUPPRESS)
     add_options(parser)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    for place in ("root", "cache", *SCRIPTS):  # a subject changes its folder
+    for place in ("root", "cache", *SCRIPTS):  # absolute paths: a subject changes its directory
         if getattr(options, place):
             setattr(options, place, Path(getattr(options, place)).resolve())
     options.root, options.cache = (str(p) if p else None for p in (options.root, options.cache))
     if options.subject:
         serve(options)
         return
-    load(options)  # decoded before anything is measured
+    load(options)  # decode the images before measuring
     scripts = [name for name in SCRIPTS if getattr(options, name)]
     own = same_places(options)
     for name in scripts:
@@ -254,7 +254,7 @@ def main() -> None:
 
 
 def write(options: argparse.Namespace, subjects: Sequence[Subject], rounds: Rounds) -> None:
-    """Write results/record-cpu or record-gpu."""
+    """Write the results of all rounds."""
 
     def digits(name: str, key: str, scale: float, places: int) -> str:
         values = [scale * report[key] for report in rounds[name]]
@@ -274,23 +274,23 @@ def write(options: argparse.Namespace, subjects: Sequence[Subject], rounds: Roun
         ]
         for subject in subjects
     ]
-    head = ["", "accuracy with TTA", "without", "seconds", "CPU seconds"]
-    head += ["cifar-dist's seconds, of these", "its CPU seconds, of these", "ready after"]
+    head = ["", "accuracy with TTA", "without TTA", "seconds", "CPU seconds"]
+    head += ["cifar-dist's seconds / these", "its CPU seconds / these", "ready after"]
     ready = "importing and loading"
     if ON_GPU:
-        ready = "importing, loading, compiling and one whole run, cifar-dist's with its checkpoint"
+        ready = "importing, loading, compiling and one full run, for cifar-dist with checkpoint"
     record(
         options.results,
         "record-gpu" if ON_GPU else "record-cpu",
         f"94 % on CIFAR-10, {len(rounds[OURS])} runs each",
         table(head, rows),
         {
-            "epochs": options.epochs,  # null: as many as each has of its own
+            "epochs": options.epochs,  # null: each subject's own number
             "ready": {subject.name: subject.ready for subject in subjects},
             "rounds": rounds,
         },
-        "Seconds are of whitening, training and the evaluation with test-time augmentation. A "
-        f"subject was ready after the seconds of {ready}.",
+        "Seconds are those of whitening, training and the evaluation with test-time augmentation "
+        f"(TTA). `Ready after` is the time for {ready}.",
     )
 
 

@@ -1,13 +1,13 @@
-"""One and two processes against two runs that know nothing of each other, and what that predicts.
+"""Measure scaling to two processes on a CPU, and fit a model that predicts more processes.
 
 `python -m benchmarks.scaling [--model NAME] [--batch N] [--rounds N] [--root FOLDER]`
 
-On a CPU, one thread a process. Two independent runs share the machine as two processes do, so what
-two processes lack against them is what working together costs: waiting for each other, and sending
-gradients. The first is shown by two runs that send nothing but wait at every step: where a machine
-does not run both cores evenly, whoever is slower sets the pace. From these, and from all-reduces
-alone, a model predicts each round's step of two processes; only where the median of its errors is
-small does it say more.
+Each process has one thread. Two independent runs share the machine as two processes do, so the
+difference between them is the cost of synchronisation: waiting for each other, and sending
+gradients. Two runs that wait for each other at every step, without sending, show the first: on a
+machine whose cores differ in speed, the slower one determines the pace. From these runs and from
+all-reduces alone, a model predicts each round's step of two processes. It extrapolates only if the
+median of its errors is small.
 """
 
 import argparse
@@ -40,29 +40,29 @@ from cifar_dist.launching.forecast import fit_line, step_seconds
 LAUNCH = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 SIZES = (4, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)  # bytes of an all-reduce
 WARMUP = 4  # steps
-COUNTS = 5  # rounds of counting what is sent, of which the commonest is believed
-TOLERANCE = 0.05  # of a prediction
+COUNTS = 5  # rounds of counting the bytes sent; the most frequent result is used
+TOLERANCE = 0.05  # relative error of a usable prediction
 
 
 class Together(Subject):
-    """Two programs at once, a thread each."""
+    """Two programs that run at the same time, with one thread each."""
 
     def __init__(self, name: str, first: list[str], second: list[str]) -> None:
         super().__init__(name, first)
         self.runs = [Subject(name, own, {"OMP_NUM_THREADS": "1"}) for own in (first, second)]
 
     def start(self) -> None:
-        """Start both."""
+        """Start both programs."""
         for run in self.runs:
             run.start()
 
     def stop(self) -> None:
-        """End both."""
+        """Kill both programs."""
         for run in self.runs:
             run.stop()
 
     def wait(self) -> dict[str, float]:
-        """Return a report whose rate is the mean of theirs."""
+        """Return a report with the mean of both rates."""
         first, second = (run.wait() for run in self.runs)
         if not first:
             return first
@@ -80,10 +80,10 @@ class Together(Subject):
 
 
 class InStep(Meter):
-    """A Meter that waits at every step for that of another run, by a byte each way.
+    """A Meter that synchronises with another run at every step, by one byte in each direction.
 
     Args:
-        places: pipes, the own one first.
+        places: named pipes; this run reads the first and writes the second.
     """
 
     def __init__(self, steps: int, places: list[Path]) -> None:
@@ -91,14 +91,14 @@ class InStep(Meter):
         self.own, self.other = (os.open(place, os.O_RDWR) for place in places)
 
     def tick(self, **found: float) -> None:
-        """Wait, then count."""
+        """Wait for the other run, then count the step."""
         os.write(self.other, b".")
         os.read(self.own, 1)
         super().tick(**found)
 
 
 def all_reduce() -> None:
-    """Seconds of an all-reduce of each size, on two processes that do nothing else."""
+    """Time all-reduces of each size, on two processes that do nothing else."""
     torch.distributed.init_process_group("gloo")
     meter = Meter(steps=1, warmup=1)
     while True:
@@ -111,17 +111,17 @@ def all_reduce() -> None:
 
 
 class Counter(Meter):
-    """A Meter that reports what a step of training sends, as far as torch's profiler saw it.
+    """A Meter that reports the collectives and bytes of a training step, from torch's profiler.
 
-    In one round of four or so that misses what one of gloo's threads has sent, or has the end of
-    the round before.
+    In about one round of four the profiler misses events of a gloo thread, or includes the end of
+    the previous round.
     """
 
     def __init__(self, steps: int) -> None:
         super().__init__(steps, WARMUP)
 
     def tick(self, **found: float) -> None:
-        """Count a step and, of those that do not warm up, its collectives."""
+        """Count a step and, after the warm-up, its collectives."""
         if self.warm and self.left == 1:
             self.profile.stop()
             sizes = [
@@ -138,17 +138,17 @@ class Counter(Meter):
 
 
 class Model:
-    """Seconds of a step on W processes, each with a core of its own.
+    """Model of the step time on W processes, each with its own core.
 
-    T(W) = c0 + c1 B / W + n (W - 1) latency + 2 (W - 1) / W bytes / bandwidth: the computation of a
-    share of the batch, then n all-reduces round a ring. Nothing overlaps: on a CPU, who sends takes
-    the core from the computation.
+    T(W) = c0 + c1 B / W + n (W - 1) latency + 2 (W - 1) / W bytes / bandwidth: the computation of
+    1 / W of the batch, then n ring all-reduces. Nothing overlaps: on a CPU, communication takes the
+    core from the computation.
 
     Args:
-        alone: seconds of a step without sending, by its batch.
-        sent: seconds of an all-reduce between two, by its bytes.
-        collectives: all-reduces in a step.
-        size: bytes of a step.
+        alone: seconds of a step without communication, by batch size.
+        sent: seconds of an all-reduce between two processes, by bytes.
+        collectives: all-reduces per step.
+        size: bytes per step.
     """
 
     def __init__(
@@ -159,26 +159,26 @@ class Model:
         self.collectives, self.size = collectives, size
 
     def seconds(self, batch: int, processes: int) -> float:
-        """Return the prediction for a global batch."""
+        """Return the predicted seconds of a step for a global batch."""
         computation = self.constant + self.per_image * batch / processes
         link = (self.latency, 1 / self.per_byte)
         return step_seconds(computation, self.collectives, self.size, processes, link)
 
 
 def main() -> None:
-    """Measure, and write results/scaling-MODEL-BATCH."""
+    """Measure, and write results/scaling-MODEL-BATCH.md and .json."""
     parser = argparse.ArgumentParser("benchmarks.scaling", description=__doc__)
     parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--batch", type=int, default=128, help="of the two processes together")
+    parser.add_argument("--batch", type=int, default=128, help="global batch of the two processes")
     parser.add_argument("--rounds", type=int, default=0, help="default: 27, or 9 if a step is long")
-    parser.add_argument("--steps", type=int, default=0, help="of a round; default: 8 or 2")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was found")
+    parser.add_argument("--steps", type=int, default=0, help="per round; default: 8 or 2")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
     hidden = ["all-reduce", "communication", "in-step"]
     parser.add_argument("--subject", choices=hidden, help=argparse.SUPPRESS)
     parser.add_argument("--pipes", type=Path, nargs=2, help=argparse.SUPPRESS)
     add_options(parser)
     options = parser.parse_args()
-    # Rounds of a second or two: the shorter they are, the less a machine drifts within one.
+    # Rounds of one or two seconds: in short rounds the speed of the machine drifts less.
     small = options.model == "tutorial"
     options.steps = options.steps or (8 if small else 2)
     options.rounds = options.rounds or (27 if small else 9)
@@ -193,8 +193,8 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Run all subjects and write what was found."""
-    load(options)  # decoded before anything is measured
+    """Run all subjects and write the results."""
+    load(options)  # decode the images before measuring
     batch = options.batch
     common = ["--model", options.model, "--steps", str(options.steps), *same_places(options)]
 
@@ -220,7 +220,7 @@ def compare(options: argparse.Namespace) -> None:
             ways = (subject("in-step", share, "--pipes", *way) for way in (pipes, pipes[::-1]))
             in_step[share] = Together(name, *ways)
         rounds |= measure(
-            [  # what is compared most closely stands side by side
+            [  # subjects that are compared with each other run next to each other
                 in_step[batch // 4],
                 in_step[batch],
                 Together(alone, train(batch // 2), train(batch // 2)),
@@ -269,28 +269,29 @@ def compare(options: argparse.Namespace) -> None:
         for name, count in images.items()
     ]
     notes = [
-        f"A step sends {sent / 1e6:.3f} MB in {collectives:.1f} "
-        f"all-reduces. Between two processes these take {1e6 * fitted['latency']:.0f} us and "
-        f"{1e-9 / fitted['per_byte']:.2f} GB/s; a step takes {1e3 * fitted['constant']:.1f} ms "
-        f"and {1e3 * fitted['per_image']:.3f} ms an image. From the same in each round a step of "
-        f"two processes is predicted to take {1e3 * predicted(batch, 2):.1f} ms; it took "
-        f"{1e3 * statistics.median(steps):.1f}. By that the prediction was off by "
+        f"A step sends {sent / 1e6:.3f} MB in {collectives:.1f} all-reduces. Fitted for two "
+        f"processes: latency {1e6 * fitted['latency']:.0f} us, bandwidth "
+        f"{1e-9 / fitted['per_byte']:.2f} GB/s, computation {1e3 * fitted['constant']:.1f} ms per "
+        f"step and {1e3 * fitted['per_image']:.3f} ms per image. The predicted step of two "
+        f"processes is {1e3 * predicted(batch, 2):.1f} ms; the measured one is "
+        f"{1e3 * statistics.median(steps):.1f} ms. The error of the prediction is "
         f"{spread([100 * each for each in errors], 1)} %.",
     ]
     if abs(error) <= TOLERANCE:
         rates = [f"{w}: {batch / predicted(batch, w):.0f}" for w in (1, 2, 4, 8, 16)]
         weak = [f"{w}: {w * batch / 2 / predicted(w * batch // 2, w):.0f}" for w in (4, 8, 16)]
         notes.append(
-            f"With that, on processes that each have such a core and such a link, images/s at "
-            f"batch {batch}: {', '.join(rates)}; at batch {batch // 2} each: {', '.join(weak)}."
+            f"Predicted images/s by number of processes, each with such a core and such a link: "
+            f"at batch {batch}: {', '.join(rates)}; at batch {batch // 2} per process: "
+            f"{', '.join(weak)}."
         )
     else:
-        notes.append("That is not good enough to say anything about more processes.")
+        notes.append("The error is too large to predict more processes.")
     record(
         options.results,
         f"scaling-{options.model}-{batch}",
         f"{options.model}: two processes, {options.rounds} rounds of {options.steps} steps",
-        table(["", "images/s", f"of {alone}", "CPU ms an image", "peak MB"], rows),
+        table(["", "images/s", f"relative to {alone}", "CPU ms per image", "peak MB"], rows),
         {"batch": batch, "steps": options.steps, "error": error, "rounds": rounds},
         "\n".join(notes),
     )

@@ -1,9 +1,10 @@
-"""From the command to the first step, and what of that is imports, the launcher and the rest.
+"""Measure the start-up time to the first step, and the parts of imports and launcher.
 
 `python -m benchmarks.startup [--rounds N] [--root FOLDER]`
 
-Each start is a process of its own, timed from outside: to its end, or to the end of its first
-optimizer step. The images are decoded by then. What a launcher holds while training runs is last.
+Each start is a new process, timed from outside to its end or to the end of its first optimizer
+step, with the images already decoded. The memory and CPU time of a launcher during training are
+measured last.
 """
 
 import argparse
@@ -38,7 +39,7 @@ LAUNCH = [
     *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
 ]
 TRAIN = ("-m", "benchmarks.startup", "--train")  # then steps, and options of cifar-dist train
-COMMANDS = {  # the last is refused
+COMMANDS = {  # the last has an unknown option and exits with 2
     shlex.join(["python", *arguments]): arguments
     for arguments in (
         *(["-c", "pass"], ["-c", "import torch"], ["-c", "import torch, torchvision, accelerate"]),
@@ -51,25 +52,25 @@ LARGE = ("torch", "torchvision", "accelerate", "tensorboard", "numpy", "PIL")
 
 @dataclass
 class Start(Subject):
-    """A subject that is started anew for each round.
+    """A subject that is a new process in each round.
 
     Attributes:
-        code: it ends with.
-        steps: a round is over with its first step, not with its end.
+        code: expected exit code.
+        steps: whether a round ends with the first step, rather than with the process.
     """
 
     code: int = 0
     steps: bool = False
 
     def start(self) -> None:
-        """Leave that to the rounds."""
+        """Do nothing: each round starts the process."""
 
     def wait(self) -> dict[str, float]:
-        """Start once, which does not count: it decodes the images and fills the page cache."""
+        """Start once to warm up: this decodes the images and fills the page cache."""
         return self.go()
 
     def go(self) -> dict[str, float]:
-        """Start, and return the seconds until the round is over, and CPU seconds to the end."""
+        """Start, and return the seconds to the end of the round and the process's CPU seconds."""
         began, used = time.perf_counter(), _children_seconds()
         super().start()
         if self.steps:
@@ -77,27 +78,27 @@ class Start(Subject):
         else:
             self.process.communicate()
         wall = time.perf_counter() - began
-        self.process.communicate()  # closes its input, which ends it after its first step
+        self.process.communicate()  # closes its stdin, which ends it after its first step
         if self.process.returncode != self.code:
-            raise SystemExit(f"'{self.name}' ended with code {self.process.returncode}")
+            raise SystemExit(f"'{self.name}' exited with code {self.process.returncode}")
         self.stop()
         return {"wall": wall, "cpu": _children_seconds() - used}
 
 
 def _children_seconds() -> float:
-    """Return the CPU seconds of all processes that this one has started and that have ended."""
+    """Return the CPU seconds of all child processes that have exited."""
     return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
 def train(steps: int, arguments: Sequence[str]) -> None:
-    """`cifar-dist train` itself, stopped after its first step, and then after every `steps`."""
+    """Run `cifar-dist train`, pausing after its first step and then after every `steps` steps."""
     meter = Meter(steps, warmup=1)
     from cifar_dist import train as program
 
     begin = program._train
 
     def measured(*given: Any) -> bool:
-        from cifar_dist.training import run  # not before the program itself imports torch
+        from cifar_dist.training import run  # imports torch, so only after the program did
 
         meter.follow(run)
         return begin(*given)
@@ -108,7 +109,7 @@ def train(steps: int, arguments: Sequence[str]) -> None:
 
 
 def watch(launched: Subject) -> dict[str, float]:
-    """Return what a launcher itself uses during a round of what it has launched."""
+    """Return the launcher's wall and CPU seconds and memory during a round of training."""
     try:
         launched.start()
         launched.wait()
@@ -122,7 +123,7 @@ def watch(launched: Subject) -> dict[str, float]:
 
 
 def imports(arguments: Sequence[str]) -> list[str]:
-    """Say of each of LARGE whether a program imports it."""
+    """Return "yes" or "no" for each package of LARGE: whether a program imports it."""
     command = [sys.executable, "-X", "importtime", *arguments]
     lines = subprocess.run(command, capture_output=True, text=True).stderr.splitlines()
     names = {line.rpartition("|")[2].strip() for line in lines}
@@ -130,11 +131,13 @@ def imports(arguments: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    """Measure, and write results/startup."""
+    """Measure, and write results/startup.md and .json."""
     parser = argparse.ArgumentParser("benchmarks.startup", description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=200, help="during which a launcher is watched")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was found")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="during which the launcher is measured"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--train", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     add_options(parser)
     options = parser.parse_args()
@@ -142,7 +145,7 @@ def main() -> None:
         train(int(options.train[0]), options.train[1:])
     step = [*TRAIN, str(options.steps), "--config", "tutorial", *data_options(options)]
     with tempfile.TemporaryDirectory() as folder:
-        places = {"TMPDIR": folder}  # run folders go there: who is ended leaves its own behind
+        places = {"TMPDIR": folder}  # for run folders, which killed subjects leave behind
         subjects = [Start(name, command) for name, command in COMMANDS.items()]
         subjects[-1].code = 2
         subjects += [
@@ -161,17 +164,17 @@ def main() -> None:
         for name in rounds
     ]
     answers = [[name, *imports(command)] for name, command in COMMANDS.items()]
-    head = ["", "seconds", "CPU seconds", "of `import torch`'s seconds", "of its CPU seconds"]
+    head = ["", "seconds", "CPU seconds", "seconds / `import torch`", "CPU / `import torch`"]
     record(
         options.results,
         "startup",
         f"From command to first step, {options.rounds} rounds",
-        [*table(head, rows), "", "What is imported:", "", *table(["", *LARGE], answers)],
+        [*table(head, rows), "", "Imported packages:", "", *table(["", *LARGE], answers)],
         {"rounds": rounds, "launcher": launcher, "imports": answers},
         "Seconds of a new process, to its end or to the end of its first optimizer step (recipe "
-        "tutorial, images decoded before); CPU seconds with those of what it starts, to its end. "
-        f"While {options.steps} steps of training ran for {launcher['wall']:.1f} s, the launcher "
-        f"itself held {launcher['resident_mb']:.0f} MB and used {launcher['cpu']:.2f} CPU seconds.",
+        "tutorial, images already decoded). CPU seconds are to its end and include its children. "
+        f"During {options.steps} steps of training ({launcher['wall']:.1f} s), the launcher used "
+        f"{launcher['resident_mb']:.0f} MB and {launcher['cpu']:.2f} CPU seconds.",
     )
 
 

@@ -1,11 +1,11 @@
-"""The tutorials' script and the recipe `quick`: how long each takes, to which accuracy.
+"""Measure time and accuracy of the tutorials' script and of the recipe `quick`.
 
 `python -m benchmarks.time_to_accuracy [--rounds N] [--root FOLDER]`
 
-Both are cold commands on the same files, decoded anew, one after the other in each round. The
-script is that of the tutorials: Pillow, ToTensor, DataLoader, ten epochs of SGD at 0.01 and batch
-64, each followed by a test, TensorBoard and a saved model; it gets our decoder, which is quicker
-than its own.
+Both start without a cache of decoded images, one after the other in each round. The script is that
+of the tutorials: Pillow, ToTensor, DataLoader, ten epochs of SGD at 0.01 and batch 64, each
+followed by a test, TensorBoard and a saved model. It uses the decoder of cifar-dist, which is
+faster than its own.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SCRIPT, QUICK = "the tutorials' script", "quick"
 
 
 def script(options: argparse.Namespace) -> None:
-    """Train as the tutorials do, and print accuracy and seconds of the loop."""
+    """Train as the tutorials do, and print the accuracy and the seconds of the loop."""
     import torch
     from torch import nn
     from torch.utils.data import DataLoader
@@ -70,7 +70,7 @@ def script(options: argparse.Namespace) -> None:
 
 
 def quick(options: argparse.Namespace) -> None:
-    """Train the recipe, and print accuracy and seconds from the first step to the checkpoint."""
+    """Train `quick`, and print accuracy and seconds from the first step to the checkpoint."""
     from cifar_dist.config import parse_recipe
     from cifar_dist.train import run
     from cifar_dist.training import run as story
@@ -92,7 +92,7 @@ def quick(options: argparse.Namespace) -> None:
 
 
 def cold(subject: str, options: argparse.Namespace) -> dict[str, float]:
-    """Run one subject to its end with nothing decoded, and return what it took."""
+    """Run one subject without a cache of decoded images, and return its times and accuracy."""
     with tempfile.TemporaryDirectory() as folder:
         options.cache = f"{folder}/cache"
         own = ["--subject", subject, "--out", folder, "--epochs", str(options.epochs)]
@@ -109,11 +109,11 @@ def cold(subject: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure, and write results/time-to-accuracy."""
+    """Measure, and write results/time-to-accuracy.md and .json."""
     parser = argparse.ArgumentParser("benchmarks.time_to_accuracy", description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=10, help="of the tutorials' script")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was found")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--subject", choices=[SCRIPT, QUICK], help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     add_options(parser)
@@ -139,8 +139,8 @@ def main() -> None:
         ]
         for name in rounds
     ]
-    head = ["", "accuracy", "seconds of training", "seconds of the cold command", "CPU seconds"]
-    head += ["training, of the script's", "command", "CPU"]
+    head = ["", "accuracy", "seconds of training", "seconds of the command", "CPU seconds"]
+    head += ["training / script", "command / script", "CPU / script"]
     record(
         options.results,
         "time-to-accuracy",

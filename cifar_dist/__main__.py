@@ -1,4 +1,4 @@
-"""`cifar-dist VERB ...`: one door to all commands; each is also `python -m cifar_dist.VERB`."""
+"""The command `cifar-dist VERB`; each verb is also a module, as `python -m cifar_dist.train`."""
 
 import importlib
 import sys
@@ -6,14 +6,14 @@ import sys
 from cifar_dist.processes.streams import complain, open_streams
 
 VERBS = {
-    "train": "train a recipe, or continue a run",
-    "evaluate": "measure a checkpoint on a dataset, exactly",
-    "verify": "compare the checkpoints of a run with their hashes",
-    "predict": "name what is on images",
-    "convert": "turn weights of torch.save into safetensors",
-    "doctor": "examine machines and configuration, or explain a failed run's log",
+    "train": "train a recipe, or resume a run",
+    "evaluate": "evaluate a checkpoint on a dataset",
+    "verify": "check the checkpoints of a run against their hashes",
+    "predict": "classify images",
+    "convert": "convert weights of torch.save to safetensors",
+    "doctor": "check machines and configuration, or explain the log of a failed run",
     "parity": "train a few steps on one process and on several, and compare",
-    "plan": "say what a launch would do, and its traps, without starting it",
+    "plan": "show what a launch would do, and its problems, without starting it",
 }
 
 

@@ -1,4 +1,4 @@
-"""Run a command: errors become one line on standard error and an exit code."""
+"""Run a command: errors become one line on stderr and an exit code."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -8,14 +8,14 @@ from cifar_dist.processes.ending import end_command
 from cifar_dist.processes.preemption import Preempted
 from cifar_dist.processes.streams import complain, is_lost, open_streams
 
-NOBODY_READS = 128 + 13  # SIGPIPE, as a shell reports it; Windows has no such signal
+NOBODY_READS = 128 + 13  # a shell's exit code for SIGPIPE, which Windows does not have
 
 
 def run_verb(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
-    """Run a command and return its exit code; a UsageError becomes one line and code 2.
+    """Run a command and return its exit code.
 
-    So does a file that this user may not read or write. Where the reader of its output has seen
-    enough, as `head` has, it ends without a word.
+    A UsageError, or a file to which this user has no access, becomes one line and exit code 2. If
+    the reader of the output has closed the pipe, as `head` does, the command exits silently.
     """
     open_streams()
     try:
@@ -32,5 +32,5 @@ def run_verb(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -
             raise
         if isinstance(error, BrokenPipeError):
             return NOBODY_READS
-        complain(f"error: the standard output cannot be written ({error.strerror})")
+        complain(f"error: cannot write to stdout ({error.strerror})")
         return 1

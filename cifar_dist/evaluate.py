@@ -90,7 +90,7 @@ def evaluate_checkpoint(
 
     path, checkpoint = find_checkpoint(place, best)
     recipe, classes = recipe_of(checkpoint), checkpoint.state["classes"]
-    accelerator, peers = start_processes(recipe.train, told={"step": checkpoint.state["step"]})
+    accelerator, peers = start_processes(recipe.train, shared={"step": checkpoint.state["step"]})
     wanted = dataclasses.replace(data or recipe.data, image_size=checkpoint.state["image_size"])
     split, images = load_evaluation(wanted, split)
     _check_classes(images, classes)

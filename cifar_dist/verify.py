@@ -1,7 +1,7 @@
 """Verify checkpoints: `python -m cifar_dist.verify RUN_OR_STEP...`.
 
 Compares the size and SHA-256 of every file with the manifest, and prints one line per checkpoint.
-The exit code is 0 if all are whole, 1 if one is damaged or not readable by this user.
+The exit code is 0 if all are intact, 1 if one is damaged or not readable by this user.
 """
 
 import argparse
@@ -27,14 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verify_all(place: Path) -> bool:
-    """Verify one checkpoint, or all of a run; return whether none is damaged or unreadable."""
+    """Verify one checkpoint, or all of a run; return whether all are readable and intact."""
     from cifar_dist.storage.checkpoint import checkpoints_in
 
     try:
         inside = checkpoints_in(place / "checkpoints")
         require(
             bool(inside) or (place.is_dir() and not (place / "checkpoints").is_dir()),
-            f"'{place}' holds no checkpoint; name a run folder or one checkpoint's folder",
+            f"'{place}' has no checkpoint; give a run folder or the folder of one checkpoint",
         )
     except PermissionError as error:
         print(_not_readable(place, error))
@@ -49,7 +49,7 @@ def _verify_one(path: Path) -> bool:
     try:
         print(f"{path}: whole, {len(verify(path))} files")
     except RemovedCheckpoint:
-        print(f"{path}: removed by its run in the meantime")
+        print(f"{path}: removed by its run meanwhile")
     except DamagedCheckpoint as error:
         print(f"{path}: damaged: {error}")
         return False

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train on this machine: on all its GPUs, else on the CPU. Makes .venv and installs on first use.
+# Train on this machine, on all GPUs or else on the CPU. The first use creates .venv and installs.
 #
-#   bash launch/local.sh                          a first run, the recipe `smoke`
-#   bash launch/local.sh --config tutorial ...    anything that cifar_dist.train takes
-#   NUM_PROCESSES=2 bash launch/local.sh          that many processes, also on the CPU
+#   bash launch/local.sh                          train the recipe `smoke`
+#   bash launch/local.sh --config tutorial ...    any options of cifar_dist.train
+#   NUM_PROCESSES=2 bash launch/local.sh          two processes, also on the CPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,5 +20,5 @@ flags=(--num_machines 1 --num_processes "$processes" --mixed_precision no --dyna
 [ "$processes" -gt 1 ] && flags+=(--multi_gpu --main_process_port 0)
 [ $# -gt 0 ] || set -- --config smoke
 
-# --quiet: a refusal is then one line, without the launcher's own traceback after it.
+# --quiet suppresses the launcher's traceback after the one-line error of a refused run.
 exec .venv/bin/accelerate launch --quiet "${flags[@]}" -m cifar_dist.train "$@"

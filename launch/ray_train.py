@@ -1,11 +1,11 @@
-"""Train with Ray Train, on this machine or on the Ray cluster it belongs to:
+"""Train with Ray Train, on this machine or on a Ray cluster:
 
     pip install "ray[train]"
     python launch/ray_train.py --workers 2 --config tutorial --out /shared/runs/mine
 
-Each worker gets a GPU where the cluster has some, else a CPU. A worker that fails or is lost
-restarts all, and training continues from the newest checkpoint. `--out` lies where every machine
-of the cluster can write; what else is a path, give in full.
+Each worker gets one GPU if the cluster has GPUs, else a CPU. If a worker fails or is lost, Ray
+restarts all workers, and training resumes from the newest checkpoint. `--out` must be writable
+from every machine of the cluster. Give other paths as absolute paths.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else every line comes twice
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # otherwise each line is printed twice
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -28,27 +28,27 @@ from cifar_dist.train import run
 
 
 def train(config: dict[str, Any]) -> None:
-    """Be one of the processes; Ray calls it on every worker, in a folder of its own."""
+    """Train as one of the processes. Ray calls this on every worker, each in its own folder."""
     run(config["recipe"], "Ray Train")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Have Ray train until it is done, and return the exit code."""
+    """Train with Ray to the end, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
     parser.add_argument("--workers", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    own, options = parser.parse_known_args(arguments)
-    out = own.out.absolute()
-    recipe, _ = parse_recipe([*options, "--resume", "auto", "--out", str(out)])
+    options, recipe_options = parser.parse_known_args(arguments)
+    out = options.out.absolute()
+    recipe, _ = parse_recipe([*recipe_options, "--resume", "auto", "--out", str(out)])
     data = dataclasses.replace(recipe.data, root=str(Path(recipe.data.root).absolute()))
     ray.init()
     TorchTrainer(
         train,
         train_loop_config={"recipe": dataclasses.replace(recipe, data=data)},
-        # A minute more than the run itself waits for a process: it is the one to say what is wrong.
+        # Longer than the run's own timeout, so that the run reports a missing process, not Ray.
         torch_config=TorchConfig(timeout_s=recipe.train.timeout + 60),
         scaling_config=ScalingConfig(
-            num_workers=own.workers, use_gpu="GPU" in ray.cluster_resources()
+            num_workers=options.workers, use_gpu="GPU" in ray.cluster_resources()
         ),
         run_config=RunConfig(
             name=out.name,

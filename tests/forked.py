@@ -1,7 +1,6 @@
-"""Real processes that start in a fraction of a second: forked from one that has imported torch.
+"""Start real training processes in a fraction of a second, forked from one that imported torch.
 
-They get the environment that torchrun would give them, but no launcher looks after them, so what
-becomes of them is their own doing.
+They get the environment variables of torchrun, but there is no launcher that would end them.
 """
 
 import multiprocessing
@@ -31,7 +30,7 @@ _context.set_forkserver_preload(PRELOADED)
 
 @dataclass
 class Job:
-    """The processes of one run, in order of rank, and the files with what they print."""
+    """The processes of one run, in order of rank, and the files with their output."""
 
     processes: list[ForkServerProcess]
     outputs: list[Path]
@@ -49,7 +48,7 @@ class Job:
         self.kill()
 
     def kill(self) -> None:
-        """SIGKILL all that are left at once, and wait until they are gone."""
+        """SIGKILL all remaining processes at once, and wait for their end."""
         if any(process.is_alive() for process in self.processes):
             with suppress(ProcessLookupError):
                 os.killpg(self.group, signal.SIGKILL)
@@ -58,28 +57,28 @@ class Job:
             process.join()
 
     def signal(self, number: int, rank: int | None = None) -> None:
-        """Send a signal to one rank, or to all as a launcher passes it on."""
+        """Send a signal to one rank, or to all ranks as a launcher does."""
         for process in self.processes if rank is None else [self.processes[rank]]:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, number)
 
     def wait(self, seconds: float = 120) -> list[int | None]:
-        """Return all exit codes; -9 is one by SIGKILL, None that of a process still there."""
+        """Return all exit codes: -9 after SIGKILL, None if a process still runs."""
         end = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
         return [process.exitcode for process in self.processes]
 
     def wait_until(self, ready: Callable[[], bool], seconds: float = 60) -> None:
-        """Wait until `ready`; fail if the job ends before, or never gets there."""
+        """Wait until `ready` returns True; fail if the job ends or the time is up before."""
         end = time.monotonic() + seconds
         while not ready():
             assert any(process.is_alive() for process in self.processes), self.text()
-            assert time.monotonic() < end, f"it never came to it: {self.text()}"
+            assert time.monotonic() < end, f"timed out: {self.text()}"
             time.sleep(0.003)
 
     def text(self, rank: int | None = None) -> str:
-        """Return what a rank has printed, or all of them, one after another."""
+        """Return the output of one rank, or the outputs of all ranks in order."""
         chosen = self.outputs if rank is None else [self.outputs[rank]]
         return "".join(path.read_text() for path in chosen if path.is_file())
 
@@ -95,9 +94,10 @@ def start(
     """Start `cifar_dist.train` on some processes.
 
     Args:
-        arguments: of the command; a list of lists gives each rank its own.
-        folder: for what they print.
+        arguments: of the command; a list of lists has one list per rank.
+        folder: for the output of the processes.
         fault: "function argument..." of tests/faults/inject.py, called before training starts.
+        environment: variables to add.
     """
     folder.mkdir(exist_ok=True)
     port = str(free_port())
@@ -125,8 +125,8 @@ def start(
 def _enter(
     arguments: list[str], output: str, group: int, fault: str, variables: dict[str, str]
 ) -> None:
-    """Become a training process: its own output, its own environment, then the command."""
-    while True:  # rank 0 leads the group, as soon as it runs
+    """Redirect the output, set the environment, and run the training command."""
+    while True:  # retry until rank 0 has created the process group
         with suppress(PermissionError, ProcessLookupError):
             os.setpgid(0, group)
             break

@@ -1,4 +1,4 @@
-"""What several tests need: starting real processes, and small datasets on disk."""
+"""Helpers for tests: start real processes, and write small datasets."""
 
 import ctypes
 import json
@@ -17,14 +17,15 @@ from PIL import Image
 
 from cifar_dist.data.synthetic import draw
 
-# A run that takes a second: the tutorial network without dropout on a few drawn shapes.
+# A run of about a second: the tutorial network without dropout on a few synthetic images.
 TINY = [
     *("--config", "smoke", "--model.name", "tutorial", "--data.limit_train", "320"),
     *("--data.limit_test", "100", "--train.epochs", "2", "--train.batch_size", "32"),
     *("--optim.name", "sgd", "--optim.lr", "0.02", "--schedule.name", "constant"),
     *("--track.every_steps", "1", "--track.log_with", "[]"),
 ]
-# The same at a rate at which training is not chaotic: any number of processes, the same integers.
+# The same at a learning rate at which rounding does not grow: the number of correct images is equal
+# on any number of processes.
 JOB = [*TINY, "--optim.lr", "0.01", "--train.seed", "1"]
 Integers = list[tuple[int, int, int]]
 
@@ -32,7 +33,7 @@ Integers = list[tuple[int, int, int]]
 def command(
     processes: int = 1, launcher: str = "torchrun", module: str = "cifar_dist.train"
 ) -> list[str]:
-    """Return the command line that starts `module` on several processes."""
+    """Return the command line that starts `module` on some processes."""
     if processes == 1 and launcher == "torchrun":
         return [sys.executable, "-m", module]
     if launcher == "accelerate":
@@ -44,7 +45,7 @@ def command(
 
 
 def by_mpi(own: list[str]) -> list[str]:
-    """Start a command twice with the variables that Open MPI sets; no MPI is needed for that."""
+    """Return a command that starts `own` twice, with the variables of Open MPI but without MPI."""
     names = ("SIZE=2", "RANK=$rank", "LOCAL_SIZE=2", "LOCAL_RANK=$rank")
     variables = " ".join(f"OMPI_COMM_WORLD_{name}" for name in names)
     script = f'for rank in 0 1; do {variables} "$@" & done; wait -n && wait -n'
@@ -52,7 +53,7 @@ def by_mpi(own: list[str]) -> list[str]:
 
 
 def run_command(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run to the end, for 5 minutes at most, and return output and exit code."""
+    """Run a command for 5 minutes at most, and return its output and exit code."""
     return subprocess.run(
         arguments, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
     )
@@ -64,7 +65,7 @@ def read_lines(out: Path) -> list[dict[str, Any]]:
 
 
 def tested(out: Path) -> Integers:
-    """Return step, correct and count of each time a run was measured on its test images."""
+    """Return step, correct and count of each evaluation of a run on its test images."""
     lines = [line for line in read_lines(out) if line["split"] == "test"]
     return [(line["step"], line["correct"], line["count"]) for line in lines]
 
@@ -77,7 +78,11 @@ def digest_of(out: Path) -> str:
 
 
 def write_folder(root: Path, counts: dict[str, int], classes: int = 3, size: int = 32) -> Path:
-    """Write drawn shapes as PNG files: {"train": 30, "test": 9} gives that many in all."""
+    """Write synthetic images as PNG files.
+
+    Args:
+        counts: total number of images of each split, such as {"train": 30, "test": 9}.
+    """
     for number, (split, count) in enumerate(counts.items()):
         images = draw(count * 10, size, seed=(7, number))
         for label in range(classes):
@@ -89,12 +94,12 @@ def write_folder(root: Path, counts: dict[str, int], classes: int = 3, size: int
 
 
 def status_of(out: Path) -> dict[str, Any]:
-    """Return status.json."""
+    """Return the content of status.json."""
     return dict(json.loads((out / "status.json").read_text()))
 
 
 class Bomb:
-    """Leaves the file `mark` behind when it is unpickled."""
+    """An object whose unpickling creates the file `mark`."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -105,17 +110,17 @@ class Bomb:
 
 @contextmanager
 def obeying_modes() -> Iterator[None]:
-    """Subject this thread to the modes of files, which root may otherwise pass over."""
+    """Make this thread obey file modes within the block, even as root."""
     if os.geteuid() != 0:
         yield
         return
     if sys.platform != "linux":
-        pytest.skip("only on Linux can root give up the right to pass over modes")
+        pytest.skip("root can drop the capability to ignore file modes on Linux only")
     libc = ctypes.CDLL(None, use_errno=True)
     header, before = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     assert libc.capget(header, before) == 0
     without = (ctypes.c_uint32 * 6)(*before)
-    without[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, of those in effect
+    without[0] &= ~0b110  # effective CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
     assert libc.capset(header, without) == 0
     try:
         yield
@@ -124,7 +129,7 @@ def obeying_modes() -> Iterator[None]:
 
 
 def free_port() -> int:
-    """Return a port nobody listens on."""
+    """Return a free port."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])

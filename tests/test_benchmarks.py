@@ -54,7 +54,7 @@ def test_no_process_of_a_subject_runs_ahead_between_rounds(tmp_path: Path) -> No
 
 
 def test_a_subject_that_ends_is_named(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="the subject 'broken' ended with code 1"):
+    with pytest.raises(SystemExit, match="the subject 'broken' exited with code 1"):
         measure([Subject("broken", ["-c", "raise ValueError('its own words')"])], 1)
     assert "its own words" in capfd.readouterr().err
 

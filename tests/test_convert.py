@@ -119,8 +119,8 @@ def test_a_pickle_that_would_run_code_does_not(
         torch.save(content, source, _use_new_zipfile_serialization=kind != "old")
     assert convert.main([str(source), str(target), "--key", "state_dict"]) == 2
     error = capfd.readouterr().err
-    assert "holds something else than tensors" in error
-    assert "not loaded, since that could run code" in error
+    assert "contains objects other than tensors" in error
+    assert "refused, because unpickling them could run code" in error
     assert error.count("\n") == 1
     assert train.main([*TINY, "--model.weights", str(source), "--out", str(tmp_path / "run")]) == 2
     assert f"cifar-dist convert {source}" in capfd.readouterr().err
@@ -133,14 +133,18 @@ def test_a_pickle_that_would_run_code_does_not(
     [
         ({"epoch": 3, "model": {"w": torch.ones(2)}}, [], "the entries epoch (int), model (dict)"),
         ({"epoch": 3, "model": {"w": torch.ones(2)}}, [], "give --key with one of: model"),
-        ({"model": {"w": torch.ones(2)}}, ["--key", "ema"], "no dict of tensors under --key ema"),
-        ({"epoch": 3, "model": {"w": 1}}, ["--key", "model"], "save the network's state_dict()"),
-        ({"w": torch.ones(2)}, ["--key", "model"], "a dict of tensors itself; leave out --key"),
+        ({"model": {"w": torch.ones(2)}}, ["--key", "ema"], "no state_dict under --key ema"),
+        (
+            {"epoch": 3, "model": {"w": 1}},
+            ["--key", "model"],
+            "save only the network's state_dict()",
+        ),
+        ({"w": torch.ones(2)}, ["--key", "model"], "is itself a state_dict; remove --key"),
         ({"a\n\x1b[31m": 3}, [], "a\\n\\x1b[31m (int)"),
-        (torch.ones(2), [], "holds a Tensor"),
-        ({}, [], "holds a dict"),
-        ({"w": torch.eye(2).to_sparse()}, [], "does not hold every value of w"),
-        ({"w": torch.ones(1).expand(2**40)}, [], "does not hold every value of w"),
+        (torch.ones(2), [], "but a Tensor"),
+        ({}, [], "but a dict"),
+        ({"w": torch.eye(2).to_sparse()}, [], "does not store every value of w"),
+        ({"w": torch.ones(1).expand(2**40)}, [], "does not store every value of w"),
         ({"w": torch.ones(2, dtype=torch.complex128)}, [], "tensors of type torch.complex128"),
     ],
 )
@@ -164,10 +168,10 @@ def test_files_without_weights_are_refused(
     ("source", "target", "message"),
     [
         ("absent.pt", "out.safetensors", "is not a file"),
-        ("text.pt", "out.safetensors", "holds something else than tensors"),
+        ("text.pt", "out.safetensors", "contains objects other than tensors"),
         ("empty.pt", "out.safetensors", "cannot be read as a file of torch.save"),
         ("cut.pt", "out.safetensors", "cannot be read as a file of torch.save"),
-        ("in.pt", "in.pt", "ends in .safetensors"),
+        ("in.pt", "in.pt", "does not end in .safetensors"),
         ("in.pt", "old.safetensors", "exists"),
         ("in.pt", "link.safetensors", "exists"),
         ("in.pt", "absent/out.safetensors", "cannot be written"),

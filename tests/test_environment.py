@@ -1,4 +1,4 @@
-"""The environment that a process finds: its user, and the variables that launchers set."""
+"""The environment of a process: its user, and the variables that launchers set."""
 
 import json
 import pwd
@@ -18,7 +18,7 @@ from cifar_dist.train import main
 from tests import forked
 from tests.helpers import TINY, command, run_command, write_folder
 
-# A user without a name and a home folder, as a container has; its files are ours.
+# A user without a name and a home folder, as in a container.
 NOBODY = [
     *("unshare", "--user", "--map-user=12345", "env"),
     *(word for name in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME") for word in ("-u", name)),
@@ -27,7 +27,7 @@ NOBODY = [
 
 @pytest.fixture
 def homeless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Take away the home folder of this user, and return the folder of temporary files."""
+    """Remove the home folder of this user, and return the folder of temporary files."""
 
     def unknown(number: int) -> None:
         raise KeyError(number)
@@ -123,7 +123,7 @@ def test_empty_variables_are_not_set(tmp_path: Path) -> None:
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "x"}, "ACCUMULATION_STEPS is 'x' in the"),
         ({"ACCELERATE_MIXED_PRECISION": "fp17"}, "ACCELERATE_MIXED_PRECISION is 'fp17'; give no,"),
         ({"ACCELERATE_DYNAMO_BACKEND": "x"}, "(ACCELERATE_DYNAMO_BACKEND=x)"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP is for networks that do not fit on one GPU, and"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP is for networks that do not fit on one GPU; these"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config is for networks that"),
     ],
 )
@@ -145,7 +145,7 @@ def test_a_wrong_variable_is_named(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_compiler_chosen_with_the_launcher_is_said(tmp_path: Path) -> None:
+def test_a_compiler_chosen_with_the_launcher_is_reported(tmp_path: Path) -> None:
     options = [*TINY, "--train.epochs", "1", "--out", str(tmp_path / "run")]
     with forked.start(options, folder=tmp_path / "out", ACCELERATE_DYNAMO_BACKEND="EAGER") as job:
         assert job.wait() == [0], job.text()
@@ -217,8 +217,8 @@ nameless = pytest.mark.skipif(
 def test_a_machine_whose_name_means_no_address_is_found(tmp_path: Path) -> None:
     for verb in ("doctor", "plan"):
         done = run_command([*NAMELESS, sys.executable, "-m", "cifar_dist", verb, *TINY])
-        assert "warning: this machine's name nohost.invalid means no address" in done.stdout
-    # What parity starts processes with; without the address it would wait for a minute.
+        assert "warning: this machine's host name nohost.invalid does not resolve" in done.stdout
+    # The command of parity; without the address torchrun would hang for a minute.
     script = tmp_path / "meet.py"
     script.write_text("import os\nprint(os.environ['MASTER_ADDR'])\n")
     done = run_command([*NAMELESS, "timeout", "40", sys.executable, *ON_THIS_MACHINE, str(script)])

@@ -1,4 +1,4 @@
-"""Launch scripts and Accelerate configurations, as their first lines say to use them."""
+"""Launch scripts and Accelerate configurations, used as in their first lines; docs and links."""
 
 import json
 import os
@@ -25,7 +25,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_configuration_is_read_as_it_is_meant(path: Path) -> None:
+def test_accelerate_reads_every_key_of_a_configuration(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     relative = path.relative_to(ROOT)
     assert f"accelerate launch --config_file {relative}" in first
@@ -41,7 +41,7 @@ def test_every_configuration_is_read_as_it_is_meant(path: Path) -> None:
 
 
 def launch_line(path: Path) -> tuple[dict[str, str], list[str]]:
-    """Return variables and words of a configuration's first line, up to the recipe."""
+    """Return the variables and words of a configuration's first line, up to the recipe."""
     words = shlex.split(path.read_text().splitlines()[0].removeprefix("# "))
     environment = dict(word.split("=") for word in words if re.match(r"[A-Z_]+=", word))
     words = words[len(environment) : words.index("cifar_dist.train") + 1]
@@ -62,7 +62,7 @@ def test_every_configuration_trains(
     environment, words = launch_line(path)
     values = yaml.safe_load(path.read_text())
     machines = values["num_machines"]
-    # Here one machine plays all of them, without GPUs; a process each is enough.
+    # One machine without GPUs simulates all machines, with one process each.
     own = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
     own += ["--num_processes", str(machines)]
     starts = []
@@ -88,7 +88,7 @@ def test_every_configuration_trains(
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_nothing_is_wrong_with_a_configuration(
+def test_the_checks_find_no_problem_in_a_configuration(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = plan.main(["--config", "tutorial", "--accelerate-config", str(path)])
@@ -110,10 +110,10 @@ MENU, QUESTION = r"\[\?25l", r"\]: ?|process\? "  # a menu hides the cursor when
 
 
 def answer(path: Path, answers: dict[str, str]) -> None:
-    """Answer `accelerate config` at a terminal, with Enter alone where nothing is said.
+    """Answer the questions of `accelerate config` at a terminal; Enter for the default.
 
     Args:
-        answers: what is typed, by words of the question; in a menu the number of a row.
+        answers: the text to type, or the row number in a menu, by words of the question.
     """
     script = str(Path(sys.executable).with_name("accelerate"))
     dialogue = pexpect.spawn(script, ["config", "--config_file", str(path)], encoding="utf-8")
@@ -126,7 +126,7 @@ def answer(path: Path, answers: dict[str, str]) -> None:
 
 
 def by_default(path: Path) -> None:
-    """Have `accelerate config default` write its file."""
+    """Write the file of `accelerate config default`."""
     script = str(Path(sys.executable).with_name("accelerate"))
     done = run_command([script, "config", "default", "--config_file", str(path)])
     assert done.returncode == 0, done.stderr
@@ -164,7 +164,7 @@ def test_what_accelerate_config_writes_is_used_as_it_is(
     ("answers", "code", "processes", "found"),
     [(TWO_MACHINES, 0, 4, []), (TWO_CPUS, 2, 1, ["alone"]), (BY_MPI, 0, 2, [])],
 )
-def test_plan_knows_what_a_persons_answers_start(
+def test_plan_predicts_the_processes_of_a_configuration(
     answers: dict[str, str],
     code: int,
     processes: int,
@@ -216,7 +216,7 @@ def test_the_architecture_page_lists_every_module_and_no_other() -> None:
 
 
 def dead_links(page: Path) -> list[str]:
-    """Return the links of a page to files that are not there, or to headings that they lack."""
+    """Return the links of a page to missing files or headings."""
     dead = []
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         name, _, anchor = link.partition("#")
@@ -229,7 +229,7 @@ def dead_links(page: Path) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """Return the anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, by GitHub's rules."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ +(.*?) *$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

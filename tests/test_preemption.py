@@ -1,4 +1,4 @@
-"""Signals, sent for real: one whole checkpoint, nobody left behind, and the same result after."""
+"""Real signals: one intact checkpoint, no process left behind, and the same result after."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def test_before_training_there_is_nothing_to_lose(
     assert "stopped by a signal before training began" in capfd.readouterr().err
     status = status_of(tmp_path / "run")
     assert (status["state"], status["step"]) == ("preempted", 0)
-    assert main([*TINY, "--out", str(tmp_path / "run")]) == EXIT_CODE  # and so on, as often
+    assert main([*TINY, "--out", str(tmp_path / "run")]) == EXIT_CODE  # and again
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -47,7 +47,7 @@ def test_a_signal_waits_for_the_end_of_what_must_not_be_interrupted() -> None:
             with uninterrupted():
                 os.kill(os.getpid(), signal.SIGTERM)
                 reached.append(1)
-            reached.append(2)  # still within the outer one
+            reached.append(2)  # still within the outer block
         reached.append(3)
 
     preemption = Preemption()
@@ -55,7 +55,7 @@ def test_a_signal_waits_for_the_end_of_what_must_not_be_interrupted() -> None:
         with pytest.raises(Preempted):
             hold()
         assert reached == [1, 2]
-        with uninterrupted():  # once is enough
+        with uninterrupted():  # Preempted is raised only once
             pass
 
 
@@ -72,7 +72,7 @@ def test_the_second_ctrl_c_stops_at_once_but_a_forwarded_one_does_not() -> None:
     with preemption.listen():
         preemption.defer(processes=1, timeout=9)
         assert not preemption.agreed()
-        for _ in range(2):  # the terminal's, and the launcher's copy of it
+        for _ in range(2):  # from the terminal, and forwarded by the launcher
             os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.agreed()

@@ -1,4 +1,4 @@
-"""Several processes, started as users start them: same maths, same samples, no surprises."""
+"""Several processes, started as users start them: same maths, same samples, same settings."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def train(processes: int, launcher: str, out: Path, *options: str) -> list[dict[
     return read_lines(out)
 
 
-# A rate at which training is not chaotic: elsewhere it blows the last bit up within 50 steps.
+# A learning rate at which rounding does not grow; at others it becomes visible within 50 steps.
 FIFTY = ["--data.limit_train", "800", "--optim.lr", "0.01", "--train.seed", "1"]
 
 
@@ -76,7 +76,9 @@ def test_gradients_sent_in_bfloat16_differ_in_the_third_digit(tmp_path: Path) ->
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-2)
     train(1, "torchrun", tmp_path / "1", *compressed)
     train(1, "torchrun", tmp_path / "alone", *options)
-    assert digest_of(tmp_path / "1") == digest_of(tmp_path / "alone")  # nothing is sent
+    assert digest_of(tmp_path / "1") == digest_of(
+        tmp_path / "alone"
+    )  # a single process sends no gradients
 
 
 @pytest.mark.fault(32)
@@ -99,11 +101,13 @@ def test_each_sample_once_when_the_number_of_processes_changes(
         lines = "".join(file.read_text() for file in folder.iterdir()).splitlines()
         used[stop_at] = [json.loads(line) for line in lines]
     assert {step for step, _ in used[6]} == set(range(1, 7))
-    assert {step for step, _ in used[0]} == set(range(5, 11))  # the checkpoint was of step 4
+    assert {step for step, _ in used[0]} == set(
+        range(5, 11)
+    )  # resumed from the checkpoint of step 4
     kept = [*used[0], *(entry for entry in used[6] if entry[0] <= 4)]
     counts = Counter(position for _, positions in kept for position in positions)
     assert set(counts.values()) == {1}
-    assert len(counts) == 300  # of 320 images; 20 fill no batch
+    assert len(counts) == 300  # of 320 images; the last incomplete batch of 20 is dropped
 
 
 NORMALISED = [
@@ -114,13 +118,13 @@ NORMALISED = [
 
 
 def saved_at(step: int, out: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the weights and the processes' own values of a checkpoint."""
+    """Return the weights and the per-rank state of a checkpoint."""
     tensors = load_checkpoint(out / f"checkpoints/step-{step:08d}").tensors
     return tensors["model"], tensors["processes"]
 
 
-def test_what_each_process_has_for_itself_meets_at_any_number_of_them(tmp_path: Path) -> None:
-    """Two processes, then three: the mean of BatchNorm's statistics, and the sum of the tally."""
+def test_per_rank_state_is_restored_on_any_number_of_processes(tmp_path: Path) -> None:
+    """With two processes, then three: averaged BatchNorm statistics and summed metrics."""
     two, three, again = (tmp_path / name for name in ("two", "three", "again"))
     with start([*NORMALISED, "--out", str(two)], 2, folder=tmp_path, fault="raises 6 0") as job:
         assert job.wait() == [1, 1], job.text()
@@ -137,11 +141,11 @@ def test_what_each_process_has_for_itself_meets_at_any_number_of_them(tmp_path: 
     whole = next(line for line in read_lines(three) if line["split"] == "train")
     assert whole["count"] == 300
     _, own = saved_at(8, three)
-    assert own["tallies"][:, 2].tolist() == [160, 40, 40]  # rank 0 has those of the two before
+    assert own["tallies"][:, 2].tolist() == [160, 40, 40]  # rank 0 has the sum of the two before
     _, own = saved_at(10, three)
-    assert (own["statistics"] == own["statistics"][0]).all()  # averaged, to be measured
+    assert (own["statistics"] == own["statistics"][0]).all()  # averaged for the evaluation
 
-    # With three, an all-reduce adds in the order of DDP's buckets, which is settled at the start.
+    # With three ranks, the order of the sums in an all-reduce depends on DDP's buckets.
     resumed = ["--resume", str(three / "checkpoints/step-00000008"), "--out", str(again)]
     with start([*NORMALISED, *resumed], 3, folder=tmp_path) as job:
         assert job.wait() == [0] * 3, job.text()
@@ -200,7 +204,7 @@ def test_an_unknown_option_is_reported_once_under_mpirun() -> None:
 
 @pytest.mark.parametrize(
     ("processes", "launcher", "chosen"),
-    # accelerate launch tells a single process to use one thread: here the difference shows.
+    # accelerate launch sets OMP_NUM_THREADS=1 even for a single process.
     [
         (1, "accelerate", None),
         pytest.param(2, "torchrun", None, marks=pytest.mark.slow),
@@ -218,32 +222,35 @@ def test_all_cores_are_used_unless_the_user_chose(
 
 
 @pytest.mark.parametrize(
-    ("environment", "message"),
+    ("variables", "message"),
     [
         ({"RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_RANK is not set"),
         ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks"),
         (
             {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
-            "on several machines, and none knows where the first one is; add -x MASTER_ADDR",
+            "on several machines; add -x MASTER_ADDR",
         ),
         ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "but RANK is not set, so the processes cannot"),
         (
             {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "RANK": "0"},
-            "but MASTER_ADDR is not set, so the processes cannot meet",
+            "but MASTER_ADDR is not set, so the processes cannot connect",
         ),
-        ({"WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "unset the one that is not the"),
+        (
+            {"WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+            "unset the one that the launcher did not",
+        ),
     ],
 )
 def test_environments_in_which_accelerate_would_train_alone(
-    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in environment.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message):
         launched.asked_world_size()
 
 
-def test_accumulation_set_behind_the_recipes_back_is_refused(tmp_path: Path) -> None:
+def test_accumulation_set_by_the_launcher_is_refused(tmp_path: Path) -> None:
     done = run_command(
         [*command(), *TINY, "--out", str(tmp_path / "out")],
         ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4",

@@ -81,7 +81,7 @@ def test_a_closed_descriptor_is_not_given_to_the_next_file(tmp_path: Path) -> No
 def test_a_full_disk_under_the_output_of_a_command_is_one_line() -> None:
     done = in_shell("cifar_dist plan --config smoke", "> /dev/full")
     assert done.returncode == 1
-    assert done.stderr == "error: the standard output cannot be written (No space left on device)\n"
+    assert done.stderr == "error: cannot write to stdout (No space left on device)\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")

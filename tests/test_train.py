@@ -257,8 +257,8 @@ def test_the_best_checkpoint_survives_pruning(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--train.batch_size", "400"], "exceeds the 320 training images; give 320 or less"),
-        (["--train.precision", "fp16"], "fp16 is not available on a CPU"),
-        (["--train.sync_batchnorm", "true"], "works on CUDA GPUs only, not on cpu"),
+        (["--train.precision", "fp16"], "fp16 is unavailable on a CPU"),
+        (["--train.sync_batchnorm", "true"], "needs CUDA GPUs, but the device is cpu"),
         (["--track.log_with", "[nonsense]"], "nonsense"),
         (["--data.name", "imagefolder", "--data.root", "/absent"], "'/absent' is not a folder"),
         (["--resume", "/absent"], "neither a run folder nor a checkpoint"),

@@ -13,7 +13,7 @@ import torch
 
 
 def evaluate_sizes(out: str) -> None:
-    """Evaluate sets of 1 to 65 images; rank 0 writes what was counted."""
+    """Evaluate sets of 1 to 65 images; rank 0 writes the counts and confusion matrices."""
     import cifar_dist.data.batches as batches
     from cifar_dist.config import AugmentConfig, TrainConfig
     from cifar_dist.data.augment import Pixels
@@ -22,7 +22,7 @@ def evaluate_sizes(out: str) -> None:
     from cifar_dist.processes.start import leave_processes, start_processes
     from cifar_dist.training.engine import evaluate
 
-    batches.EVALUATION_BATCH = 8  # so that the sets span several batches and ragged tails
+    batches.EVALUATION_BATCH = 8  # the sets then have several batches and an incomplete one
     accelerator, peers = start_processes(TrainConfig())
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
@@ -42,7 +42,7 @@ def evaluate_sizes(out: str) -> None:
 
 
 def fall_back(checkpoints: str, times: str) -> None:
-    """Damage each file of the newest checkpoint in many ways; say what all processes then load."""
+    """Damage each file of the newest checkpoint in many ways; print what all ranks then load."""
     import hashlib
     import random
 
@@ -85,7 +85,7 @@ def fall_back(checkpoints: str, times: str) -> None:
 
 
 def record_positions(folder: str, stop_at: str, *arguments: str) -> None:
-    """Train, and append each position trained on with its step; die after a step unless it is 0."""
+    """Train, and record the sample positions of each step; exit after step `stop_at`, if not 0."""
     from cifar_dist.data.augment import Pixels
     from cifar_dist.train import main
     from cifar_dist.training import run
@@ -108,7 +108,7 @@ def record_positions(folder: str, stop_at: str, *arguments: str) -> None:
             seen.clear()
             if state.step == int(stop_at):
                 saved = Path(arguments[arguments.index("--out") + 1], "checkpoints/step-00000004")
-                while not saved.exists():  # written in the background
+                while not saved.exists():  # it is written by a background thread
                     time.sleep(0.01)
                 accelerator.wait_for_everyone()
                 os._exit(9)
@@ -119,18 +119,20 @@ def record_positions(folder: str, stop_at: str, *arguments: str) -> None:
 
 
 def show_threads() -> None:
-    """Print how many threads each process uses."""
+    """Print the number of threads of each process."""
     from cifar_dist.config import TrainConfig
     from cifar_dist.processes.start import leave_processes, start_processes
 
     peers = start_processes(TrainConfig())[1]
-    os.write(1, f"threads={torch.get_num_threads()}\n".encode())  # whole, beside the others'
+    os.write(
+        1, f"threads={torch.get_num_threads()}\n".encode()
+    )  # one write, so that lines do not mix
     peers.leave()
     leave_processes()
 
 
 def count_bytes(out: str, *arguments: str) -> None:
-    """Train, and write number and bytes of the collectives of each step but an epoch's first."""
+    """Train, and write number and bytes of collectives per step, except the first of an epoch."""
     import math
 
     from cifar_dist.train import main
@@ -178,7 +180,7 @@ def train_without(what: str, *arguments: str) -> None:
             opened = open_session(*arguments)
             model: Any = opened.state.model
             if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
-                return opened  # the single process, with which they are compared
+                return opened  # the single process is the reference
             if what == "mean":
                 model.register_comm_hook(None, lambda state, bucket: summed(bucket.buffer()))
             else:
@@ -198,7 +200,7 @@ def train_without(what: str, *arguments: str) -> None:
 
 
 def hang_in_doctor(rank: str, *arguments: str) -> None:
-    """Run the doctor; one rank does not come to the first all-reduce."""
+    """Run the doctor; one rank does not reach the first all-reduce."""
     from cifar_dist.launching import doctor
 
     def late(*arguments: Any) -> dict[str, Any]:
@@ -207,7 +209,7 @@ def hang_in_doctor(rank: str, *arguments: str) -> None:
 
     doctor.STAGE_SECONDS = 5
     if os.environ["RANK"] == rank:
-        doctor.STAGES["in a first all-reduce"] = late
+        doctor.STAGES["in the first all-reduce"] = late
     sys.exit(doctor.main(arguments))
 
 
@@ -225,7 +227,7 @@ def fail_on(rank: str, *arguments: str) -> None:
 
 
 def speak(*arguments: str) -> None:
-    """Train; every process says something at each step, in both streams."""
+    """Train; every process prints to stdout and stderr at each step."""
     from cifar_dist.train import main
     from cifar_dist.training import run
 

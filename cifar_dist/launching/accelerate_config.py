@@ -1,7 +1,7 @@
-"""What `accelerate launch` would do with a configuration file, read without importing it.
+"""Read a configuration file as `accelerate launch` would, without importing accelerate.
 
-The keys and options that it knows are taken from the source of the installed version, so nothing
-here goes out of date with it.
+The known keys and options are parsed from the source of the installed version, so they are never
+out of date.
 """
 
 import ast
@@ -20,16 +20,22 @@ import yaml
 from cifar_dist.config import RecipeLoader, local_path
 from cifar_dist.errors import UsageError, require
 
-# Keys of the file that `accelerate launch` reads and does not use: it takes a key only where its
-# own option has no value, and these always have one.
+# Keys that `accelerate launch` reads and ignores: a key is used only if the command line option has
+# no value, and these options have default values.
 IGNORED = ("downcast_bf16", "enable_cpu_affinity", "rdzv_backend", "same_network")
-# Keys that it takes from files of former versions, and reads as others.
+# Keys of older versions, which it reads as others.
 OLD = ("dynamo_backend", "fp16")
-# Kinds that divide a network among processes, which train refuses.
+# Distributed types with model sharding, which train refuses.
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-# Kinds for which it starts several processes; with NO and MULTI_CPU, one a machine.
+# Distributed types for which it starts several processes. With NO and MULTI_CPU it starts one per
+# machine.
 SEVERAL = (
-    *("MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "MULTI_MUSA"),
+    "MULTI_GPU",
+    "MULTI_XPU",
+    "MULTI_NPU",
+    "MULTI_MLU",
+    "MULTI_HPU",
+    "MULTI_MUSA",
     *SHARDED,
 )
 ALONE = ("NO", "MULTI_CPU")
@@ -37,14 +43,14 @@ ALONE = ("NO", "MULTI_CPU")
 
 @dataclass(frozen=True)
 class AccelerateConfig:
-    """A configuration file.
+    """A configuration file of Accelerate.
 
     Attributes:
-        path: the file; None where there is none.
-        chosen: it was named, and not just found in its usual place.
-        values: what it holds, as Accelerate reads it, which is by YAML 1.1.
-        digest: the start of its SHA-256.
-        misread: what Accelerate reads otherwise than it looks.
+        path: the file, or None.
+        chosen: whether the path was given, rather than the default path used.
+        values: the content as Accelerate reads it, by YAML 1.1.
+        digest: the first 16 hexadecimal digits of its SHA-256.
+        misread: values that YAML 1.1 reads differently from how they look.
     """
 
     path: Path | None = None
@@ -61,17 +67,17 @@ class AccelerateConfig:
 
     @property
     def machines(self) -> int:
-        """How many machines it speaks of."""
+        """The number of machines."""
         return self._number("num_machines", 1)
 
     @property
     def machine_rank(self) -> int:
-        """The number of this machine."""
+        """The rank of this machine."""
         return self._number("machine_rank", 0)
 
     @property
     def precision(self) -> str:
-        """The precision that it asks for; `fp16` is the old key for one of them."""
+        """The mixed precision; `fp16: true` is the old key for one of them."""
         old = "fp16" if self.values.get("fp16") else "no"
         return str(self.values.get("mixed_precision", old) or "no")
 
@@ -86,18 +92,18 @@ class AccelerateConfig:
 
     @property
     def processes(self) -> int:
-        """How many processes it asks for, over all machines."""
+        """The number of processes on all machines."""
         return max(1, self._number("num_processes", 1))
 
     @property
     def per_machine(self) -> int:
-        """How many processes accelerate launch starts on each machine; 0 is none at all."""
+        """The number of processes that accelerate launch starts on each machine, possibly 0."""
         several = self.kind in SEVERAL or self.by_mpi
         return self.processes // max(1, self.machines) if several else 1
 
     @property
     def by_mpi(self) -> bool:
-        """Whether the first machine's accelerate launch calls mpirun, which starts all others."""
+        """Whether accelerate launch on the first machine starts all processes through mpirun."""
         section = self.values.get("mpirun_config")
         named = isinstance(section, dict) and section.get("mpirun_hostfile")
         return bool(named) and self.kind not in SEVERAL
@@ -108,10 +114,10 @@ class AccelerateConfig:
 
 
 def read_config(path: str | None) -> AccelerateConfig:
-    """Read the file at `path`, or the one that accelerate launch would take by itself.
+    """Read the file at `path`, or by default the one that accelerate launch would use.
 
     Raises:
-        UsageError: it is missing, or not a mapping in YAML.
+        UsageError: the file is missing, or not a YAML mapping.
     """
     place = local_path(path) if path else default_place()
     if not place.is_file():
@@ -125,7 +131,7 @@ def read_config(path: str | None) -> AccelerateConfig:
         raise UsageError(f"'{place}' is not readable as YAML: {reason}") from error
     require(
         isinstance(values, dict),
-        f"'{place}' holds no keys, and accelerate launch would fail on it; write it anew with "
+        f"'{place}' has no keys, and accelerate launch would fail on it; write a new one with "
         "`accelerate config`",
     )
     digest = hashlib.sha256(content).hexdigest()[:16]
@@ -134,7 +140,7 @@ def read_config(path: str | None) -> AccelerateConfig:
 
 
 def _find_misread(place: Path, content: bytes, values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what YAML 1.1 makes of a file that it does not look like."""
+    """Yield a message for each value that YAML 1.1 reads differently from how it looks."""
     loader = RecipeLoader(content)
     loader.name = str(place)
     try:
@@ -158,15 +164,17 @@ def _flat(values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def default_place() -> Path:
-    """Return where `accelerate config` writes, which every launch then reads without a word."""
+    """Return the path to which `accelerate config` writes and which every launch reads."""
     caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    home = os.path.expanduser(os.environ.get("HF_HOME", f"{caches}/huggingface"))  # as it does
+    home = os.path.expanduser(
+        os.environ.get("HF_HOME", f"{caches}/huggingface")
+    )  # as in accelerate
     return Path(home, "accelerate", "default_config.yaml")
 
 
 @cache
 def known_keys() -> frozenset[str]:
-    """Return the keys a file may have, from the installed accelerate's dataclasses."""
+    """Return the valid keys, from the dataclasses of the installed accelerate."""
     tree = ast.parse(_source("commands/config/config_args.py"))
     return frozenset(
         line.target.id
@@ -179,12 +187,12 @@ def known_keys() -> frozenset[str]:
 
 @cache
 def known_options() -> frozenset[str]:
-    """Return the names of all options of the installed `accelerate launch`."""
+    """Return the names of all command line options of the installed `accelerate launch`."""
     return frozenset(re.findall(r'"--(\w+)"', _source("commands/launch.py")))
 
 
 def unknown_nested(values: Mapping[str, Any]) -> list[str]:
-    """Return the keys within sections that `accelerate launch` has no option for."""
+    """Return the keys in sections for which `accelerate launch` has no option."""
     return [
         f"{section}.{key}"
         for section, content in values.items()

@@ -1,6 +1,6 @@
-"""Checks of a launch, each a pure function from facts to findings; `facts.py` gathers the facts.
+"""Checks of a launch: pure functions from facts to findings. `facts.py` gathers the facts.
 
-Which pains of users they answer, with their numbers, is a table in docs/launching.md.
+docs/launching.md lists the common problems and the checks that detect them.
 """
 
 import re
@@ -21,24 +21,43 @@ from cifar_dist.launching.accelerate_config import (
     unknown_nested,
 )
 from cifar_dist.launching.findings import Finding, error, note, warning
-from cifar_dist.processes.environment import TOO_MUCH, chosen_threads
+from cifar_dist.processes.environment import (
+    TOO_MUCH,
+    chosen_threads,
+    is_slurm_job,
+    restarts_in_place,
+)
 
 LOOPBACK = ("127.", "::1", "localhost")
-# Compute capability by what a GPU's name contains, for plans; on a machine it is asked.
+# Compute capability by GPU name, for a plan; on this machine nvidia-smi reports it.
 CAPABILITIES = {
-    **{"K80": 3.7, "P100": 6.0, "P40": 6.1, "GTX 10": 6.1, "V100": 7.0, "T4": 7.5, "RTX 20": 7.5},
-    **{"A100": 8.0, "A10": 8.6, "A40": 8.6, "RTX 30": 8.6, "L4": 8.9, "RTX 40": 8.9, "H100": 9.0},
-    **{"H200": 9.0, "B200": 10.0, "RTX 50": 12.0},
+    "K80": 3.7,
+    "P100": 6.0,
+    "P40": 6.1,
+    "GTX 10": 6.1,
+    "V100": 7.0,
+    "T4": 7.5,
+    "RTX 20": 7.5,
+    "A100": 8.0,
+    "A10": 8.6,
+    "A40": 8.6,
+    "RTX 30": 8.6,
+    "L4": 8.9,
+    "RTX 40": 8.9,
+    "H100": 9.0,
+    "H200": 9.0,
+    "B200": 10.0,
+    "RTX 50": 12.0,
 }
 NATIVE_BF16 = 8.0
-SMALL_SHARED_MEMORY = 1 << 30  # bytes; NCCL takes some for each pair of GPUs, docker gives 64 MB
-PEER_TO_PEER_DRIVER = (550, 40, 7)  # from here on the driver refuses what these GPUs cannot do
+SMALL_SHARED_MEMORY = 1 << 30  # bytes; NCCL uses some per pair of GPUs, docker's default is 64 MB
+PEER_TO_PEER_DRIVER = (550, 40, 7)  # the first version that reports missing peer-to-peer support
 CLOCKS_APART = 2.0  # seconds
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: its number and name as nvidia-smi shows them, and what it can do."""
+    """A GPU: index and name as in nvidia-smi, compute capability and driver version."""
 
     index: int
     name: str
@@ -49,14 +68,14 @@ class Device:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the processes meet.
+    """The rendezvous endpoint of a launch.
 
     Attributes:
-        host, port: as the launch names them.
-        is_here: the address is one of this machine's.
-        error: why it could not be reached, or bound; "refused" if the machine answers and nothing
-            listens there, as before the first machine has started.
-        holder: the process here that has the port already.
+        host, port: as configured.
+        is_here: whether the address belongs to this machine.
+        error: why the endpoint cannot be reached; "refused" if the host answers but nothing
+            listens on the port, as before the first machine has started.
+        holder: the process on this machine that uses the port.
     """
 
     host: str
@@ -68,21 +87,29 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about a launch, on this machine; what is not known is left empty.
+    """The known facts of a launch on this machine; unknown ones are empty.
 
     Attributes:
-        machines, per_machine: processes are started on each of so many machines.
+        machines: number of machines.
+        per_machine: processes on each machine.
         rank: of this machine.
-        recipe: what is to be trained.
-        alone: why this process would train alone, as `runtime.asked_world_size` says.
-        sharded: what the launcher was told to divide networks with, or "".
-        address: what the host name resolves to.
-        nameless: the host name, if it resolves to nothing.
-        interface: the network interface that leads to the endpoint.
-        batch_script: text of a Slurm script, with its place.
+        config: the Accelerate configuration.
+        recipe: the recipe to train.
+        environment: variables as the user set them.
+        platform: as sys.platform.
+        alone: the message of `environment.asked_world_size` if it refuses, else "".
+        sharded: the model sharding that the launcher configured, or "".
+        devices: GPUs of this machine.
+        cores: CPU cores of this machine.
+        address: the address of the host name, or "".
+        nameless: the host name, if it does not resolve, else "".
+        interface: the network interface of the route to the endpoint.
+        endpoint: None if none is configured.
+        batch_script: path and text of a Slurm script.
         dataset: why the dataset is not ready, or "".
         out: why the run folder cannot be written, or "".
-        free, needed: bytes on disk for checkpoints.
+        free, needed: disk space for checkpoints, in bytes.
+        shared_memory: size of /dev/shm in bytes.
     """
 
     machines: int = 1
@@ -109,12 +136,12 @@ class Facts:
 
     @property
     def processes(self) -> int:
-        """Over all machines."""
+        """Return the number of processes on all machines."""
         return self.machines * self.per_machine
 
 
 def alone(facts: Facts) -> Iterator[Finding]:
-    """Several processes were asked for, and each would train alone."""
+    """Check that the requested processes train together, not each alone."""
     config = facts.config
     if facts.alone:
         yield error("alone", facts.alone, "see docs/launching.md")
@@ -124,26 +151,26 @@ def alone(facts: Facts) -> Iterator[Finding]:
         yield error(
             "alone",
             f"{config.path} asks for {config.processes} processes, but with distributed_type "
-            f"{config.kind} accelerate launch starts one on each machine, without a word",
+            f"{config.kind} accelerate launch silently starts one on each machine",
             "write distributed_type: MULTI_GPU, also for several processes on CPUs",
         )
     elif config.machines > 1:
         yield error(
             "alone",
             f"{config.path} names {config.machines} machines, but with distributed_type "
-            f"{config.kind} each would train alone, without a word",
-            "write distributed_type: MULTI_GPU, also for one GPU a machine",
+            f"{config.kind} each would silently train alone",
+            "write distributed_type: MULTI_GPU, also for one GPU per machine",
         )
 
 
 def endpoint(facts: Facts) -> Iterator[Finding]:
-    """The machines cannot meet."""
+    """Check that the machines can connect to the rendezvous endpoint."""
     place = facts.endpoint
     if facts.machines > 1 and facts.config.path and not facts.config.values.get("main_process_ip"):
         yield error(
             "no-address",
-            f"{facts.config.path} names {facts.machines} machines and no main_process_ip",
-            "give the first machine's address, as the others reach it",
+            f"{facts.config.path} names {facts.machines} machines but no main_process_ip",
+            "set it to the first machine's address, as seen by the others",
         )
     if place is None:
         return
@@ -151,66 +178,68 @@ def endpoint(facts: Facts) -> Iterator[Finding]:
     if place.holder:
         yield error(
             "port-taken",
-            f"port {place.port} is held by {place.holder}",
-            "end that program, or give another port; on one machine port 0 takes a free one",
+            f"port {place.port} is in use by {place.holder}",
+            "end that program, or use another port; on one machine port 0 takes a free one",
         )
     if facts.machines == 1:
         return
     if place.port == 0:
         yield error(
             "port-zero",
-            f"port 0 on {facts.machines} machines: each would take another free one, and wait",
-            "give a port, the same on all, such as 29500",
+            f"port 0 on {facts.machines} machines: each would choose its own port, and hang",
+            "use the same port on all machines, such as 29500",
         )
     elif place.error and place.error != "refused" and not place.is_here:
         yield error(
             "unreachable",
             f"machine {facts.rank} cannot reach {where} ({place.error})",
-            "look for a firewall, a wrong address or interface, or a first machine that is off",
+            "check the firewall, the address, the interface, and that the first machine is up",
         )
     elif place.error == "refused" and not place.is_here:
         yield note(
             "nobody-listens",
-            f"{place.host} answers, and nothing listens on port {place.port} yet",
+            f"{place.host} answers, but nothing listens on port {place.port} yet",
             "start the first machine",
         )
     if facts.rank == 0 and not place.is_here and not place.error.startswith("unknown"):
         yield error(
             "not-this-machine",
-            f"{place.host} is not an address of this machine, which is to be the first",
-            "give this machine's address as main_process_ip, or another machine_rank here",
+            f"{place.host} is not an address of this machine, which has machine_rank 0",
+            "set main_process_ip to this machine's address, or use another machine_rank here",
         )
     elif place.host.startswith(LOOPBACK):
         yield error(
             "loopback-endpoint",
-            f"{place.host} means another machine on each of {facts.machines} machines",
-            "give the first machine's address, as the others reach it",
+            f"{place.host} is a loopback address: on each of {facts.machines} machines it is the "
+            "machine itself",
+            "use the first machine's address, as seen by the others",
         )
 
 
 def interface(facts: Facts) -> Iterator[Finding]:
-    """gloo would tell the others an address that leads back to themselves."""
+    """Check that gloo would not publish a loopback address, and that the host name resolves."""
     if facts.machines > 1 and facts.address.startswith(LOOPBACK):
         chosen = facts.environment.get("GLOO_SOCKET_IFNAME")
         if not chosen:
             fix = f"export GLOO_SOCKET_IFNAME={facts.interface or 'INTERFACE'}"
             yield warning(
                 "loopback-address",
-                f"this machine's name means {facts.address}, which gloo would tell the others",
-                f"{fix} if the live doctor fails (cifar_dist sets it where it knows the way)",
+                f"this machine's host name resolves to {facts.address}, which gloo would publish "
+                "to the other machines",
+                f"{fix} if the live doctor fails (cifar_dist sets it if it finds the interface)",
             )
     if facts.nameless:
         name = facts.nameless
         yield warning(
             "unknown-host-name",
-            f"this machine's name {name} means no address, and torchrun would wait for it",
-            f"add '127.0.0.1 {name}' to /etc/hosts; or, for this machine alone, use accelerate "
-            "launch, or torchrun --standalone --local_addr 127.0.0.1",
+            f"this machine's host name {name} does not resolve, and torchrun would hang on it",
+            f"add '127.0.0.1 {name}' to /etc/hosts; or, on one machine, use accelerate launch, "
+            "or torchrun --standalone --local_addr 127.0.0.1",
         )
 
 
 def counts(facts: Facts) -> Iterator[Finding]:
-    """The number of processes is not what it seems."""
+    """Check that processes, machines, GPUs and batch size fit each other."""
     config = facts.config
     if config.path and config.kind in SEVERAL and config.processes % config.machines:
         yield error(
@@ -222,20 +251,23 @@ def counts(facts: Facts) -> Iterator[Finding]:
     if facts.devices and facts.per_machine > len(facts.devices):
         yield error(
             "too-few-devices",
-            f"{facts.per_machine} processes a machine, and this one has {len(facts.devices)} GPUs",
-            "num_processes is the total over all machines; give one process a GPU",
+            f"{facts.per_machine} processes per machine, but this one has {len(facts.devices)} "
+            "GPUs",
+            "num_processes is the total over all machines; use one process per GPU",
         )
-    batch, parts = facts.recipe.train.batch_size, facts.processes * facts.recipe.train.accumulate
-    if batch % parts:
+    batch = facts.recipe.train.batch_size
+    micro_batches = facts.processes * facts.recipe.train.accumulate
+    if batch % micro_batches:
         yield error(
             "batch",
-            f"train.batch_size {batch} does not divide among {parts} processes or parts",
-            nearest_multiples(batch, parts),
+            f"train.batch_size {batch} does not divide among {micro_batches} processes or "
+            "micro-batches",
+            nearest_multiples(batch, micro_batches),
         )
 
 
 def batch_script(facts: Facts) -> Iterator[Finding]:
-    """A Slurm script that would go wrong."""
+    """Check a Slurm script."""
     if facts.batch_script is None:
         return
     place, text = facts.batch_script
@@ -244,9 +276,9 @@ def batch_script(facts: Facts) -> Iterator[Finding]:
     if "SLURM_PROCID" in re.sub(r"'[^']*'", "", code):
         yield error(
             "rank-expanded",
-            f"{place} uses SLURM_PROCID outside single quotes: the first machine expands it, "
+            f"{place} uses SLURM_PROCID outside single quotes: the batch script expands it, "
             "and every machine becomes rank 0",
-            "put the command of srun in single quotes: srun bash -c '...'",
+            "put srun's command in single quotes: srun bash -c '...'",
         )
     tasks = re.search(r"--ntasks-per-node[= ](\d+)", code)
     if re.search(r"torchrun|torch\.distributed\.run|accelerate launch", code) and (
@@ -254,34 +286,34 @@ def batch_script(facts: Facts) -> Iterator[Finding]:
     ):
         yield error(
             "tasks",
-            f"{place} starts {tasks[1] if tasks else 'any number of'} tasks on each node, each of "
-            "which would start processes for all GPUs",
-            "one task a node: #SBATCH --ntasks-per-node=1",
+            f"{place} starts {tasks[1] if tasks else 'any number of'} tasks on each node, and each "
+            "would start processes for all GPUs",
+            "use one task per node: #SBATCH --ntasks-per-node=1",
         )
     if "--cpus-per-task" in code and "SRUN_CPUS_PER_TASK" not in code:
         yield warning(
             "cpus-per-task",
-            f"{place}: srun does not take --cpus-per-task over, and gives a task one core",
+            f"{place}: srun does not inherit --cpus-per-task, and gives each task one core",
             "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
         )
     signal = re.search(r"--signal[= ](\S+)", code)
     if signal is None or "--requeue" not in code:
         yield warning(
             "not-requeued",
-            f"{place} asks for no signal ahead of its time limit, or not to be requeued: work "
-            "since the last checkpoint would be lost",
-            "#SBATCH --signal=TERM@120 and #SBATCH --requeue, as in launch/slurm.sbatch",
+            f"{place} lacks --signal before the time limit, or --requeue: work since the last "
+            "checkpoint would be lost",
+            "add #SBATCH --signal=TERM@120 and #SBATCH --requeue, as in launch/slurm.sbatch",
         )
     elif signal[1].startswith("B:"):
         yield error(
             "signal-to-the-shell",
-            f"{place}: --signal={signal[1]} reaches the batch shell alone, not the training",
-            "leave out the B:",
+            f"{place}: --signal={signal[1]} reaches only the batch shell, not the training",
+            "remove the B:",
         )
 
 
 def devices(facts: Facts) -> Iterator[Finding]:
-    """A process would see another GPU than was meant."""
+    """Check that the processes would use the intended GPUs."""
     chosen = facts.config.values.get("gpu_ids")
     visible = facts.environment.get("CUDA_VISIBLE_DEVICES")
     if chosen in (None, "all"):
@@ -289,20 +321,20 @@ def devices(facts: Facts) -> Iterator[Finding]:
     if visible is not None:
         yield error(
             "gpu-ids",
-            f"gpu_ids {chosen} of {facts.config.path} counts as nvidia-smi does, and replaces "
+            f"gpu_ids {chosen} of {facts.config.path} uses nvidia-smi's numbers, and replaces "
             f"CUDA_VISIBLE_DEVICES={visible}",
-            "use one of the two: gpu_ids: all, or unset CUDA_VISIBLE_DEVICES",
+            "use only one of the two: set gpu_ids: all, or unset CUDA_VISIBLE_DEVICES",
         )
-    if "SLURM_JOB_ID" in facts.environment:
+    if is_slurm_job(facts.environment):
         yield error(
             "gpu-ids",
-            f"gpu_ids {chosen} of {facts.config.path} may be GPUs of somebody else's job",
+            f"gpu_ids {chosen} of {facts.config.path} may be GPUs of another job",
             "under Slurm use gpu_ids: all",
         )
 
 
 def precision(facts: Facts) -> Iterator[Finding]:
-    """The precision is one that the hardware lacks."""
+    """Check that the hardware supports the precision."""
     launcher = facts.config.precision
     recipe = facts.recipe.train.precision
     asked = launcher if recipe == "auto" else recipe
@@ -310,7 +342,7 @@ def precision(facts: Facts) -> Iterator[Finding]:
     if asked == "fp16" and on_cpu:
         yield error(
             "precision",
-            "fp16 on a CPU: Accelerate would train in fp32 and call it fp16",
+            "fp16 on a CPU: Accelerate would train in fp32 and report fp16",
             "use no or bf16",
         )
     for device in facts.devices[:1]:
@@ -321,11 +353,11 @@ def precision(facts: Facts) -> Iterator[Finding]:
                 "use fp16, or train.precision auto",
             )
     if asked == "fp8":
-        yield error("precision", "fp8 is for large language models", "use bf16, or auto")
+        yield error("precision", "fp8 is not supported", "use bf16, or auto")
 
 
 def peer_to_peer(facts: Facts) -> Iterator[Finding]:
-    """GPUs that cannot speak to each other directly, and drivers that say they can."""
+    """Check for GPUs without peer-to-peer access and drivers that claim to support it."""
     affected = [d for d in facts.devices if re.search(r"RTX (40|50)|RTX \w* ?Ada", d.name)]
     if facts.per_machine > 1 and affected and affected[0].driver < PEER_TO_PEER_DRIVER:
         driver = ".".join(map(str, affected[0].driver))
@@ -337,7 +369,7 @@ def peer_to_peer(facts: Facts) -> Iterator[Finding]:
 
 
 def keys(facts: Facts) -> Iterator[Finding]:
-    """Keys of the configuration that do nothing, or not what they seem to."""
+    """Check for configuration keys that are unknown, old or ignored."""
     config = facts.config
     unknown = [key for key in config.values if key not in known_keys() and key not in OLD]
     if unknown:
@@ -350,8 +382,8 @@ def keys(facts: Facts) -> Iterator[Finding]:
     if nested:
         yield warning(
             "unknown-key",
-            f"{', '.join(nested)} in {config.path} is no option of accelerate launch, which takes "
-            "it without a word",
+            f"{', '.join(nested)} in {config.path} is not an option of accelerate launch, which "
+            "silently accepts it",
             "remove or correct it",
         )
     for key in OLD:
@@ -360,16 +392,16 @@ def keys(facts: Facts) -> Iterator[Finding]:
             yield note(
                 "old-key",
                 f"{key} in {config.path} is an old key, which accelerate launch reads as {new}",
-                f"write {new} instead; `accelerate config` does",
+                f"write {new} instead, as `accelerate config` does",
             )
     if config.compiler:
         yield note(
             "compiled",
-            f"{config.path} has every network compiled by dynamo's backend {config.compiler}, as "
-            "train.compile does: a slower start for faster steps",
-            "remove dynamo_backend to train without",
+            f"{config.path} compiles every network with the dynamo backend {config.compiler}, as "
+            "train.compile does: a slower start and faster steps",
+            "remove dynamo_backend to train without compilation",
         )
-    # `accelerate config` itself writes some of them, with the value that is meant anyway.
+    # `accelerate config` itself writes some of them, with the default value.
     defaults = {"rdzv_backend": "static", "same_network": True, "downcast_bf16": "no"}
     for key in IGNORED:
         value = config.values.get(key)
@@ -382,14 +414,14 @@ def keys(facts: Facts) -> Iterator[Finding]:
 
 
 def types(facts: Facts) -> Iterator[Finding]:
-    """Values that YAML reads otherwise than they look."""
+    """Check for values of the wrong type, and for values that YAML 1.1 reads unexpectedly."""
     path, values, kind = facts.config.path, facts.config.values, facts.config.kind
     for what in facts.config.misread:
-        yield warning("misread", f"{path}: {what}", "write what it should be read as")
+        yield warning("misread", f"{path}: {what}", "write the intended value plainly")
     for key in ("distributed_type", "mixed_precision", "dynamo_backend"):
         if values.get(key) is False:
-            say = warning if key == "distributed_type" else error
-            yield say(
+            finding = warning if key == "distributed_type" else error
+            yield finding(
                 "wrong-type",
                 f"{key} in {path} is the unquoted word no, which YAML reads as false",
                 f'write {key}: "{"NO" if key == "distributed_type" else "no"}"',
@@ -397,133 +429,150 @@ def types(facts: Facts) -> Iterator[Finding]:
     if "gpu_ids" in values and not isinstance(values["gpu_ids"], str):
         yield error(
             "wrong-type",
-            f"gpu_ids in {path} is {values['gpu_ids']!r}, and accelerate launch takes text only",
+            f"gpu_ids in {path} is {values['gpu_ids']!r}, but accelerate launch needs a string",
             'write it as "0,1", with quotes',
         )
     for key in ("num_processes", "num_machines", "machine_rank", "main_process_port"):
         if key in values and type(values[key]) is not int and values[key] is not None:
-            yield error("wrong-type", f"{key} in {path} is {values[key]!r}", "write a number")
+            yield error("wrong-type", f"{key} in {path} is {values[key]!r}", "write an integer")
     if kind != kind.upper():
         yield error("wrong-type", f"distributed_type in {path} is {kind}", f"write {kind.upper()}")
     elif kind not in (*ALONE, *SEVERAL):
         yield error(
             "wrong-type",
-            f"distributed_type in {path} is {kind}, which trains nothing here",
+            f"distributed_type in {path} is {kind}, which cifar_dist does not support",
             "write MULTI_GPU, or NO for one process",
         )
-    used = (
-        kind if kind in SHARDED else "parallelism_config" * bool(values.get("parallelism_config"))
-    )
+    used = "parallelism_config" if values.get("parallelism_config") else ""
+    if kind in SHARDED:
+        used = kind
     if used or facts.sharded:
         place = f", of {path}," if used else ""
         yield error("sharded", f"{used or facts.sharded}{place} {TOO_MUCH}", "use MULTI_GPU")
 
 
 def default_config(facts: Facts) -> Iterator[Finding]:
-    """A file that nobody named is used."""
+    """Report a configuration file that is used by default."""
     if facts.config.path and not facts.config.chosen:
         yield note(
             "default-config",
             f"every accelerate launch here uses {facts.config.path} ({facts.config.digest}), "
-            "unless it names another",
-            "the same should be on every machine",
+            "unless given another file",
+            "use the same file on every machine",
         )
 
 
 def threads(facts: Facts) -> Iterator[Finding]:
-    """Fewer threads than there are cores for."""
+    """Check that OMP_NUM_THREADS leaves no cores idle."""
     try:
         chosen = chosen_threads(facts.environment)
     except UsageError as refusal:
-        yield error("threads", str(refusal), "cifar_dist shares the cores by itself")
+        yield error("threads", str(refusal), "cifar_dist divides the cores automatically")
         return
     share = max(1, facts.cores // facts.per_machine)
     if chosen and chosen < share and not facts.devices:
         yield warning(
             "threads",
-            f"OMP_NUM_THREADS is {chosen}, and {facts.cores} cores among {facts.per_machine} "
+            f"OMP_NUM_THREADS is {chosen}, but {facts.cores} cores for {facts.per_machine} "
             f"processes are {share} each",
-            "unset it: cifar_dist shares the cores by itself",
+            "unset it: cifar_dist divides the cores automatically",
         )
 
 
 def restarts(facts: Facts) -> Iterator[Finding]:
-    """Restarts in place, which fail more often than not."""
-    wanted = facts.environment.get("PET_MAX_RESTARTS", "0")
-    separate = facts.environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
-    if wanted.isdigit() and int(wanted) > 0 and not separate:
+    """Check for torchrun's restarts in place, which usually hang."""
+    wanted = restarts_in_place(facts.environment)
+    if wanted > 0:
         yield error(
             "restarts",
             f"PET_MAX_RESTARTS is {wanted}: torchrun's restart in place leaves keys of the failed "
             "start in its store, and hangs",
-            "unset it and have the engine start the whole job again; it continues",
+            "unset it and let the scheduler restart the whole job; the run resumes",
         )
 
 
 def platform(facts: Facts) -> Iterator[Finding]:
-    """What an operating system cannot do."""
+    """Check that the operating system supports the launch."""
     if facts.platform.startswith("win"):
         yield error(
             "windows",
-            "Windows has neither the locks nor the collectives that a run needs (its torch lacks "
-            "libuv)",
+            "Windows lacks the file locks and the collectives that a run needs (torch for Windows "
+            "lacks libuv)",
             "train in WSL2",
         )
     elif facts.platform == "darwin" and facts.processes > 1:
         yield warning(
             "mps",
-            f"MPS trains in one process; {facts.processes} would use the CPU",
+            f"MPS supports one process; {facts.processes} would train on the CPU",
             "use one process",
         )
 
 
 def data(facts: Facts) -> Iterator[Finding]:
-    """The dataset is not there yet."""
+    """Check that the dataset is present."""
     if facts.dataset:
-        say = warning if facts.machines > 1 else note
-        yield say(
+        finding = warning if facts.machines > 1 else note
+        yield finding(
             "dataset",
             facts.dataset,
-            "with several machines fetch it first, by a short run on one, to a folder that all see",
+            "with several machines, download it first with a short run on one of them, to a folder "
+            "that all can read",
         )
 
 
 def room(facts: Facts) -> Iterator[Finding]:
-    """No place for what a run writes."""
+    """Check the run folder, the free disk space and the shared memory."""
     if facts.out:
         yield error("out", facts.out, "name another run folder with --out")
     if facts.free is not None and facts.free < facts.needed:
         yield error(
             "disk",
-            f"checkpoints need {facts.needed / 1e6:.0f} MB, and {facts.free / 1e6:.0f} MB are free",
-            "make room, name another folder with --out, or lower checkpoint.keep",
+            f"checkpoints need {facts.needed / 1e6:.0f} MB, but {facts.free / 1e6:.0f} MB are free",
+            "free disk space, use another folder with --out, or lower checkpoint.keep",
         )
     small = facts.shared_memory is not None and facts.shared_memory < SMALL_SHARED_MEMORY
     if small and facts.per_machine > 1 and facts.devices:
         yield warning(
             "shared-memory",
-            f"/dev/shm has {(facts.shared_memory or 0) / 1e6:.0f} MB, and NCCL uses it among GPUs",
-            "docker run --ipc=host or --shm-size 8g; in Kubernetes an emptyDir of medium Memory",
+            f"/dev/shm has only {(facts.shared_memory or 0) / 1e6:.0f} MB, and NCCL uses it "
+            "between GPUs",
+            "use docker run --ipc=host or --shm-size 8g, or in Kubernetes an emptyDir with medium "
+            "Memory",
         )
 
 
 CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    *(alone, endpoint, interface, counts, batch_script, devices, precision, peer_to_peer, keys),
-    *(types, default_config, threads, restarts, platform, data, room),
+    alone,
+    endpoint,
+    interface,
+    counts,
+    batch_script,
+    devices,
+    precision,
+    peer_to_peer,
+    keys,
+    types,
+    default_config,
+    threads,
+    restarts,
+    platform,
+    data,
+    room,
 )
 
 
 def check(facts: Facts) -> list[Finding]:
-    """Return what all checks find."""
+    """Return the findings of all checks."""
     return [finding for function in CHECKS for finding in function(facts)]
 
 
 def check_ranks(ranks: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
-    """Compare what all processes of a launch say of themselves.
+    """Compare facts that all processes of a launch report about themselves.
 
     Args:
-        ranks: by rank: "host", "device" (its UUID, or ""), "same" (what must be equal, by name),
-            "clock" (seconds ahead of rank 0) and "sees_out" (whether it sees rank 0's run folder).
+        ranks: by rank: "host", "device" (its UUID, or ""), "same" (values that must be equal, by
+            name), "clock" (seconds ahead of rank 0) and "sees_out" (whether it sees rank 0's run
+            folder).
     """
     first = ranks[0]
     for rank, other in enumerate(ranks):
@@ -533,13 +582,13 @@ def check_ranks(ranks: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
                     f"{key}-differs",
                     f"{key} is {value} on rank {rank} ({other['host']}) and "
                     f"{first['same'].get(key)} on rank 0 ({first['host']})",
-                    "make all machines the same",
+                    "use the same on all machines",
                 )
         if abs(other["clock"]) > CLOCKS_APART:
             yield warning(
                 "clock",
                 f"the clock of rank {rank} ({other['host']}) is off by {other['clock']:+.1f} s",
-                "set the clocks with NTP; logs and cached files are compared by time",
+                "synchronise the clocks with NTP; logs and cached files are compared by time",
             )
     holders: dict[tuple[str, str], list[int]] = {}
     for rank, other in enumerate(ranks):
@@ -550,12 +599,13 @@ def check_ranks(ranks: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
             yield error(
                 "device-twice",
                 f"ranks {', '.join(map(str, twice))} use the same GPU {device} on {host}",
-                "one process a GPU: look at CUDA_VISIBLE_DEVICES and at who starts processes",
+                "use one process per GPU: check CUDA_VISIBLE_DEVICES, and whether two launchers "
+                "start processes",
             )
     blind = [rank for rank, other in enumerate(ranks) if not other["sees_out"]]
     if blind:
         yield note(
             "out-not-shared",
             f"ranks {', '.join(map(str, blind))} do not see rank 0's run folder",
-            "only rank 0 writes there; to continue, the first machine must be the same one again",
+            "only rank 0 writes there; to resume, rank 0 must run on the same machine again",
         )

@@ -1,9 +1,9 @@
-"""Say whether these machines can do it: `cifar-dist doctor`, or started as the training would be.
+"""Check whether machines and configuration can run a training.
 
-By itself it looks at this machine and this configuration, without torch, and exits with 0, 1 if
-there are warnings, or 2. Started by a launcher, `accelerate launch ... -m
-cifar_dist.launching.doctor`, torchrun or srun, all processes meet, compare themselves, and measure
-what lies between them; warnings then exit with 0. `--explain LOG` reads the log of a failed run.
+`cifar-dist doctor` checks this machine and this configuration, without importing torch. The exit
+code is 0, 1 with warnings, or 2 with errors. Started by a launcher, as in `accelerate launch ...
+-m cifar_dist.launching.doctor`, torchrun or srun, all processes connect, compare their facts, and
+measure the network; warnings then exit with 0. `--explain LOG` reads the log of a failed run.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-STAGE_SECONDS = 20  # for all processes to come to a stage
+STAGE_SECONDS = 20  # for all processes to reach a stage
 SIZES = (1 << 10, 1 << 16, 1 << 20, 25 << 20)  # bytes of an all-reduce; 25 MB is DDP's bucket
 REPEATS = 5
-UNEVEN = 2.0  # slowest process over fastest
-WORK = 512  # side of the matrices that measure a process's pace
+UNEVEN = 2.0  # ratio of the slowest to the fastest process
+WORK = 512  # side of the matrices with which the speed of a process is measured
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, examine, and return 0, 1 with warnings, 2 with errors."""
-    return run_verb(_examine, argv)
+    """Parse the command line, run the checks, and return 0, 1 with warnings, 2 with errors."""
+    return run_verb(_run, argv)
 
 
-def _examine(argv: Sequence[str]) -> int:
+def _run(argv: Sequence[str]) -> int:
     options, _, recipe, _ = _parser().read(argv)
     if options.explain:
         return _explain(options.explain, options.json)
     config = read_config(options.accelerate_config)
     facts = gather(config, recipe, options.machines, options.processes_per_machine, options.script)
     if is_launched() and not (facts.alone or facts.sharded):
-        return _meet(facts, options.json)
+        return _check_together(facts, options.json)
     return show(check(facts), describe_machine(facts), options.json)
 
 
 def _parser() -> Options:
     parser = Options("doctor", __doc__)
-    parser.add_argument("--accelerate-config", metavar="YAML", help="as `accelerate config` writes")
+    parser.add_argument("--accelerate-config", metavar="YAML", help="configuration of Accelerate")
     parser.add_argument("--machines", type=int, metavar="M")
     parser.add_argument("--processes-per-machine", type=int, metavar="P")
-    parser.add_argument("--script", metavar="FILE", help="Slurm script to look into as well")
+    parser.add_argument("--script", metavar="FILE", help="Slurm script to check as well")
     parser.add_argument("--explain", metavar="LOG", help="log of a failed run, or - for stdin")
     parser.add_argument("--json", action="store_true")
     return parser
@@ -78,14 +78,14 @@ def _explain(place: str, as_json: bool) -> int:
         with open(log, encoding="utf-8", errors="replace", closefd=place != "-") as file:
             text = file.read()
     except OSError as failure:
-        raise UsageError(f"'{place}' cannot be read ({failure.strerror}); name a log") from failure
+        raise UsageError(f"'{place}' cannot be read ({failure.strerror}); give a log") from failure
     findings, first = explain(text), first_traceback(text)
     if not findings and not first:
         findings = [
             warning(
                 "nothing-known",
-                f"{place} holds no error that is known here, and no traceback",
-                "look at the logs of all processes, in the run folder's logs/",
+                f"{place} contains no known error and no traceback",
+                "check the logs of all processes, in logs/ of the run folder",
             )
         ]
     code = show(findings, {"first_traceback": "\n".join(first)} if as_json else {}, as_json)
@@ -94,37 +94,38 @@ def _explain(place: str, as_json: bool) -> int:
     return code or (2 if first else 0)
 
 
-def _meet(facts: Facts, as_json: bool) -> int:
-    """Examine all processes together; rank 0 tells, and all return the same code."""
+def _check_together(facts: Facts, as_json: bool) -> int:
+    """Check all processes together; rank 0 prints the report, and all return the same code."""
     train = dataclasses.replace(
         Recipe().train, precision=facts.recipe.train.precision, timeout=STAGE_SECONDS
     )
-    stage = "when they met"
+    stage = "while the processes connected"
     findings = check(facts)
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     try:
         recipe = {key: v for key, v in flatten(facts.recipe).items() if key not in OWN_KEYS}
-        accelerator, peers = start_processes(train, told=recipe)
+        accelerator, peers = start_processes(train, shared=recipe)
         for where, function in STAGES.items():
             stage = where
-            told |= function(accelerator, peers, facts, findings)
+            results |= function(accelerator, peers, facts, findings)
     except Exception as failure:
         if Peers.current is None and not isinstance(failure, UsageError):
             raise
 
         def report(ending: Ending) -> None:
-            code, remedy = "lost", "look at their machines, and at what lies between"
+            code, remedy = "lost", "check their machines, and the network between them"
             if ending.code == REFUSED:
                 code, remedy = "start", "see docs/launching.md"
-            show([*findings, error(code, ending.line, remedy)], told, as_json)
+            show([*findings, error(code, ending.line, remedy)], results, as_json)
 
         agree(failure, stage, report)
         return 2
-    if not as_json and "all_reduce" in told:
-        told["all_reduce"] = _in_words(told["all_reduce"])
-    code = show(findings, told, as_json) if peers.rank == 0 else 0
-    # Launchers make a failed job of any code but 0, which warnings are not.
-    code = 2 * (peers.tell("verdict", code, STAGE_SECONDS)[0] == 2)
+    if not as_json and "all_reduce" in results:
+        results["all_reduce"] = _format_link(results["all_reduce"])
+    code = show(findings, results, as_json) if peers.rank == 0 else 0
+    # Launchers report any exit code but 0 as a failed job, so warnings must exit with 0.
+    verdict = peers.exchange("verdict", code, STAGE_SECONDS)[0]
+    code = 2 if verdict == 2 else 0
     peers.leave()
     accelerator.wait_for_everyone()
     leave_processes()
@@ -134,14 +135,14 @@ def _meet(facts: Facts, as_json: bool) -> int:
 def _compare(
     accelerator: Accelerator, peers: Peers, facts: Facts, findings: list[Finding]
 ) -> dict[str, Any]:
-    """Compare machines, devices and configurations, and collect what each has found."""
+    """Compare machines, devices and configurations, and collect the findings of all ranks."""
     token = f".doctor-{uuid.uuid4().hex}"
-    token = str(peers.tell("token", token, STAGE_SECONDS)[0])
+    token = str(peers.exchange("token", token, STAGE_SECONDS)[0])
     place = local_path(facts.recipe.out or ".").absolute()
     folder = next(path for path in (place, *place.parents) if path.is_dir())
     if peers.rank == 0:
         (folder / token).touch()
-    peers.tell("written", 0, STAGE_SECONDS)
+    peers.exchange("written", 0, STAGE_SECONDS)
     mine = {
         "host": platform.node(),
         "device": _device_id(accelerator.device),
@@ -151,10 +152,10 @@ def _compare(
         "summary": describe_machine(facts),
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }
-    ranks = peers.tell("facts", mine, STAGE_SECONDS)
+    ranks = peers.exchange("facts", mine, STAGE_SECONDS)
     if peers.rank == 0:
         (folder / token).unlink(missing_ok=True)
-    # All come out of the same exchange, so their clocks were read at nearly the same time.
+    # All ranks read their clocks just after the same exchange, at nearly the same time.
     now = [other["clock"] for other in ranks]
     ranks = [{**other, "clock": other["clock"] - now[0]} for other in ranks]
     known = set(findings)
@@ -174,7 +175,7 @@ def _compare(
 
 
 def _device_id(device: torch.device) -> str:
-    """Return what identifies the GPU of a process, "" without one."""
+    """Return the UUID of a process's GPU, or "" on a CPU."""
     import torch
 
     if device.type != "cuda":
@@ -182,10 +183,10 @@ def _device_id(device: torch.device) -> str:
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
-def _reduce_rightly(
+def _check_all_reduce(
     accelerator: Accelerator, peers: Peers, facts: Facts, findings: list[Finding]
 ) -> dict[str, Any]:
-    """Add up vectors whose sum is known, in two precisions."""
+    """Check all-reduced sums of known vectors, in float32 and bfloat16."""
     import torch
 
     if peers.world == 1:
@@ -199,15 +200,15 @@ def _reduce_rightly(
         sums = numbers * expected
         if sums.max() <= exact and not torch.equal(mine.long(), sums):
             wrong.append(str(kind))
-    # Every process looks at its own result; all must have been right.
-    all_wrong = peers.tell("sums", wrong, STAGE_SECONDS)
+    # Each process checks its own result; all results must be correct.
+    all_wrong = peers.exchange("sums", wrong, STAGE_SECONDS)
     for rank, kinds in enumerate(all_wrong):
         if kinds:
             findings.append(
                 error(
                     "wrong-sum",
-                    f"an all-reduce gave rank {rank} a wrong sum in {', '.join(kinds)}",
-                    "update driver and torch; on GPUs try NCCL_P2P_DISABLE=1",
+                    f"all-reduce returned a wrong sum on rank {rank} in {', '.join(kinds)}",
+                    "update the driver and torch; on GPUs try NCCL_P2P_DISABLE=1",
                 )
             )
     return {}
@@ -226,13 +227,13 @@ def _measure_link(
         tensor = torch.zeros(size // 4, device=accelerator.device)
         times = []
         for _ in range(REPEATS):
-            _all_reduce(torch.zeros(1, device=accelerator.device))  # start together
+            _all_reduce(torch.zeros(1, device=accelerator.device))  # synchronise the start
             began = time.perf_counter()
             _all_reduce(tensor)
             times.append(time.perf_counter() - began)
         seconds[size] = min(times)
     whole, per_byte = fit_line(seconds)
-    # Undo the ring's shares, so that the figures are those of one link.
+    # Divide out the factors of the ring algorithm, to get latency and bandwidth of one link.
     latency = max(0.0, whole) / (peers.world - 1)
     bandwidth = 2 * (peers.world - 1) / peers.world / per_byte
     return {
@@ -247,7 +248,7 @@ def _measure_link(
 def _measure_pace(
     accelerator: Accelerator, peers: Peers, facts: Facts, findings: list[Finding]
 ) -> dict[str, Any]:
-    """Let every process do the same work: the slowest sets the pace of all."""
+    """Time the same work on every process: the slowest one determines the speed of all."""
     import torch
 
     matrix = torch.ones(WORK, WORK, device=accelerator.device)
@@ -256,7 +257,7 @@ def _measure_pace(
         began = time.perf_counter()
         torch.mm(matrix, matrix).sum().item()
         times.append(time.perf_counter() - began)
-    paces = peers.tell("pace", float(np.median(times)), STAGE_SECONDS)
+    paces = peers.exchange("pace", float(np.median(times)), STAGE_SECONDS)
     slowest = max(paces) / min(paces)
     if slowest > UNEVEN:
         findings.append(
@@ -264,24 +265,24 @@ def _measure_pace(
                 "uneven",
                 f"rank {paces.index(max(paces))} takes {slowest:.1f} times as long as rank "
                 f"{paces.index(min(paces))} for the same work, and all wait for it",
-                "look at what else runs there, at its clock rate and its share of cores",
+                "check that machine for other processes, its clock rate and its number of cores",
             )
         )
     return {"slowest_over_fastest": round(slowest, 2)}
 
 
-def _in_words(found: dict[str, Any]) -> str:
+def _format_link(found: dict[str, Any]) -> str:
     times = [
         f"{int(size) / 1e6:g} MB {1e3 * each:.2f} ms" for size, each in found["seconds"].items()
     ]
     return (
-        f"right; latency {1e6 * found['latency_seconds']:.0f} us, "
+        f"correct; latency {1e6 * found['latency_seconds']:.0f} us, "
         f"{found['bytes_per_second'] / 1e9:.2f} GB/s ({', '.join(times)})"
     )
 
 
 def _all_reduce(tensor: torch.Tensor) -> None:
-    """Add up over all processes and wait for the result, for STAGE_SECONDS at most."""
+    """All-reduce a tensor in place, and wait at most STAGE_SECONDS for the result."""
     import torch
 
     work = torch.distributed.all_reduce(tensor, async_op=True)
@@ -292,10 +293,10 @@ def _all_reduce(tensor: torch.Tensor) -> None:
 
 Stage = Callable[["Accelerator", "Peers", Facts, list[Finding]], dict[str, Any]]
 STAGES: dict[str, Stage] = {
-    "when they compared themselves": _compare,
-    "in a first all-reduce": _reduce_rightly,
-    "in timed all-reduces": _measure_link,
-    "in timed work": _measure_pace,
+    "in the comparison of the ranks": _compare,
+    "in the first all-reduce": _check_all_reduce,
+    "in the timed all-reduces": _measure_link,
+    "in the timed work": _measure_pace,
 }
 
 

@@ -1,9 +1,7 @@
-"""Gather what the checks need to know about this machine and this launch; imports no torch."""
+"""Gather the facts of this machine and this launch for the checks. Does not import torch."""
 
 import errno
-import os
 import platform
-import re
 import shutil
 import socket
 import subprocess
@@ -25,15 +23,19 @@ from cifar_dist.launching.forecast import count_images, predict
 from cifar_dist.processes.environment import (
     asked_world_size,
     is_launched,
-    launcher_number,
+    launched_machine_rank,
+    launched_machines,
+    launched_per_machine,
+    rendezvous_endpoint,
     sharding,
     usable_cores,
     user_environment,
+    visible_gpus,
 )
 from cifar_dist.processes.network import address_towards, interface_of
 from cifar_dist.storage.folder import RunLock, check_out
 
-PATIENCE = 5.0  # seconds for another machine, or a driver, to answer
+PATIENCE = 5.0  # seconds to wait for another machine or for nvidia-smi
 
 
 def gather(
@@ -43,19 +45,18 @@ def gather(
     per_machine: int | None = None,
     script: str | None = None,
 ) -> Facts:
-    """Return the facts of a launch from here.
+    """Return the facts of a launch, as seen from this machine.
 
     Args:
-        machines, per_machine: where neither the environment nor `config` says it.
-        script: a Slurm script to look into.
+        machines, per_machine: override the environment and `config`.
+        script: path of a Slurm script to check.
 
     Raises:
         UsageError: the script cannot be read.
     """
-    machines = machines or _number("PET_NNODES", "SLURM_NNODES") or config.machines
-    per_machine = per_machine or _number("PET_NPROC_PER_NODE", "LOCAL_WORLD_SIZE")
-    per_machine = per_machine or max(1, config.per_machine)
-    rank = _number("PET_NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
+    machines = machines or launched_machines() or config.machines
+    per_machine = per_machine or launched_per_machine() or max(1, config.per_machine)
+    rank = launched_machine_rank()
     place = _endpoint(config)
     out = local_path(recipe.out or "runs").absolute()
     existing = next(path for path in (out, *out.parents) if path.exists())
@@ -85,10 +86,11 @@ def gather(
 
 
 def describe_machine(facts: Facts) -> dict[str, str]:
-    """Return what a person wants to see of the facts."""
+    """Return the facts to show to a person, by name."""
     config = facts.config
     names = [f"{device.index} {device.name}" for device in facts.devices]
     launch = f"{facts.machines} machines x " if facts.machines > 1 else ""
+    noun = "processes" if facts.per_machine > 1 else "process"
     return {
         "machine": f"{platform.node()} ({facts.address or 'no address'}), {platform.platform()}, "
         f"{facts.cores} cores, {psutil.virtual_memory().total / 1e9:.0f} GB",
@@ -98,13 +100,13 @@ def describe_machine(facts: Facts) -> dict[str, str]:
         )
         + f", python {platform.python_version()}",
         "configuration": f"{config.path} ({config.digest})" if config.path else "none",
-        "launch": f"{launch}{facts.per_machine} process{'es' * (facts.per_machine > 1)}"
+        "launch": f"{launch}{facts.per_machine} {noun}"
         + (f", meeting at {facts.endpoint.host}:{facts.endpoint.port}" if facts.endpoint else ""),
     }
 
 
 def find_devices() -> list[Device]:
-    """Return the NVIDIA GPUs that processes here would see, as the driver lists them."""
+    """Return the NVIDIA GPUs that are visible to processes here, in nvidia-smi's order."""
     query = "index,name,uuid,compute_cap,driver_version"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     try:
@@ -118,20 +120,15 @@ def find_devices() -> list[Device]:
         index, name, uuid, capability, driver = (part.strip() for part in line.split(","))
         numbers = tuple(int(part) for part in driver.split(".") if part.isdigit())
         devices.append(Device(int(index), name, uuid, float(capability), numbers))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = visible_gpus()
     if visible is None:
         return devices
-    wanted = [part.strip() for part in visible.split(",")]
-    return [device for device in devices if {str(device.index), device.uuid} & set(wanted)]
+    return [device for device in devices if {str(device.index), device.uuid} & set(visible)]
 
 
 def _endpoint(config: AccelerateConfig) -> Endpoint | None:
-    """Return where the processes are to meet, and whether that is possible from here."""
-    env = os.environ
-    host = env.get("PET_MASTER_ADDR") or env.get("MASTER_ADDR")
-    port = str(launcher_number("PET_MASTER_PORT", "MASTER_PORT") or 29500)
-    if not host and env.get("PET_RDZV_ENDPOINT"):
-        host, _, port = env["PET_RDZV_ENDPOINT"].partition(":")
+    """Return the rendezvous endpoint, and whether this machine can reach it."""
+    host, port = rendezvous_endpoint()
     if not host:
         values = config.values
         if not (values.get("main_process_ip") or values.get("main_process_port")):
@@ -145,14 +142,14 @@ def _endpoint(config: AccelerateConfig) -> Endpoint | None:
         return Endpoint(host, number, error=f"unknown host: {error.strerror or error}")
     mine = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
     if address in mine:
-        # Within a launch the launcher itself listens there.
+        # In a running launch the launcher itself listens on the port.
         free = is_launched() or number == 0
         return Endpoint(host, number, True, holder="" if free else _holder(address, number))
     return Endpoint(host, number, error=_reach(address, number) if number else "")
 
 
 def _holder(address: str, port: int) -> str:
-    """Return which process of this machine has a port, or "" if it is free."""
+    """Return the process of this machine that uses a port, or "" if the port is free."""
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -171,7 +168,7 @@ def _holder(address: str, port: int) -> str:
 
 
 def _reach(address: str, port: int) -> str:
-    """Return why no connection can be made, or ""."""
+    """Return why a connection fails, or ""."""
     try:
         socket.create_connection((address, port), timeout=PATIENCE).close()
     except ConnectionRefusedError:
@@ -182,14 +179,14 @@ def _reach(address: str, port: int) -> str:
 
 
 def _interface(host: str) -> str:
-    """Return the network interface that leads to a machine, or ""."""
+    """Return the network interface of the route to a host, or ""."""
     with suppress(OSError):
         return interface_of(address_towards(host)) or ""
     return ""
 
 
 def own_address() -> str:
-    """Return the address that the name of this machine means, or ""."""
+    """Return the address to which this machine's host name resolves, or ""."""
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
@@ -197,7 +194,7 @@ def own_address() -> str:
 
 
 def _dataset(recipe: Recipe) -> str:
-    """Return why the dataset is not ready for a run, or ""."""
+    """Return why the dataset is not ready, or ""."""
     config = recipe.data
     if config.name not in ARCHIVES:
         return _refusal(lambda: count_images(config))
@@ -213,7 +210,7 @@ def _dataset(recipe: Recipe) -> str:
 
 
 def _disk(recipe: Recipe, processes: int) -> int:
-    """Return the bytes of disk for checkpoints, 0 if that cannot be known."""
+    """Return the disk space for checkpoints in bytes, or 0 if it is unknown."""
     with suppress(UsageError, ZeroDivisionError):
         return predict(recipe, processes).disk
     return 0
@@ -225,7 +222,7 @@ def _try_out(recipe: Recipe) -> None:
 
 
 def _refusal(function: Callable[[], object]) -> str:
-    """Return the message with which a function refuses, or ""."""
+    """Return the message of the UsageError that a function raises, or ""."""
     try:
         function()
     except UsageError as error:
@@ -240,12 +237,6 @@ def _read_script(place: str | None) -> tuple[str, str] | None:
         return place, local_path(place).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"'{place}' cannot be read ({error}); name a Slurm script") from error
-
-
-def _number(*names: str) -> int | None:
-    """Return the first variable that is a number; torchrun takes ranges and words, too."""
-    words = re.compile(r"\d+:\d+|auto|cpu|gpu|xpu")
-    return launcher_number(*(n for n in names if not words.fullmatch(os.environ.get(n, ""))))
 
 
 def _has_mps() -> bool:

@@ -1,4 +1,4 @@
-"""What is found about a launch: a code, how bad it is, what it is, and what to do about it."""
+"""Findings about a launch: a code, a level, the problem, and the fix."""
 
 import dataclasses
 import json
@@ -11,12 +11,12 @@ LEVELS = ("note", "warning", "error")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know before, or after, a launch.
+    """One problem of a launch.
 
     Attributes:
-        code: a name that stays the same, for scripts.
-        level: an error keeps the run from working; a warning may make it slow or wrong.
-        message: what was found, and what was expected.
+        code: a stable name, for scripts.
+        level: with an error the run cannot work; with a warning it may be slow or wrong.
+        message: the problem: what was found and what was expected.
         fix: what to do.
     """
 
@@ -27,17 +27,17 @@ class Finding:
 
 
 def error(code: str, message: str, fix: str) -> Finding:
-    """Return what keeps the run from working."""
+    """Return a finding with which the run cannot work."""
     return Finding(code, "error", message, fix)
 
 
 def warning(code: str, message: str, fix: str) -> Finding:
-    """Return what may make the run slow or wrong."""
+    """Return a finding with which the run may be slow or wrong."""
     return Finding(code, "warning", message, fix)
 
 
 def note(code: str, message: str, fix: str) -> Finding:
-    """Return what is good to know."""
+    """Return a finding for information."""
     return Finding(code, "note", message, fix)
 
 
@@ -47,7 +47,7 @@ def exit_code(findings: Iterable[Finding]) -> int:
 
 
 def show(findings: Sequence[Finding], facts: dict[str, Any], as_json: bool) -> int:
-    """Print facts and findings, for people or as one JSON object, and return the exit code."""
+    """Print facts and findings, as text or as one JSON object, and return the exit code."""
     if as_json:
         listed = [dataclasses.asdict(finding) for finding in findings]
         print(json.dumps({**facts, "findings": listed}, indent=1))
@@ -57,5 +57,5 @@ def show(findings: Sequence[Finding], facts: dict[str, Any], as_json: bool) -> i
     for finding in sorted(findings, key=lambda f: -LEVELS.index(f.level)):
         print(f"{finding.level}: {finding.message}; {finding.fix} [{finding.code}]")
     if not findings:
-        print("nothing wrong was found")
+        print("no problems found")
     return exit_code(findings)

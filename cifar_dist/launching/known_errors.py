@@ -1,4 +1,4 @@
-"""What the log of a failed run says: known errors with cause and remedy, and who failed first."""
+"""Find known errors, with cause and fix, and the first traceback in the log of a failed run."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from cifar_dist.launching.findings import Finding
 
 @dataclass(frozen=True)
 class KnownError:
-    """An error as it is printed, and what is behind it."""
+    """A regular expression for an error message, with its cause and fix."""
 
     code: str
     pattern: str
@@ -20,184 +20,185 @@ class KnownError:
 KNOWN = (
     KnownError(
         "port-taken",
-        r"EADDRINUSE|[Aa]ddress already in use|port \d+ is taken",
-        "the port is held by another program, often a run before this one that is still ending",
-        "end it, or give another port; on one machine --main_process_port 0 takes a free one",
+        r"EADDRINUSE|[Aa]ddress already in use|port \d+ is (taken|in use)",
+        "the port is in use by another program, often by an earlier run that is still exiting",
+        "end it, or use another port; on one machine --main_process_port 0 takes a free one",
     ),
     KnownError(
         "libuv",
         r"use_libuv was requested but PyTorch was built without libuv",
         "this build of torch for Windows lacks libuv",
-        "train in WSL2; USE_LIBUV=0 is said to help sometimes",
+        "train in WSL2, or try USE_LIBUV=0",
     ),
     KnownError(
         "wrong-interface",
         r"connectFullMesh.*(127\.|refused|timed out|Timed out)|gloo.*127\.0\.\d\.1",
-        "gloo told the others an address that does not lead to this machine",
-        "export GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME, with the interface of the first "
-        "machine's address (`cifar-dist doctor` names it)",
+        "gloo published an address at which the other machines cannot reach this one",
+        "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface of the route to "
+        "the first machine (`cifar-dist doctor` names it)",
     ),
     KnownError(
         "late",
         r"[Ww]atchdog caught collective operation timeout|did not arrive within \d+ s|"
         r"Timed out waiting \d+ms for (recv|send)",
-        "some processes did not come to an exchange that the others waited for",
-        "look at the ranks that are missing: they failed, hang, or work on something alone; "
+        "some ranks did not reach a collective before the others timed out",
+        "check the missing ranks: they failed, hang, or do work that the others skip; "
         "train.timeout is how long the others wait",
     ),
     KnownError(
         "device-twice",
         r"Duplicate GPU detected",
         "two processes use the same GPU",
-        "one process a GPU: look at CUDA_VISIBLE_DEVICES, and whether two launchers start "
-        "processes, as srun with several tasks around torchrun",
+        "use one process per GPU: check CUDA_VISIBLE_DEVICES, and whether two launchers start "
+        "processes, such as srun with several tasks around torchrun",
     ),
     KnownError(
         "unknown-key",
         r"had unknown keys|unknown keys \(\[",
-        "the configuration holds a key that this version of Accelerate does not know",
+        "the configuration has a key that this version of Accelerate does not know",
         "remove it, or run `accelerate config`",
     ),
     KnownError(
         "no-machine-rank",
         r"int\(\) argument must be a string.*'NoneType'",
-        "accelerate launch was not told which machine this is",
-        "give --machine_rank 0 on the first, 1 on the second, and so on",
+        "accelerate launch was started without --machine_rank",
+        "give --machine_rank 0 on the first machine, 1 on the second, and so on",
     ),
     KnownError(
         "no-address",
         r"None:29500|rdzv_endpoint=None",
-        "accelerate launch was not told where the first machine is",
+        "accelerate launch was started without the address of the first machine",
         "give --main_process_ip and --main_process_port",
     ),
     KnownError(
         "killed",
         r"exitcode\s*:\s*-9\b|Signal 9 \(SIGKILL\)|oom[-_]kill|Out Of Memory|"
         r"ended without a word|exited without an error message",
-        "a process was killed from outside, most often because the machine ran out of memory",
-        "look at dmesg or the engine's events; use fewer processes, or smaller images",
+        "a process was killed with SIGKILL, probably by the OOM killer",
+        "check dmesg or the scheduler's events; use fewer processes, or smaller images",
     ),
     KnownError(
         "shared-memory",
         r"exitcode\s*:\s*-7\b|Bus error|unable to (open|write to|mmap).*shm",
-        "shared memory ran out, as in a container with 64 MB of it",
-        "docker run --ipc=host or --shm-size 8g; in Kubernetes an emptyDir of medium Memory",
+        "out of shared memory, as in a container with 64 MB of /dev/shm",
+        "use docker run --ipc=host or --shm-size 8g, or in Kubernetes an emptyDir with medium "
+        "Memory",
     ),
     KnownError(
         "crashed",
         r"exitcode\s*:\s*-11\b|Segmentation fault",
-        "a library crashed",
+        "segmentation fault in a library",
         "compare the versions of driver, CUDA and torch; try one process",
     ),
     KnownError(
         "memory",
         r"CUDA out of memory|OutOfMemoryError|MPS backend out of memory",
-        "the device's memory is too small for this batch",
-        "--train.accumulate 2, or more, gives the same result with less memory; bf16 halves it",
+        "out of memory: the device's memory is too small for this batch",
+        "use --train.accumulate 2 or more, which gives the same result with less memory, or bf16",
     ),
     KnownError(
         "disk",
         r"No space left on device|disk full|unexpected pos \d+ vs \d+",
         "the disk is full",
-        "make room, name another --out, or lower checkpoint.keep",
+        "free disk space, use another --out, or lower checkpoint.keep",
     ),
     KnownError(
         "no-meeting",
         r"RendezvousTimeoutError|RendezvousConnectionError|client socket has timed out|"
         r"timed out waiting for clients|could not reach rank 0's machine",
-        "the machines did not meet: one was not started, or cannot reach the first",
-        "run `cifar-dist doctor` on each; look for a firewall, and give all the same address",
+        "rendezvous failed: a machine was not started, or cannot reach the first one",
+        "run `cifar-dist doctor` on each; check the firewall, and use the same address on all",
     ),
     KnownError(
         "unreachable",
         r"No route to host|Network is unreachable|Connection timed out",
-        "there is no way through the network to the other machine",
-        "look for a firewall or a wrong address; `cifar-dist doctor` tries it",
+        "the network has no route to the other machine",
+        "check the firewall and the address; `cifar-dist doctor` tests the connection",
     ),
     KnownError(
         "unknown-host",
         r"Name or service not known|Temporary failure in name resolution|gaierror",
-        "a machine's name is not known here",
-        "give its address instead, or add it to /etc/hosts",
+        "a machine's host name does not resolve here",
+        "use its address instead, or add it to /etc/hosts",
     ),
     KnownError(
         "nccl",
         r"NCCL error|ncclSystemError|ncclUnhandledCudaError|unhandled (system|cuda) error",
-        "NCCL failed between GPUs",
-        "set NCCL_DEBUG=INFO and look for its first WARN; try NCCL_P2P_DISABLE=1 and "
+        "NCCL failed in the communication between GPUs",
+        "set NCCL_DEBUG=INFO and find the first WARN; try NCCL_P2P_DISABLE=1 and "
         "NCCL_SOCKET_IFNAME, one at a time",
     ),
     KnownError(
         "too-few-devices",
         r"invalid device ordinal",
         "there are more processes on the machine than GPUs",
-        "num_processes is the total over all machines; give one process a GPU",
+        "num_processes is the total over all machines; use one process per GPU",
     ),
     KnownError(
         "driver",
         r"driver version is insufficient|driver on your system is too old",
-        "the GPU's driver is older than this torch needs",
+        "the GPU driver is too old for this torch",
         "update the driver, or install torch for an older CUDA",
     ),
     KnownError(
         "architecture",
         r"no kernel image is available",
-        "this torch was not built for this GPU",
-        "install a torch whose release supports it",
+        "this build of torch does not support this GPU",
+        "install a release of torch that supports it",
     ),
     KnownError(
         "wrong-type",
         r"'bool' object has no attribute 'lower'",
-        "mixed_precision: no, without quotes, is false in YAML",
+        "mixed_precision: no, without quotes, is read as false in YAML",
         'write mixed_precision: "no"',
     ),
     KnownError(
         "wrong-type",
         r"has no attribute 'split'",
-        "gpu_ids in the configuration is not text",
+        "gpu_ids in the configuration is not a string",
         'write gpu_ids: "0,1", with quotes',
     ),
     KnownError(
         "wrong-type",
         r"is not a valid DistributedType",
-        "distributed_type must be in capitals",
+        "distributed_type must be in upper case",
         "write distributed_type: MULTI_GPU",
     ),
     KnownError(
         "alone",
         r"asked for several processes but started only this one|but Accelerate joined",
-        "several processes were asked for, and this one is alone",
-        "accelerate launch --multi_gpu --num_processes 2, also on CPUs",
+        "the launcher was asked for several processes but started only one",
+        "use accelerate launch --multi_gpu --num_processes 2, also on CPUs",
     ),
     KnownError(
         "peer-to-peer",
         r"RTX 4000 series doesn't support",
-        "these GPUs cannot speak to each other directly",
-        "export NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=1, or use accelerate launch, which does",
+        "these GPUs have no peer-to-peer access",
+        "export NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=1, or use accelerate launch, which sets them",
     ),
     KnownError(
         "shapes-differ",
         r"op\.preamble\.length <= op\.nbytes|Mismatch between collective|mismatch across ranks",
-        "processes sent each other tensors of different sizes",
-        "all must have the same code, recipe and data; `cifar-dist doctor` compares them",
+        "the ranks used tensors of different shapes in a collective",
+        "use the same code, recipe and data on all ranks; `cifar-dist doctor` compares them",
     ),
     KnownError(
         "unused-parameters",
         r"Expected to have finished reduction in the prior iteration",
-        "a weight of the network took no part in the loss",
+        "a parameter of the network did not contribute to the loss",
         "freeze it with requires_grad_(False) before training",
     ),
     KnownError(
         "time-limit",
         r"DUE TO TIME LIMIT|DUE TO PREEMPTION",
         "Slurm ended the job",
-        "launch/slurm.sbatch asks for a signal ahead of it, saves, and is requeued",
+        "use launch/slurm.sbatch, which saves before the time limit and is requeued",
     ),
     KnownError(
         "preempted",
         r"preempted at step \d+|SignalException|Signal 15 \(SIGTERM\)",
-        "the job was asked to stop",
-        "start the same command again: it continues from its checkpoint",
+        "the job was stopped by a signal",
+        "start the same command again; it resumes from the newest checkpoint",
     ),
     KnownError(
         "files",
@@ -210,7 +211,7 @@ RANK = re.compile(r"^(?:\[(?:rank|default)(\d+)\]:\s?)?")
 
 
 def explain(text: str) -> list[Finding]:
-    """Return the known errors in a log, in the order in which they first appear."""
+    """Return the known errors in a log, in the order of their first occurrence."""
     found: dict[tuple[str, str], tuple[int, Finding]] = {}
     for known in KNOWN:
         match = re.search(known.pattern, text)
@@ -224,7 +225,7 @@ def explain(text: str) -> list[Finding]:
 def first_traceback(text: str) -> list[str]:
     """Return the lines of the first traceback in a log that is not about a lost connection.
 
-    Where one process fails, the others print tracebacks of their own about losing it.
+    When one process fails, the others print tracebacks about the lost connection.
     """
     blocks = _tracebacks(text.splitlines())
     consequences = re.compile(r"closed by peer|reset by peer|ChildFailedError|Broken pipe")
@@ -233,7 +234,7 @@ def first_traceback(text: str) -> list[str]:
 
 
 def _tracebacks(lines: Sequence[str]) -> list[list[str]]:
-    """Return the tracebacks in a log, each as its lines; those of several ranks may interleave."""
+    """Return the tracebacks in a log, each as a list of lines. Ranks may interleave."""
     open_blocks: dict[str, list[str]] = {}
     blocks = []
     for line in lines:

@@ -1,4 +1,4 @@
-"""Options of the launching verbs; whatever they do not know is for the recipe."""
+"""Command line options of plan, doctor and parity; all others are options of the recipe."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,32 +9,33 @@ from cifar_dist.errors import UsageError
 
 
 class Options(argparse.ArgumentParser):
-    """Options of one verb, beside those of train.
+    """Parser for the options of one verb and those of train.
 
     Args:
-        verb: its name.
-        description: what it does.
+        verb: the name, such as "plan".
+        description: the text for `--help`.
     """
 
     def __init__(self, verb: str, description: str | None) -> None:
         super().__init__(
             f"cifar-dist {verb}",
             description=description,
-            epilog="All else, such as --config RECIPE and --section.key VALUE, is as of train.",
+            epilog="All other options, such as --config RECIPE and --section.key VALUE, are those "
+            "of train.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
 
     def error(self, message: str) -> NoReturn:
-        """Refuse in one line, as every verb does."""
+        """Raise UsageError, so that the error is one line, as for every verb."""
         raise UsageError(message)
 
     def read(self, argv: Sequence[str]) -> tuple[Any, list[str], Recipe, str]:
-        """Return the verb's own options, those of the recipe, the recipe, and its origin.
+        """Return the verb's options, the recipe's options, the recipe, and its origin.
 
         Raises:
-            UsageError: an option is unknown or has no sense.
+            UsageError: an option is unknown or invalid.
         """
-        options, own = self.parse_known_args(argv)
-        recipe, origin = parse_recipe(own)
-        return options, own, recipe, origin
+        options, recipe_options = self.parse_known_args(argv)
+        recipe, origin = parse_recipe(recipe_options)
+        return options, recipe_options, recipe, origin

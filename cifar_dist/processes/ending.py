@@ -1,4 +1,4 @@
-"""How a launch ends: all processes agree on the cause, and one on each machine reports it.
+"""End a launch: all processes agree on the cause, and one on each machine reports it.
 
 A launcher sends SIGTERM to every process as soon as one of them has exited. Therefore no process
 exits with an error before the cause has been reported, and a signal counts as the cause only if no
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cifar_dist.processes.peers import Peers
 
 FAILED, REFUSED = 1, 2  # exit codes, besides EXIT_CODE of a preempted run
-GRACE_SECONDS = 3.0  # for the other processes to notice what this one has noticed
+GRACE_SECONDS = 3.0  # for the other processes to notice the failure
 STOPPED = "stopped by a signal before training began; nothing was lost"
 VANISHED = "exited without an error message (probably killed by the OOM killer)"
 LOST = re.compile(
@@ -39,9 +39,9 @@ class Ending:
 
     Attributes:
         code: exit code of every process.
-        line: names the cause, with rank and place if they are known.
-        traceback: of the process that failed first; empty if the line says all.
-        writes: this process is the one that writes status.json.
+        line: the cause, with rank and place if they are known.
+        traceback: of the process that failed first; empty if the line suffices.
+        writes: whether this process writes status.json.
     """
 
     code: int
@@ -50,7 +50,7 @@ class Ending:
     writes: bool = True
 
     def to_error(self) -> BaseException:
-        """Return the exception for this kind of ending; `end_command` will not report it again."""
+        """Return an exception of the matching type, marked as reported for `end_command`."""
         error: UsageError | Preempted | RunFailed
         if self.code == REFUSED:
             user = self.traceback
@@ -62,13 +62,13 @@ class Ending:
 
 
 def end_command(error: BaseException) -> int:
-    """Report what ended a command, unless that has been done, and return the exit code."""
+    """Report the error that ended a command, unless already reported; return the exit code."""
     ending = getattr(error, "reported", None) or agree(error, "at the start")
     return int(ending.code)
 
 
 def print_ending(ending: Ending) -> None:
-    """Print the traceback of the process that failed first, and after it the line."""
+    """Print the traceback of the process that failed first, then the line."""
     begin = "" if ending.code == EXIT_CODE else f"{ending.traceback}error: "
     complain(f"{begin}{ending.line}")
 
@@ -79,16 +79,16 @@ def agree(
     report: Callable[[Ending], object] = print_ending,
     in_training: bool = False,
 ) -> Ending:
-    """Agree with the other processes on why the launch ends, and have it reported.
+    """Agree with the other processes on why the launch ends, and let one per machine report it.
 
     The first cause that a process publishes is the cause for all. Signals are ignored meanwhile.
 
     Args:
-        error: what ended this process.
-        where: "at step 12" or the like.
+        error: the exception that ended this process.
+        where: the place for the message, such as "at step 12".
         report: called on one process of each machine; the others return only after it.
-        in_training: signals are deferred on all processes, so the first process of a machine
-            reports however soon the others exit.
+        in_training: whether signals are deferred on all processes. Then SIGTERM cannot keep the
+            first process of a machine from reporting, and the others need not wait for it.
     """
     from cifar_dist.errors import PeersMissing
     from cifar_dist.processes.peers import Peers
@@ -96,14 +96,14 @@ def agree(
     peers = Peers.current or (None if isinstance(error, PeersMissing) else Peers.late())
     own = _describe(error, where, peers, in_training)
     if peers is None or peers.world == 1:
-        if local_rank() > 0:  # the first process reports the same, and the launcher ends this one
+        if local_rank() > 0:  # give local rank 0 time to report the same before this one exits
             time.sleep(GRACE_SECONDS)
         report(own)
         return own
     ignore_signals()
     try:
         return _agree(peers, error, own, where, report, in_training)
-    except RuntimeError:  # the store ended with rank 0, or with the launcher
+    except RuntimeError:  # the store is gone, because rank 0 or the launcher has exited
         if peers.heard:
             first = peers.heard
         elif lost_peer(error):
@@ -142,14 +142,14 @@ def _agree(
     peers.wait_until(lambda: peers.has(f"report {machine}"), GRACE_SECONDS)
     ended = peers.marked("ended")
     peers.mark("heard")
-    if peers.serves:  # the others can hear of it only while this process is there
+    if peers.serves:  # the store ends with this process, so wait until the others know the cause
         alive = set(range(peers.world)) if is_cause else ended | peers.marked("here")
         peers.wait_until(lambda: peers.marked("heard") >= alive, GRACE_SECONDS)
     return replace(first, writes=reports and peers.rank == min(ended & {0, peers.rank}))
 
 
 def _find_cause(peers: Peers, error: BaseException, own: Ending, where: str) -> Ending:
-    """Wait for a process that failed to publish the cause; else find out which ones are missing."""
+    """Wait for the failed process to publish the cause; otherwise determine which are missing."""
     peers.call_roll()
     published = peers.wait_until(
         lambda: peers.ending() or len(peers.marked("ended")) == peers.world, GRACE_SECONDS
@@ -160,13 +160,13 @@ def _find_cause(peers: Peers, error: BaseException, own: Ending, where: str) -> 
     if missing and lost_peer(error) and "timed out" in str(error).lower():
         waited = f"{_name(missing)} did not arrive within {peers.timeout:g} s {where}"
         return Ending(FAILED, waited + peers.ask_where(sorted(missing)))
-    # Those that have not met the others yet may still be importing.
+    # A rank that has not set its "code" key may still be importing.
     dead = missing & peers.marked("code") - peers.marked("here")
     return Ending(FAILED, f"{_name(dead)} {VANISHED} {where}") if dead else own
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Return whether `error` shows only that another process has ended or is late."""
+    """Return whether `error` only shows that another process has exited or is late."""
     if isinstance(error, PeerLost):
         return True
     if isinstance(error, NotImplementedError) or not isinstance(error, RuntimeError):
@@ -177,15 +177,15 @@ def lost_peer(error: BaseException) -> bool:
 
 
 def describe_refusal(error: PermissionError) -> str:
-    """Return the line about a file or folder that this user may not use."""
+    """Return the message for a file or folder to which this user has no access."""
     return (
         f"'{error.filename}' cannot be used ({error.strerror}); give this user access to it, or "
-        "start as the user to whom it belongs"
+        "run as its owner"
     )
 
 
 def _describe(error: BaseException, where: str, peers: Peers | None, in_training: bool) -> Ending:
-    """Return the ending that `error` alone would be."""
+    """Return the ending for `error`, as if no other process had failed."""
     if isinstance(error, Preempted):
         return Ending(EXIT_CODE, STOPPED)
     if isinstance(error, UsageError):

@@ -1,8 +1,9 @@
-"""What a launcher left in the environment, and what this process may use of the machine."""
+"""Environment variables set by launchers, and the CPU cores this process may use."""
 
 import argparse
 import itertools
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,9 @@ SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WO
 
 
 LOCAL_SIZES = (
-    *("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "LOCAL_WORLD_SIZE",
+    "MPI_LOCALNRANKS",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
     "MV2_COMM_WORLD_LOCAL_SIZE",
 )
 
@@ -26,16 +29,34 @@ LOCAL_SIZES = (
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
-# Beginnings of the names of variables that launchers set, and that torch and Accelerate read.
+# Prefixes of the variables that launchers set and that torch and Accelerate read.
 LAUNCHERS = (
-    *("ACCELERATE_", "FSDP_", "GROUP_", "LOCAL_", "MASTER_", "MPI_", "MV2_", "OMPI_", "PET_"),
-    *("PMI_", "RANK", "ROLE_", "SLURM_", "TORCHELASTIC_", "WORLD_SIZE"),
+    "ACCELERATE_",
+    "FSDP_",
+    "GROUP_",
+    "LOCAL_",
+    "MASTER_",
+    "MPI_",
+    "MV2_",
+    "OMPI_",
+    "PET_",
+    "PMI_",
+    "RANK",
+    "ROLE_",
+    "SLURM_",
+    "TORCHELASTIC_",
+    "WORLD_SIZE",
 )
 
 
 LAUNCHER_PROGRAMS = {
-    *("accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun"),
-    *("accelerate.commands.accelerate_cli", "torch.distributed.run", "torch.distributed.launch"),
+    "accelerate",
+    "accelerate-launch",
+    "accelerate.commands.launch",
+    "accelerate.commands.accelerate_cli",
+    "torchrun",
+    "torch.distributed.run",
+    "torch.distributed.launch",
 }
 
 
@@ -50,14 +71,14 @@ SHARDING = {
 }
 
 
-TOO_MUCH = "is for networks that do not fit on one GPU, and all of these do"
+TOO_MUCH = "is for networks that do not fit on one GPU; these networks do"
 
 
 TWO_ON_CPU = "accelerate launch --multi_gpu --num_processes 2 -m cifar_dist.train ..."
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use: its affinity, within the container's quota."""
+    """Return the number of cores in this process's affinity, limited by the cgroup's CPU quota."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     quota = Path("/sys/fs/cgroup/cpu.max")
@@ -69,11 +90,13 @@ def usable_cores() -> int:
 
 
 def asked_world_size() -> int:
-    """Return the number of processes the launcher meant, from what it left in the environment.
+    """Return the world size that the launcher asked for, from its environment variables.
+
+    Under mpirun, also set the variables that torch needs and mpirun does not set.
 
     Raises:
-        UsageError: several were meant, but this process cannot find the others; or a variable has
-            a value that no launcher gives it.
+        UsageError: the launcher asked for several processes, but this one cannot find the others;
+            or a variable has a value that no launcher sets.
     """
     env = os.environ
     _check_variables()
@@ -85,8 +108,8 @@ def asked_world_size() -> int:
         found = get_cpu_distributed_information()
         require(
             "MASTER_ADDR" in env or found.local_world_size == size,
-            f"mpirun started {size} processes on several machines, and none knows where the first "
-            "one is; add -x MASTER_ADDR=HOST -x MASTER_PORT=29500 to mpirun",
+            f"MASTER_ADDR is not set, and mpirun started {size} processes on several machines; "
+            "add -x MASTER_ADDR=HOST -x MASTER_PORT=29500 to mpirun",
         )
         missing = {
             "RANK": found.rank,
@@ -102,22 +125,22 @@ def asked_world_size() -> int:
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ():
             require(
                 name in env,
-                f"WORLD_SIZE is {size}, but {name} is not set, so the processes cannot meet; start "
-                "them with torchrun or accelerate launch",
+                f"WORLD_SIZE is {size}, but {name} is not set, so the processes cannot connect; "
+                "start them with torchrun or accelerate launch",
             )
-        rank = launcher_number("RANK") or 0
-        require(rank < size, f"RANK is {rank}, but WORLD_SIZE is {size}; ranks begin with 0")
+        rank = global_rank()
+        require(rank < size, f"RANK is {rank}, but WORLD_SIZE is {size}; ranks start at 0")
         port = launcher_number("MASTER_PORT") or 0
         require(port <= PORTS, f"MASTER_PORT is {port}; give a port of {PORTS} or less")
         return size
-    # `accelerate launch --num_processes 2` starts a single process where it finds no GPUs, or
-    # with --cpu.
+    # `accelerate launch --num_processes 2` starts a single process if it finds no GPU, or with
+    # --cpu.
     require(
         not _several_asked_of_accelerate(),
         "accelerate launch was asked for several processes but started only this one; "
         f"on a CPU use: {TWO_ON_CPU}",
     )
-    rank = launcher_number("RANK") or 0
+    rank = global_rank()
     require(
         (size, rank) == (1, 0),
         f"WORLD_SIZE is {size} and RANK is {rank}, but LOCAL_RANK is not set, so "
@@ -126,16 +149,16 @@ def asked_world_size() -> int:
     tasks = launcher_number("SLURM_STEP_NUM_TASKS", least=1) or 1
     require(
         tasks == 1,
-        f"srun started {tasks} tasks of plain python, which would each train alone; start one "
-        "task per node and in it torchrun or accelerate launch",
+        f"srun started {tasks} tasks of plain python, and each would train alone; start one "
+        "task per node that runs torchrun or accelerate launch",
     )
     return 1
 
 
 def _check_variables() -> None:
-    """Refuse variables of launchers with values that none sets, and remove the empty ones.
+    """Refuse launcher variables with invalid values, and remove empty ones.
 
-    torch and Accelerate read them too, and would fail of them without their names.
+    torch and Accelerate read them too, and their errors do not name the variable.
     """
     env = os.environ
     for name, value in list(env.items()):
@@ -148,18 +171,19 @@ def _check_variables() -> None:
         for rank, count in zip(ranks, counts, strict=True):
             size, number = launcher_number(count, least=1), launcher_number(rank) or 0
             if size is not None and number >= size:
-                raise PeersMissing(f"{rank} is {number} and {count} is {size}; ranks begin with 0")
+                raise PeersMissing(f"{rank} is {number} and {count} is {size}; ranks start at 0")
     require(
         "LOCAL_RANK" in env or len(set(sizes.values())) < 2,  # torchrun may run within mpirun
         f"{' and '.join(f'{name} is {size}' for name, size in sizes.items())}; unset the one that "
-        "is not the launcher's",
+        "the launcher did not set",
     )
 
 
 def _several_asked_of_accelerate() -> bool:
-    """Say whether accelerate launch, which has started this process alone, was asked for several.
+    """Return whether accelerate launch was asked for several processes but started only this one.
 
-    The only trace is a rendezvous address, which the user may have set, too.
+    The only trace is a rendezvous address. The user may have set that too, so the launcher's
+    command line and configuration decide.
     """
     launcher = find_launcher()
     if launcher is None or "MASTER_ADDR" not in os.environ:
@@ -184,7 +208,7 @@ def _several_asked_of_accelerate() -> bool:
 
 
 def find_launcher() -> "psutil.Process | None":
-    """Return the process of accelerate launch or torchrun that started this one."""
+    """Return the accelerate launch or torchrun process that started this one, or None."""
     import psutil
 
     with suppress(psutil.Error, OSError):
@@ -198,10 +222,10 @@ def find_launcher() -> "psutil.Process | None":
 
 
 def chosen_threads(environment: Mapping[str, str]) -> int | None:
-    """Return the number of threads that the user chose; of a list, such as 4,2, the first.
+    """Return OMP_NUM_THREADS, or None if it is not set. For a list such as 4,2 return the first.
 
     Raises:
-        UsageError: OMP_NUM_THREADS is no number of threads.
+        UsageError: OMP_NUM_THREADS is not a positive integer.
     """
     text = environment.get("OMP_NUM_THREADS", "").strip()
     first = text.partition(",")[0].strip()
@@ -213,7 +237,7 @@ def chosen_threads(environment: Mapping[str, str]) -> int | None:
 
 
 def user_environment() -> dict[str, str]:
-    """Return the environment as the user set it: that which a launcher was itself started with."""
+    """Return the environment before the launcher added to it: that of the launcher process."""
     import psutil
 
     if not is_launched():
@@ -225,12 +249,12 @@ def user_environment() -> dict[str, str]:
 
 
 def sharding() -> str:
-    """Return what the launcher was told to divide networks with, or ""."""
+    """Return the model sharding that the launcher configured, such as "FSDP", or ""."""
     used = (kind for name, kind in SHARDING.items() if os.environ.get(name, "").lower() == "true")
     return next(used, "")
 
 
-LOCAL_RANKS = (  # those that Accelerate knows, which would import torch to look
+LOCAL_RANKS = (  # those that Accelerate reads; asking it would import torch
     "LOCAL_RANK",
     "MPI_LOCALRANKID",
     "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -239,32 +263,133 @@ LOCAL_RANKS = (  # those that Accelerate knows, which would import torch to look
 
 
 def launcher_number(*names: str, least: int = 0) -> int | None:
-    """Return the first of a launcher's variables that is set, as a number; empty is not set.
+    """Return the first of these variables that is set and not empty, as an integer, or None.
 
     Raises:
-        UsageError: its value is not a whole number of at least `least`.
+        UsageError: its value is not an integer of at least `least`.
     """
     for name in names:
         text = os.environ.get(name, "").strip()
         if text:
             require(
                 text.isdecimal() and int(text) >= least,
-                f"{name} is '{text}' in the environment; launchers set a whole number of {least} "
-                "or more: unset it, or start with accelerate launch or torchrun",
+                f"{name} is '{text}' in the environment, but launchers set an integer of {least} "
+                "or more; unset it, or start with accelerate launch or torchrun",
             )
             return int(text)
     return None
 
 
 def local_rank() -> int:
-    """Return the number of this process on its machine, as its launcher or mpirun gave it.
+    """Return this process's rank on its machine, as set by the launcher or mpirun.
 
-    Where it is not a number, it is 0: `asked_world_size` refuses that, and somebody must report it.
+    Return 0 if the variable is not a number: `asked_world_size` refuses it, and local rank 0
+    reports the refusal.
     """
     found = next((os.environ[name] for name in LOCAL_RANKS if os.environ.get(name)), "0")
     return int(found) if found.isdecimal() else 0
 
 
 def is_launched() -> bool:
-    """Say whether a launcher started this process."""
+    """Return whether a launcher started this process."""
     return any(os.environ.get(name) for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"))
+
+
+def global_rank() -> int:
+    """Return this process's rank among all processes, or 0 without a launcher."""
+    return launcher_number("RANK") or 0
+
+
+def processes_here() -> int:
+    """Return the number of processes on this machine, or 1 without a launcher."""
+    return launcher_number(*LOCAL_SIZES, least=1) or 1
+
+
+def master_address() -> str:
+    """Return the host of rank 0, as set by the launcher."""
+    return os.environ["MASTER_ADDR"]
+
+
+def master_port() -> int:
+    """Return the port of the process group on rank 0's host, as set by the launcher."""
+    return int(os.environ["MASTER_PORT"])
+
+
+def has_agent_store() -> bool:
+    """Return whether torchrun serves the store of the launch."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def restart_count() -> str:
+    """Return how often torchrun has restarted the processes, "0" at first."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def restarts_in_place(environment: Mapping[str, str]) -> int:
+    """Return torchrun's number of restarts, or 0 if its store is not shared with them."""
+    wanted = environment.get("PET_MAX_RESTARTS", "0")
+    separate = environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
+    return int(wanted) if wanted.isdigit() and not separate else 0
+
+
+def is_slurm_job(environment: Mapping[str, str]) -> bool:
+    """Return whether an environment is that of a Slurm job."""
+    return "SLURM_JOB_ID" in environment
+
+
+def launched_machines() -> int | None:
+    """Return the number of machines set by torchrun or Slurm, or None."""
+    return _plain_number("PET_NNODES", "SLURM_NNODES")
+
+
+def launched_per_machine() -> int | None:
+    """Return the number of processes on each machine set by torchrun, or None."""
+    return _plain_number("PET_NPROC_PER_NODE", "LOCAL_WORLD_SIZE")
+
+
+def launched_machine_rank() -> int | None:
+    """Return the rank of this machine set by torchrun or Slurm, or None."""
+    return _plain_number("PET_NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
+
+
+def rendezvous_endpoint() -> tuple[str, str]:
+    """Return host and port at which the processes connect; the host is "" if none is set."""
+    env = os.environ
+    host = env.get("PET_MASTER_ADDR") or env.get("MASTER_ADDR") or ""
+    port = str(launcher_number("PET_MASTER_PORT", "MASTER_PORT") or 29500)
+    if not host and env.get("PET_RDZV_ENDPOINT"):
+        host, _, port = env["PET_RDZV_ENDPOINT"].partition(":")
+    return host, port
+
+
+def accelerate_settings() -> str:
+    """Return the variables that accelerate launch has set, as "NAME=VALUE, ..."."""
+    names = [name for name in os.environ if name.startswith("ACCELERATE_")]
+    return ", ".join(f"{name}={os.environ[name]}" for name in names)
+
+
+def accelerate_uses_cpu() -> bool:
+    """Return whether accelerate launch was asked to use the CPU."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def accelerate_precision() -> str:
+    """Return the mixed precision set by accelerate launch, or "no"."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+
+
+def accelerate_accumulation() -> int | None:
+    """Return the gradient accumulation steps set by accelerate launch, or None."""
+    return launcher_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", least=1)
+
+
+def visible_gpus() -> list[str] | None:
+    """Return the indices or UUIDs in CUDA_VISIBLE_DEVICES, or None if it is not set."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if visible is None else [part.strip() for part in visible.split(",")]
+
+
+def _plain_number(*names: str) -> int | None:
+    """Return the first of these variables that is a number; torchrun also accepts "1:4", "gpu"."""
+    words = re.compile(r"\d+:\d+|auto|cpu|gpu|xpu")
+    return launcher_number(*(n for n in names if not words.fullmatch(os.environ.get(n, ""))))

@@ -1,11 +1,10 @@
-"""What processes exchange besides tensors: who is there, what each was asked to do, what failed.
+"""Exchange facts between ranks through a key-value store: options, failures, who is alive.
 
-The exchange uses the key-value store of the launch, which works before the first collective and
-after the last one, and under torchrun outlives every process that trains.
+The store is torch's TCPStore. It works before the first collective and after the last one, and
+under torchrun it outlives the training processes.
 """
 
 import json
-import os
 import platform
 import sys
 import threading
@@ -20,9 +19,17 @@ from typing import Any, TypeVar
 
 from cifar_dist.errors import PeerLost, PeersMissing, UsageError
 from cifar_dist.processes.ending import GRACE_SECONDS, Ending
-from cifar_dist.processes.environment import local_rank
+from cifar_dist.processes.environment import (
+    asked_world_size,
+    global_rank,
+    has_agent_store,
+    local_rank,
+    master_address,
+    master_port,
+    restart_count,
+)
 
-MEETING_SECONDS = 60  # for all processes to arrive, once the first of them is there
+MEETING_SECONDS = 60  # for all processes to arrive, after the first one
 POLL_SECONDS = 0.05
 LISTENING_SECONDS = 1.0
 PACKAGE = Path(__file__).parents[1]
@@ -31,36 +38,36 @@ T = TypeVar("T")
 
 
 class Peers:
-    """The processes of one launch, this one among them.
+    """The processes of one launch, including this one.
 
     Args:
-        rank, world: of this process, and how many there are. A world of one needs no store.
+        rank: of this process.
+        world: the world size. With one process no store is used.
         timeout: seconds that a collective may take.
         patience: seconds to wait for the store.
 
     Attributes:
         first_here: rank of the first process of this machine.
-        serves: this process holds the store, because the launcher does not.
-        heard: how the launch ended, as far as this process has heard.
+        serves: whether this process serves the store, because the launcher does not.
+        heard: why the launch ended, if the listening thread has received it.
     """
 
-    meetings = 0  # of this Python process; each has its own keys
-    current: "Peers | None" = None  # the latest
+    meetings = 0  # instances in this Python process; each has its own keys in the store
+    current: "Peers | None" = None  # the latest instance
 
     def __init__(
         self, rank: int, world: int, timeout: float, patience: float = MEETING_SECONDS
     ) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout
         self.first_here = rank - local_rank()
-        self.serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self.serves = rank == 0 and not has_agent_store()
         self.heard: Ending | None = None
         self._done = threading.Event()
-        self._thread = threading.get_ident()  # that trains: under Ray not the main one
+        self._thread = threading.get_ident()  # the training thread: under Ray not the main one
         Peers.current = None
         if world > 1:
             Peers.meetings += 1
-            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._prefix = f"cifar_dist/{restart}/{Peers.meetings}"
+            self._prefix = f"cifar_dist/{restart_count()}/{Peers.meetings}"
             self._store = self._connect(patience)
             self._listener = threading.Thread(target=self._listen, daemon=True)
             self._listener.start()
@@ -68,31 +75,31 @@ class Peers:
 
     @classmethod
     def late(cls) -> "Peers | None":
-        """Meet the others at the end of a launch that has ended before they met, if possible."""
-        from cifar_dist.processes.environment import asked_world_size
+        """Connect after a failure that came before the processes connected; None if impossible."""
 
         with suppress(UsageError, RuntimeError, KeyError, ValueError):
             world = asked_world_size()
             if world > 1:
-                return cls(int(os.environ["RANK"]), world, 0, patience=GRACE_SECONDS)
+                return cls(global_rank(), world, 0, patience=GRACE_SECONDS)
         return None
 
     def compare(
-        self, what: str, facts: Mapping[str, Any], seconds: float | None = MEETING_SECONDS
+        self, name: str, facts: Mapping[str, Any], seconds: float | None = MEETING_SECONDS
     ) -> None:
-        """Refuse to go on unless every process has the same facts; every process must call it.
+        """Raise UsageError unless all ranks have the same facts. Every process must call it.
 
         Args:
-            what: what the facts describe, for the message.
+            name: name of the facts, for messages.
             facts: plain values.
-            seconds: to wait for the others; None waits as long as they live, and prints so.
+            seconds: time to wait for the other ranks. None waits without a limit, and prints which
+                ranks are missing.
 
         Raises:
-            PeersMissing: naming the ranks that did not arrive.
+            PeersMissing: some ranks did not arrive; the message names them.
             PeerLost: the launch has ended meanwhile.
-            UsageError: naming the first rank that differs, and what differs.
+            UsageError: the message names the first rank that differs, and its differences.
         """
-        first, *others = self.tell(what, dict(facts), seconds)
+        first, *others = self.exchange(name, dict(facts), seconds)
         for rank, other in enumerate(others, 1):
             different = [
                 f"{key} is {first.get(key)} there and {other.get(key)} on rank {rank}"
@@ -101,20 +108,21 @@ class Peers:
             ]
             if different:
                 raise UsageError(
-                    f"rank {rank} was started with another {what} than rank 0: "
-                    f"{'; '.join(different[:5])}; start all with the same"
+                    f"rank {rank} was started with another {name} than rank 0: "
+                    f"{'; '.join(different[:5])}; use the same on all ranks"
                 )
 
-    def tell(self, what: str, fact: Any, seconds: float | None = MEETING_SECONDS) -> list[Any]:
-        """Give the others a fact, and return the facts of all processes, by rank.
+    def exchange(self, name: str, fact: Any, seconds: float | None = MEETING_SECONDS) -> list[Any]:
+        """Return the facts of all processes, by rank. Every process must call it.
 
         Args:
-            what: what the fact describes, for the message.
+            name: name of the fact, for messages.
             fact: a plain value.
-            seconds: to wait for the others; None waits as long as they live, and prints so.
+            seconds: time to wait for the other ranks. None waits without a limit, and prints which
+                ranks are missing.
 
         Raises:
-            PeersMissing: naming the ranks that did not arrive.
+            PeersMissing: some ranks did not arrive; the message names them.
             PeerLost: the launch has ended meanwhile.
         """
         if self.world == 1:
@@ -122,25 +130,25 @@ class Peers:
         import torch.distributed
 
         try:
-            self._store.set(f"{what}/{self.rank}", json.dumps(fact))
-            self._wait_for(what, seconds)
-            facts = [json.loads(self._store.get(f"{what}/{rank}")) for rank in range(self.world)]
-            self.mark(f"{what}/read")
-            if self.serves:  # it may end as soon as it goes on
+            self._store.set(f"{name}/{self.rank}", json.dumps(fact))
+            self._wait_for(name, seconds)
+            facts = [json.loads(self._store.get(f"{name}/{rank}")) for rank in range(self.world)]
+            self.mark(f"{name}/read")
+            if self.serves:  # the store ends with this process, so wait until all have read
                 self.wait_until(
-                    lambda: len(self.marked(f"{what}/read")) == self.world, GRACE_SECONDS
+                    lambda: len(self.marked(f"{name}/read")) == self.world, GRACE_SECONDS
                 )
         except torch.distributed.DistNetworkError as error:
-            raise PeerLost(f"rank 0 left before it gave its {what}") from error
+            raise PeerLost(f"rank 0 exited before it sent its {name}") from error
         return facts
 
-    def _wait_for(self, what: str, seconds: float | None) -> None:
-        keys = [f"{what}/{rank}" for rank in range(self.world)]
+    def _wait_for(self, name: str, seconds: float | None) -> None:
+        keys = [f"{name}/{rank}" for rank in range(self.world)]
         began = printed = time.monotonic()
-        while not self._store.check(keys):  # its own wait could not notice that the launch ends
+        while not self._store.check(keys):  # store.wait would not notice that the launch ends
             time.sleep(min(1.0, POLL_SECONDS * self.world / 4))
             if self.ending():
-                raise PeerLost(f"the launch ended before all processes gave their {what}")
+                raise PeerLost(f"the launch ended before all processes sent their {name}")
             now = time.monotonic()
             waited = round(now - began)
             if now - (printed if seconds is None else began) < (seconds or MEETING_SECONDS):
@@ -150,20 +158,20 @@ class Peers:
             if seconds is not None:
                 raise PeersMissing(
                     f"of {self.world} processes, ranks {missing} did not arrive within {waited} s; "
-                    "look at their machines and logs"
+                    "check their machines and logs"
                 )
             printed = now
             if self.rank == min(here):
-                print(f"waiting for the {what} of ranks {missing}, {waited} s", flush=True)
+                print(f"waiting for the {name} of ranks {missing}, {waited} s", flush=True)
 
     def leave(self) -> None:
-        """Stop listening; Python must not end while the thread is within the store's C++ code."""
+        """Stop the listening thread: Python must not exit while it is in the store's C++ code."""
         if self.world > 1:
             self._done.set()
             self._listener.join(GRACE_SECONDS)
         Peers.current = None
 
-    # What processes leave in the store while a launch ends; ending.py says in which order.
+    # Keys that processes set while a launch ends; ending.py defines the protocol.
 
     def publish(self, ending: Ending) -> Ending:
         """Publish why the launch ends, and return the first ending that any process published."""
@@ -197,19 +205,19 @@ class Peers:
         return {rank for rank in range(self.world) if self.has(f"{key}/{rank}")}
 
     def wait_until(self, ready: Callable[[], T], seconds: float) -> T:
-        """Return what `ready` returns once that is true, or at the end of the time."""
+        """Call `ready` until it returns a true value or the time is up; return its last value."""
         end = time.monotonic() + seconds
         while not (found := ready()) and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
         return found
 
     def call_roll(self) -> None:
-        """Have every process that is still there mark "here", within LISTENING_SECONDS."""
+        """Make every process that is alive set its "here" key, within LISTENING_SECONDS."""
         self.put("roll call")
         self.put("news")
 
     def ask_where(self, ranks: list[int]) -> str:
-        """Ask ranks that hang what they are doing, and return their answers in words."""
+        """Ask ranks that hang where they are in the code, and return their answers as text."""
         self._store.set("where", json.dumps(ranks))
         self.put("news")
         self.wait_until(lambda: all(self.has(f"where/{rank}") for rank in ranks), GRACE_SECONDS)
@@ -222,12 +230,10 @@ class Peers:
         return f" ({'; '.join(found)})"
 
     def _listen(self) -> None:
-        """Answer `call_roll` and `ask_where`, and hear how the launch ends; in a thread."""
+        """Answer `call_roll` and `ask_where`, and receive the ending; runs in a daemon thread."""
         answered = set()
-        with suppress(
-            UsageError, RuntimeError, KeyError
-        ):  # the launch, or the main thread, is over
-            store = self._connect(MEETING_SECONDS)  # of its own: the other one may be blocked
+        with suppress(UsageError, RuntimeError, KeyError):  # the launch or main thread has ended
+            store = self._connect(MEETING_SECONDS)  # a second client: the first may be blocked
             while not self._done.wait(LISTENING_SECONDS):
                 if not store.check(["news"]):
                     continue
@@ -245,14 +251,14 @@ class Peers:
                     return
 
     def _connect(self, patience: float) -> Any:
-        """Return a client of the launch's store; rank 0 serves it where the launcher does not.
+        """Return a client of the launch's store; rank 0 serves it if the launcher does not.
 
         Raises:
-            PeersMissing: it cannot be reached.
+            PeersMissing: the store cannot be reached within `patience` seconds.
         """
         import torch.distributed
 
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        host, port = master_address(), master_port()
         try:
             store = torch.distributed.TCPStore(
                 host,
@@ -260,12 +266,12 @@ class Peers:
                 is_master=self.serves,
                 timeout=timedelta(seconds=patience),
                 wait_for_workers=False,
-                multi_tenant=True,  # the process group is going to use the same port
+                multi_tenant=True,  # the process group will use the same port
             )
         except torch.distributed.DistError as error:
             if self.rank == 0 and "in use" in str(error).lower():
                 raise PeersMissing(
-                    f"port {port} is taken by another program; choose another with the launcher's "
+                    f"port {port} is in use by another program; choose another with the launcher's "
                     "--main_process_port or --master_port, or with MASTER_PORT"
                 ) from error
             raise PeersMissing(
@@ -276,7 +282,7 @@ class Peers:
 
 
 def describe_process() -> dict[str, Any]:
-    """Return what must be the same in all processes whatever they do: the code and its versions."""
+    """Return the versions and the hash of the code, which must be equal on all ranks."""
     import hashlib
     from importlib.metadata import version
 
@@ -291,7 +297,7 @@ def describe_process() -> dict[str, Any]:
 
 
 def _place(frame: FrameType | None) -> str:
-    """Name a frame, and the innermost one of ours below it."""
+    """Return file and line of a frame, and of the innermost frame of this package above it."""
     assert frame is not None
     names = [f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"]
     while frame is not None and "cifar_dist" not in frame.f_code.co_filename:

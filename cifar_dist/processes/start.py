@@ -1,7 +1,7 @@
-"""The processes: builds the Accelerator and proves that it is the one that was asked for.
+"""Build the Accelerator, and check that it matches what the launcher and the recipe asked for.
 
-Launchers start processes and speak through environment variables; what they cannot do they often
-skip without a word. Each such case is refused here, before anything else happens.
+Launchers pass their settings through environment variables, and often ignore silently a request
+that they cannot fulfil. Each such case is refused here, before training begins.
 """
 
 import ctypes
@@ -16,12 +16,16 @@ from cifar_dist.config import TrainConfig
 from cifar_dist.errors import PeersMissing, UsageError, require
 from cifar_dist.processes.ending import describe_refusal
 from cifar_dist.processes.environment import (
-    LOCAL_SIZES,
     TOO_MUCH,
     TWO_ON_CPU,
+    accelerate_accumulation,
+    accelerate_precision,
+    accelerate_settings,
+    accelerate_uses_cpu,
     asked_world_size,
     chosen_threads,
-    launcher_number,
+    global_rank,
+    processes_here,
     sharding,
     usable_cores,
     user_environment,
@@ -37,25 +41,24 @@ T = TypeVar("T")
 
 
 def start_processes(
-    train: TrainConfig, log_with: Sequence[str] = (), told: Mapping[str, Any] | None = None
+    train: TrainConfig, log_with: Sequence[str] = (), shared: Mapping[str, Any] | None = None
 ) -> "tuple[Accelerator, Peers]":
-    """Join the processes that the launcher started and return the Accelerator for them.
+    """Join the processes that the launcher started, and return the Accelerator and the peers.
 
     Args:
-        train: says the precision, the time-out and whether BatchNorm is synchronised.
+        train: precision, timeout, determinism and gradient compression.
         log_with: names of trackers.
-        told: what this process was told to do, plain values; all must have been told the same.
+        shared: options that must be equal on all ranks, as plain values.
 
     Raises:
-        UsageError: the world size, the precision or a tracker is not to be had here, or the
-            processes differ in what they were told or in their code.
+        UsageError: the world size, the precision or a tracker is unavailable on this machine, or
+            the ranks differ in their options or code.
     """
     asked = asked_world_size()
     require(not sharding(), f"{sharding()} {TOO_MUCH}; use MULTI_GPU")
     threads = chosen_threads(user_environment())
-    parts = launcher_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", least=1)
     require(
-        parts in (None, 1),
+        accelerate_accumulation() in (None, 1),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set; unset it and use train.accumulate",
     )
     from accelerate import (
@@ -67,19 +70,19 @@ def start_processes(
     from accelerate.state import AcceleratorState
     from accelerate.utils import DDPCommunicationHookType, ProjectConfiguration
 
-    # A second run in one Python, as in a notebook, may ask for another precision.
+    # A second run in the same Python process, as in a notebook, may use another precision.
     AcceleratorState._reset_state()
     use_cpu = _cpu_is_meant(asked)
     _use_all_cores(threads)
     if use_cpu:
         keep_memory()
     _choose_algorithms(train.deterministic)
-    peers = Peers(launcher_number("RANK") or 0, asked, train.timeout)
+    peers = Peers(global_rank(), asked, train.timeout)
     peers.compare("code", describe_process())
-    peers.compare("recipe", told or {})
+    peers.compare("recipe", shared or {})
     if asked > 1:
         choose_interface(peers)
-    # NCCL would end the process itself: the exchange on the CPU is to notice first, and say it.
+    # NCCL aborts the process on a timeout; the shorter one of the gloo group raises an error first.
     timeout = timedelta(seconds=train.timeout + (0 if use_cpu else 60))
     hooks = DDPCommunicationHookType
     hook = hooks.BF16 if train.compress_gradients else hooks.NO
@@ -87,7 +90,7 @@ def start_processes(
         accelerator = Accelerator(
             cpu=use_cpu,
             mixed_precision=_choose_precision(train.precision, use_cpu),
-            # Slices of global batches, never padded: no sample is trained or counted twice.
+            # Each rank gets a slice of the global batch. No padding: no sample is used twice.
             dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False),
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook),
@@ -97,14 +100,15 @@ def start_processes(
             project_config=ProjectConfiguration(project_dir="."),  # the run folder is set later
         )
     except ValueError as error:
-        given = ", ".join(f"{n}={v}" for n, v in os.environ.items() if n.startswith("ACCELERATE_"))
-        raise UsageError(f"Accelerate refuses this configuration: {error} ({given})") from error
+        raise UsageError(
+            f"Accelerate refuses this configuration: {error} ({accelerate_settings()})"
+        ) from error
     except RuntimeError as error:
         if "connectFullMesh" not in str(error):
             raise
-        # gloo cannot connect the processes, though all reached the store of the launch.
+        # All processes reached the store, but gloo cannot connect them with each other.
         raise PeersMissing(
-            f"the processes lost each other at the start: {' '.join(str(error).split())[:200]}; "
+            f"gloo could not connect the processes: {' '.join(str(error).split())[:200]}; "
             "the machines must reach each other through the network interface "
             f"{os.environ.get('GLOO_SOCKET_IFNAME')} (GLOO_SOCKET_IFNAME)"
         ) from error
@@ -113,10 +117,10 @@ def start_processes(
 
 
 def keep_memory() -> None:
-    """Have glibc keep freed memory for the next step instead of handing it back to the kernel.
+    """Make glibc keep freed memory for the next step instead of returning it to the kernel.
 
-    It maps each large tensor anew otherwise, and the kernel clears every page again: up to a third
-    of a step on a CPU. Other C libraries do without.
+    By default each large tensor is a new mapping whose pages the kernel must zero: up to a third
+    of a step on a CPU. Does nothing with other C libraries.
     """
     with suppress(OSError, AttributeError, TypeError):  # Windows raises TypeError
         allocator = ctypes.CDLL(None)
@@ -126,33 +130,33 @@ def keep_memory() -> None:
 
 
 def _choose_algorithms(deterministic: bool) -> None:
-    """Let CUDA measure which algorithms are fastest, or have it use only repeatable ones."""
+    """Let cuDNN benchmark its algorithms, or use only deterministic ones."""
     import torch
 
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    # The same as torch.use_deterministic_algorithms, which imports the compiler: two seconds.
+    # torch.use_deterministic_algorithms does the same, but imports the compiler (two seconds).
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic
 
 
 def leave_processes() -> None:
-    """Close the process group, at the end of a command that succeeded."""
+    """Destroy the process group, at the end of a command that succeeded."""
     from accelerate import PartialState
 
     PartialState().destroy_process_group()
 
 
 def precision_in_force(accelerator: "Accelerator") -> str:
-    """Return the precision the forward pass really runs in."""
+    """Return the precision in which the forward pass runs: "fp32", "fp16" or "bf16"."""
     return str(accelerator.mixed_precision) if accelerator.native_amp else "fp32"
 
 
 def on_main_process(accelerator: "Accelerator", function: Callable[[], T]) -> T:
-    """Run `function` on rank 0 and give its result, or its UsageError, to every process.
+    """Run `function` on rank 0 and broadcast its result, or its UsageError, to all ranks.
 
-    Every process must call it. Nobody is left waiting for a rank 0 that has given up.
+    Every process must call it.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -171,20 +175,20 @@ def on_main_process(accelerator: "Accelerator", function: Callable[[], T]) -> T:
 
 
 def _cpu_is_meant(processes: int) -> bool:
-    """Say whether to train on the CPU: as the launcher was told, or for want of anything else."""
+    """Return whether to train on the CPU: the launcher asked for it, or no GPU is usable."""
     import torch
 
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if accelerate_uses_cpu():
         return True
     device = torch.accelerator.current_accelerator(check_available=True)
-    # Without being told, Accelerate would let each of several processes train alone.
+    # With several processes on MPS, Accelerate would train in each of them separately.
     return device is None or (device.type == "mps" and processes > 1)
 
 
 def _choose_precision(asked: str, use_cpu: bool) -> str:
     import torch
 
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    launcher = accelerate_precision()
     require(
         asked != "auto" or launcher in ("no", "fp16", "bf16"),
         f"ACCELERATE_MIXED_PRECISION is '{launcher}'; give no, fp16 or bf16",
@@ -192,7 +196,7 @@ def _choose_precision(asked: str, use_cpu: bool) -> str:
     precision = launcher if asked == "auto" else asked
     require(
         not (precision == "fp16" and use_cpu),
-        "fp16 is not available on a CPU (Accelerate would train in fp32 without saying so); "
+        "fp16 is unavailable on a CPU (Accelerate would silently train in fp32); "
         "use --train.precision no or bf16",
     )
     if asked != "auto" or launcher != "no":
@@ -215,47 +219,48 @@ def _check(
     kind = accelerator.distributed_type.value
     require(
         kind in ("NO", "MULTI_CPU", "MULTI_GPU"),
-        f"Accelerate found {kind}, and several processes train on CPUs or CUDA GPUs only",
+        f"Accelerate found {kind}, but several processes can train on CPUs or CUDA GPUs only",
     )
     require(
         len(accelerator.log_with) == len(log_with),
-        f"of the trackers {', '.join(log_with)} not all are installed",
+        f"not all of the trackers {', '.join(log_with)} are installed; install them, or change "
+        "track.log_with",
     )
     require(
         not train.sync_batchnorm or accelerator.device.type == "cuda",
-        f"train.sync_batchnorm works on CUDA GPUs only, not on {accelerator.device.type}",
+        f"train.sync_batchnorm needs CUDA GPUs, but the device is {accelerator.device.type}; set "
+        "it to false",
     )
     compilers = (os.environ.get("CXX"), "g++", "clang++")
     require(
         not (train.compile or compiler_of_launcher(accelerator))
         or accelerator.device.type == "cuda"
         or any(name and shutil.which(name) for name in compilers),
-        "train.compile needs a C++ compiler on a CPU, and neither g++ nor clang++ was found; "
-        "install one, or leave train.compile, and the launcher's dynamo_backend, out",
+        "train.compile needs a C++ compiler on a CPU, but neither g++ nor clang++ was found; "
+        "install one, or remove train.compile and the launcher's dynamo_backend",
     )
 
 
 def _use_all_cores(chosen: int | None) -> None:
-    """Share the cores among the processes of this machine, unless the user chose a number.
+    """Divide the cores among this machine's processes, unless the user chose a thread count.
 
     accelerate launch and torchrun set OMP_NUM_THREADS to 1, which would leave cores idle.
     """
     import torch
 
-    local = launcher_number(*LOCAL_SIZES, least=1) or 1
-    threads = chosen or max(1, usable_cores() // local)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # else Accelerate chooses again
+    threads = chosen or max(1, usable_cores() // processes_here())
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # otherwise Accelerate sets its own number
     torch.set_num_threads(threads)
 
 
 def compiler_of_launcher(accelerator: "Accelerator") -> str | None:
-    """Return the dynamo backend with which Accelerate compiles each network, as configured."""
+    """Return the dynamo backend that Accelerate compiles networks with, or None."""
     backend = accelerator.state.dynamo_plugin.backend.value
     return None if backend == "NO" else backend.lower()
 
 
 def describe_device(device: "torch.device") -> str:
-    """Return the device's type with the name of the hardware where it is known."""
+    """Return the name of a CUDA GPU, or the device type."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

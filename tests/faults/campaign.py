@@ -1,9 +1,9 @@
-"""Kill real runs and compare what comes of them: `python -m tests.faults.campaign --kills N`.
+"""Kill real runs and compare their results: `python -m tests.faults.campaign --kills N`.
 
-Runs are killed with SIGKILL, all processes at once: a part of the times before the n-th write
-operation of the checkpoint store, for every n, the others at random moments. Each is started again
-and killed again, until it ends; then its weights are compared with those of a run that nobody
-disturbed. After every kill the newest checkpoint must verify, and steps must not go backwards.
+All processes of a run are killed with SIGKILL at once: half of the times before the n-th write
+operation of a save, for every n, otherwise at a random moment. Each run is restarted and killed
+again until it finishes. Then its weights are compared with those of an uninterrupted run. After
+every kill the newest checkpoint must verify, and its step must not decrease.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from cifar_dist.storage.checkpoint import DamagedCheckpoint, checkpoints_in, loa
 from tests.forked import start
 from tests.helpers import TINY, digest_of
 
-# Everything random is on, and a save is never far.
+# All random features are on, and saves are frequent.
 RECIPE = [
     *(*TINY, "--data.image_size", "16", "--model.name", "tutorial-relu"),
     *("--augment.flip", "random", "--augment.translate", "1", "--augment.cutout", "4"),
@@ -28,18 +28,18 @@ RECIPE = [
     *("--train.batch_size", "30"),  # for 1, 2 and 3 processes
     *("--checkpoint.every_steps", "3", "--checkpoint.keep", "2"),
 ]
-WRITES = 24  # operations of one save, roughly; the kills go through them in turn
+WRITES = 24  # approximate write operations of one save; the kills cycle through them
 
 
 @dataclass
 class Tally:
-    """What has been seen, and what must not be.
+    """Counts and failures of a campaign.
 
     Attributes:
-        kills: in all.
-        in_save: before a write operation of a save.
-        finished: runs that came to their end.
-        wrong: what was not as promised.
+        kills: total number of kills.
+        in_save: kills before a write operation of a save.
+        finished: runs that finished.
+        wrong: messages about violated guarantees.
     """
 
     kills: int = 0
@@ -48,8 +48,8 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
 
 
-def torment(processes: int, kills: int, folder: Path, seed: int = 0) -> Tally:
-    """Kill `kills` times, over as many runs as that takes."""
+def kill_runs(processes: int, kills: int, folder: Path, seed: int = 0) -> Tally:
+    """Kill runs until there were `kills` kills."""
     chance, tally, options = random.Random(seed), Tally(), [*RECIPE, "--out"]
     whole = folder / f"whole-{processes}"
     with start([*options, str(whole)], processes, folder=folder) as job:
@@ -78,19 +78,19 @@ def torment(processes: int, kills: int, folder: Path, seed: int = 0) -> Tally:
             if codes == [0] * processes:
                 break
             if not all(code in (0, -9) for code in codes):
-                tally.wrong.append(f"run {runs} could not go on: {job.text()}")
+                tally.wrong.append(f"run {runs} could not resume: {job.text()}")
                 break
             tally.kills += 1
             tally.in_save += mark.exists()
             reached = _look(out, reached, tally)
         tally.finished += 1
         if digest_of(out) != expected:
-            tally.wrong.append(f"run {runs} ended with other weights")
+            tally.wrong.append(f"run {runs} finished with different weights")
     return tally
 
 
 def _look(out: Path, reached: int, tally: Tally) -> int:
-    """Verify what a kill has left, and return the newest whole step."""
+    """Verify the checkpoints after a kill, and return the newest step."""
     steps = []
     for path in checkpoints_in(out / "checkpoints") if (out / "checkpoints").is_dir() else []:
         try:
@@ -99,14 +99,14 @@ def _look(out: Path, reached: int, tally: Tally) -> int:
             tally.wrong.append(f"a committed checkpoint is damaged: {error}")
     newest = max(steps, default=0)
     if newest < reached:
-        tally.wrong.append(f"step {reached} was committed, and then only {newest}")
+        tally.wrong.append(f"step {reached} was committed, but now the newest is {newest}")
     return newest
 
 
 def main() -> int:
-    """Run the campaign on one and on two processes, and return 0 if nothing was wrong."""
+    """Run the campaign on one and on two processes, and return 0 if nothing failed."""
     parser = argparse.ArgumentParser("tests.faults.campaign")
-    parser.add_argument("--kills", type=int, default=300, help="on each number of processes")
+    parser.add_argument("--kills", type=int, default=300, help="for each number of processes")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -115,11 +115,11 @@ def main() -> int:
     for processes in options.processes:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as name:
-            tally = torment(processes, options.kills, Path(name), options.seed)
+            tally = kill_runs(processes, options.kills, Path(name), options.seed)
         minutes = (time.monotonic() - began) / 60
         print(
             f"{processes} processes: {tally.kills} kills, {tally.in_save} of them inside a save, "
-            f"{tally.finished} runs ended, {len(tally.wrong)} things wrong, {minutes:.0f} minutes",
+            f"{tally.finished} runs finished, {len(tally.wrong)} failures, {minutes:.0f} minutes",
             *tally.wrong,
             sep="\n  ",
             flush=True,

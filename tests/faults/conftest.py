@@ -1,4 +1,4 @@
-"""Small file systems for the tests: full, read-only."""
+"""Small or read-only file systems for the tests."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture
 def mounted() -> Iterator[Callable[..., Path]]:
-    """Mount something over a folder until the test ends: mounted(folder, "-t", "tmpfs", ...)."""
+    """Mount a file system on a folder for one test: mounted(folder, "-t", "tmpfs", ...)."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("mounting a small or read-only file system needs root on Linux")
     folders: list[Path] = []
@@ -20,7 +20,7 @@ def mounted() -> Iterator[Callable[..., Path]]:
         folder.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(f"this container may not mount: {done.stderr.strip()}")
+            pytest.skip(f"mounting is not permitted in this container: {done.stderr.strip()}")
         folders.append(folder)
         return folder
 

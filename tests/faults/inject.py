@@ -1,7 +1,7 @@
-"""Faults, put into a training process before it trains.
+"""Inject faults into a training process before it trains.
 
-`python -m tests.faults.inject "NAME ARGUMENT..." [options of cifar_dist.train]` does it under any
-launcher. Where a fault is to meet something from outside, it creates the file $FAULT_MARK first.
+`python -m tests.faults.inject "NAME ARGUMENT..." [options of cifar_dist.train]` works under any
+launcher. A fault that the test must wait for creates the file $FAULT_MARK first.
 """
 
 import ctypes
@@ -20,14 +20,14 @@ RANK = "RANK"
 
 
 def inject(fault: str) -> None:
-    """Put in the fault `NAME ARGUMENT...`, or several joined by " and "."""
+    """Inject the fault `NAME ARGUMENT...`, or several joined by " and "."""
     for one in fault.split(" and "):
         name, *arguments = one.split()
         globals()[name](*arguments)
 
 
 def raises(step: str, rank: str) -> None:
-    """Raise an error of nobody's making."""
+    """Raise an unexpected exception."""
 
     def act(state: Any) -> None:
         raise ValueError("injected")
@@ -36,7 +36,7 @@ def raises(step: str, rank: str) -> None:
 
 
 def loses_privileges() -> None:
-    """Keep root, who may read everything, to the modes of files: what other users are kept to."""
+    """Make root obey file modes, as other users must, by dropping capabilities."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return
     libc, drop_from_bounding_set = ctypes.CDLL(None), 24
@@ -57,17 +57,17 @@ def is_killed(step: str, rank: str) -> None:
 
 
 def launcher_is_stopped(step: str, rank: str) -> None:
-    """SIGTERM the launcher of this process, and no other."""
+    """SIGTERM the launcher of this process."""
     _after_step(int(step), rank, lambda state: os.kill(os.getppid(), signal.SIGTERM))
 
 
 def hangs(step: str, rank: str) -> None:
-    """Do nothing any more."""
+    """Sleep for ever."""
     _after_step(int(step), rank, lambda state: time.sleep(1000))
 
 
 def drifts(step: str, rank: str) -> None:
-    """Change the last bit of one weight."""
+    """Flip the last bit of one weight."""
 
     def act(state: Any) -> None:
         bias = list(state.network.parameters())[-1].data.view(torch.int32)
@@ -77,7 +77,7 @@ def drifts(step: str, rank: str) -> None:
 
 
 def misses_a_step(step: str, rank: str) -> None:
-    """Leave out one optimizer step, whose number is `step` + 1."""
+    """Skip the optimizer step after `step`."""
 
     def act(state: Any) -> None:
         call = state.optimizer.step
@@ -91,11 +91,11 @@ def misses_a_step(step: str, rank: str) -> None:
 
 
 def bad_image(position: str, kind: str) -> None:
-    """Make one training image give a number that is not finite.
+    """Make one training image produce a non-finite value.
 
     Args:
-        kind: nan, in its pixels; loss, which is infinite and has finite gradients; or gradient,
-            which is infinite and has a finite loss.
+        kind: "nan" in its pixels; "loss", an infinite loss with finite gradients; or "gradient",
+            infinite gradients with a finite loss.
     """
     from cifar_dist.data.augment import Pixels
     from cifar_dist.training import session
@@ -138,7 +138,7 @@ def bad_image(position: str, kind: str) -> None:
 
 
 def dies_at_write(number: str) -> None:
-    """SIGKILL the whole job before the write operation of this number in the checkpoint store."""
+    """SIGKILL the whole job before the write operation with this number in the checkpoint store."""
     from cifar_dist import files
     from cifar_dist.storage import checkpoint
 
@@ -148,7 +148,7 @@ def dies_at_write(number: str) -> None:
         function = getattr(module, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
-            # A path or an open file, of a checkpoint and no other file.
+            # Count only calls with a path or open file of a checkpoint.
             if any("/checkpoints" in str(one) for one in arguments if not isinstance(one, dict)):
                 left[0] -= 1
                 if left[0] == 0:
@@ -166,7 +166,7 @@ def dies_at_write(number: str) -> None:
 
 
 def slow_saving(seconds: str) -> None:
-    """Take long over every file of a checkpoint."""
+    """Sleep after writing each file of a checkpoint."""
     from cifar_dist.storage import checkpoint
 
     original = checkpoint.save_file
@@ -180,7 +180,7 @@ def slow_saving(seconds: str) -> None:
 
 
 def slow_evaluation(seconds: str) -> None:
-    """Take long over every batch of an evaluation, and have many."""
+    """Sleep before each batch of an evaluation, and use small batches."""
     from cifar_dist.data import batches
     from cifar_dist.data.augment import Pixels
 
@@ -188,7 +188,7 @@ def slow_evaluation(seconds: str) -> None:
     original = Pixels.for_evaluation
 
     def for_evaluation(self: Any, images: torch.Tensor) -> torch.Tensor:
-        if len(images) > 1:  # not the one for the graph
+        if len(images) > 1:  # a single image is the trace of the network's graph
             _mark()
             time.sleep(float(seconds))
         return original(self, images)
@@ -197,7 +197,7 @@ def slow_evaluation(seconds: str) -> None:
 
 
 def slow_decoding(seconds: str) -> None:
-    """Take long over every image file."""
+    """Sleep before decoding each image file."""
     from cifar_dist.data import decode
 
     original = decode.decode_image
@@ -211,7 +211,7 @@ def slow_decoding(seconds: str) -> None:
 
 
 def slow_start(seconds: str, rank: str | None = None) -> None:
-    """Take long before there are any data."""
+    """Sleep before the dataset is loaded."""
     from cifar_dist.training import run
 
     original = run.load_dataset
@@ -227,7 +227,7 @@ def slow_start(seconds: str, rank: str | None = None) -> None:
 
 
 def killed_at_start(rank: str) -> None:
-    """SIGKILL this process before there are any data."""
+    """SIGKILL this process before the dataset is loaded."""
     from cifar_dist.training import run
 
     if os.environ.get(RANK) == rank:
@@ -235,7 +235,7 @@ def killed_at_start(rank: str) -> None:
 
 
 def slow_report(seconds: str) -> None:
-    """Take long to print the cause of a failure."""
+    """Sleep before printing the cause of a failure."""
     from cifar_dist import train
 
     original = train.print_ending
@@ -248,7 +248,7 @@ def slow_report(seconds: str) -> None:
 
 
 def slow_steps(seconds: str) -> None:
-    """Take long over every step."""
+    """Sleep after every step."""
 
     def act(state: Any) -> None:
         if state.step >= 3:
@@ -259,7 +259,7 @@ def slow_steps(seconds: str) -> None:
 
 
 def broken_tracker() -> None:
-    """Have TensorBoard's tracker raise from its third record on."""
+    """Make the TensorBoard tracker raise from its third record on."""
     from accelerate.tracking import TensorBoardTracker
 
     original, calls = TensorBoardTracker.log, []
@@ -274,13 +274,13 @@ def broken_tracker() -> None:
 
 
 def clock_set_back() -> None:
-    """Let the wall clock run backwards."""
+    """Make the wall clock run backwards."""
     begin = time.time()
     time.time = lambda: begin - 1000 - time.monotonic()  # type: ignore[assignment]
 
 
 def other_code(folder: str) -> None:
-    """Have rank 1 find the program in a copy of it that differs in one byte."""
+    """Make rank 1 hash a copy of the package that differs in one byte."""
     from cifar_dist.processes import peers
 
     if os.environ.get(RANK) == "1":
@@ -292,7 +292,7 @@ def other_code(folder: str) -> None:
 
 
 def joins_alone() -> None:
-    """Have Accelerate join no other process, without a word."""
+    """Make Accelerate silently train alone."""
     import accelerate
 
     def build(*arguments: Any, **options: Any) -> Any:
@@ -304,7 +304,7 @@ def joins_alone() -> None:
 
 
 def dies_of_pickles() -> None:
-    """End the process when anything with a class or a function in it is unpickled."""
+    """Exit when a pickle with a class or a function is unpickled."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "pickle.find_class":
@@ -315,7 +315,7 @@ def dies_of_pickles() -> None:
 
 
 def short_meeting(seconds: str) -> None:
-    """Wait less for processes that do not come."""
+    """Shorten the time to wait for the other processes."""
     from cifar_dist.processes import peers
 
     peers.MEETING_SECONDS = int(seconds)
@@ -323,7 +323,7 @@ def short_meeting(seconds: str) -> None:
 
 
 def never_comes(rank: str) -> None:
-    """Hang before the others are met."""
+    """Hang before connecting to the other processes."""
     if os.environ.get(RANK) == rank:
         time.sleep(1000)
 

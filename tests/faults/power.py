@@ -1,7 +1,7 @@
-"""A power cut, simulated: which states of a folder POSIX allows after a recorded sequence of calls.
+"""Simulate power cuts: the states of a folder that POSIX allows after a recorded sequence of calls.
 
-Calls of `os` that change a folder or sync a file are recorded whoever makes them, and so is the
-content of all files before and after each call. What was written but not synced may be lost.
+All calls of `os` that change a folder or sync a file are recorded, with the content of all files
+before and after each call. Data that was written but not synced may be lost.
 """
 
 import os
@@ -21,7 +21,7 @@ Tree = dict[str, Any]  # by name: the content of a file, or the tree of a folder
 
 
 class Change(NamedTuple):
-    """An entry of a folder was added, removed (`node` is None) or renamed, which is atomic."""
+    """An atomic change of a folder: an entry was added, removed (`node` is None) or renamed."""
 
     name: str
     node: int | None
@@ -30,11 +30,11 @@ class Change(NamedTuple):
 
 @dataclass
 class Recording:
-    """What happened in a folder.
+    """The recorded events in a folder.
 
     Attributes:
-        snapshots: the folder as a running process sees it, after each event.
-        synced: of each event, the file or folder that it synced, or None.
+        snapshots: the folder as seen by a running process, after each event.
+        synced: for each event, the number of the file or folder that it synced, or None.
     """
 
     folder: Path
@@ -51,7 +51,7 @@ class Recording:
         seen: dict[int, int] = {}
         snapshot: Snapshot = {}
         self._walk(self.folder, seen, snapshot)
-        self._numbers = seen  # an inode that is free again may become another file
+        self._numbers = seen  # a freed inode may be reused for another file
         if not self.snapshots or snapshot != self.snapshots[-1]:
             self.snapshots.append(snapshot)
             self.synced.append(None)
@@ -80,7 +80,7 @@ class Recording:
 
 @contextmanager
 def recorded(folder: Path) -> Iterator[Recording]:
-    """Record what happens in `folder` within the block; nothing is really synced."""
+    """Record the events in `folder` within the block. Syncs are recorded but not performed."""
     recording = Recording(folder)
     recording.look()
 
@@ -103,15 +103,14 @@ def recorded(folder: Path) -> Iterator[Recording]:
 
 
 def states(recording: Recording, end: int, in_order: bool) -> Iterator[Tree]:
-    """Yield what a power cut after the first `end` events may leave.
+    """Yield the states that a power cut after the first `end` events may leave.
 
-    The data of a file that was changed since it was synced may be lost, may be zeros, or may be
-    there.
+    Data written to a file since its last sync may be lost, zeros, or present.
 
     Args:
-        in_order: changes of folders reach the disk in their order, and a sync of anything brings
-            all before it there, as with the journal of ext4, XFS or Btrfs. Otherwise any of those
-            since the folder itself was synced may be missing.
+        in_order: whether changes of folders reach the disk in order, and any sync also writes all
+            earlier changes, as with the journal of ext4, XFS or Btrfs. Otherwise any change since
+            the last sync of the folder may be missing.
     """
     contents, folders, pending = _durable(recording, end)
     now = recording.snapshots[end - 1]
@@ -133,7 +132,7 @@ def states(recording: Recording, end: int, in_order: bool) -> Iterator[Tree]:
 
 
 def write(tree: Tree, folder: Path) -> None:
-    """Make a folder of a tree."""
+    """Write a tree to a new folder."""
     folder.mkdir()
     for name, content in tree.items():
         if isinstance(content, dict):
@@ -145,7 +144,7 @@ def write(tree: Tree, folder: Path) -> None:
 def _durable(
     recording: Recording, end: int
 ) -> tuple[dict[int, bytes], dict[int, Entries], dict[int, list[Change]]]:
-    """Return what certainly is on disk, and each folder's changes since it was synced."""
+    """Return the data that is certainly on disk, and each folder's changes since its last sync."""
     contents: dict[int, bytes] = {}
     folders: dict[int, Entries] = {}
     pending: dict[int, list[Change]] = {}
@@ -182,7 +181,7 @@ def _changes(old: Entries, new: Entries) -> Iterator[Change]:
 
 
 def _choices(changes: list[Change]) -> Iterator[list[Change]]:
-    """Yield the first so many of the changes, all but one, and one alone."""
+    """Yield every prefix of the changes, all changes but one, and each change alone."""
     for count in range(len(changes) + 1):
         yield changes[:count]
     for place in range(len(changes)):

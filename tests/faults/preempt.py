@@ -1,8 +1,8 @@
 """Preempt real runs in every phase: `python -m tests.faults.preempt [--only TEXT]`.
 
 Each signal x each phase x launcher or one rank x one and two processes: 60 runs under a launcher.
-Prints a table: how long it took until the last process was gone, and whether the run, continued,
-ended with the weights of one that nobody disturbed.
+Prints a table: the seconds until the last process exited, and whether the resumed run finished with
+the weights of an uninterrupted run.
 """
 
 import argparse
@@ -42,13 +42,13 @@ TARGETS = ("launcher", "one rank")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a preemption.
+    """The result of a preemption.
 
     Attributes:
-        seconds: from the signal until the last process was gone.
-        state, step: of status.json.
-        verified: step of the newest whole checkpoint.
-        same: the continued run ended with the weights of the undisturbed one.
+        seconds: from the signal until the last process exited.
+        state, step: from status.json.
+        verified: step of the newest intact checkpoint.
+        same: whether the resumed run finished with the weights of the uninterrupted run.
     """
 
     seconds: float
@@ -61,11 +61,11 @@ class Outcome:
 def preempt(
     number: signal.Signals, phase: str, target: str, processes: int, folder: Path, again: bool
 ) -> Outcome:
-    """Start a run, send a signal in a phase, continue it, and compare.
+    """Start a run, send a signal in a phase, resume the run, and compare the weights.
 
     Args:
-        folder: shared by all calls: holds the images and the undisturbed runs.
-        again: send the signal a second time, a little later.
+        folder: shared by all calls, for the images and the uninterrupted runs.
+        again: whether to send the signal again after 0.2 s.
     """
     root = folder / "images"
     if not root.exists():
@@ -76,12 +76,12 @@ def preempt(
     if not whole.exists():
         _finish([*options, *common, "--out", str(whole)], processes, folder)
     out = Path(tempfile.mkdtemp(prefix=f"{phase}-", dir=folder))
-    if phase in ("decoding", "starting"):  # of a run that has a checkpoint already
+    if phase in ("decoding", "starting"):  # first make a checkpoint to resume from
         with start(
             [*options, *common, "--out", str(out)], processes, folder=folder, fault="raises 6 0"
         ) as job:
             job.wait()
-        common = ["--data.cache", str(out / "cache")]  # nothing is decoded there yet
+        common = ["--data.cache", str(out / "cache")]  # an empty cache
     options += [*common, "--out", str(out)]
     seconds = _disturb(options, out, number, phase, target, processes, again)
     status = json.loads((out / "status.json").read_text())
@@ -115,7 +115,7 @@ def _disturb(
         deadline = time.monotonic() + 90
         while not mark.exists():
             assert launcher.poll() is None, (out / "log.txt").read_text()
-            assert time.monotonic() < deadline, "the phase never came"
+            assert time.monotonic() < deadline, "the phase was not reached"
             time.sleep(0.005)
         everyone = _of_run(out)
         chosen = launcher.pid
@@ -162,12 +162,12 @@ def _finish(options: list[str], processes: int, folder: Path) -> None:
 
 
 def main() -> int:
-    """Run them all, print the table, and return 0 if every one could be continued."""
+    """Run all preemptions, print the table, and return 0 if every run resumed correctly."""
     parser = argparse.ArgumentParser("tests.faults.preempt")
     parser.add_argument("--only", default="", help="rows that contain this text")
     only = parser.parse_args().only
     os.environ["OMP_NUM_THREADS"] = "1"
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     print("| signal | phase | to | processes | status | step | seconds | same weights |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     worst, wrong, count = 0.0, 0, 0
@@ -184,7 +184,7 @@ def main() -> int:
                 flush=True,
             )
             worst, wrong, count = max(worst, found.seconds), wrong + (not good), count + 1
-    print(f"\n{count} preemptions, {wrong} not as promised, the slowest took {worst:.1f} s")
+    print(f"\n{count} preemptions, {wrong} failed, the slowest took {worst:.1f} s")
     return 1 if wrong else 0
 
 

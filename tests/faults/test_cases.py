@@ -1,4 +1,4 @@
-"""docs/reliability.md: every case has a test that exists and that says which case it provokes."""
+"""docs/reliability.md: every case names a test that exists and has the case's `fault` marker."""
 
 import ast
 import re

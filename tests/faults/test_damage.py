@@ -1,4 +1,4 @@
-"""Damaged checkpoints: always found, the newest good one used by all, and never a fresh start."""
+"""Damaged checkpoints are always detected; all ranks use the newest intact one, never none."""
 
 import json
 import random
@@ -42,7 +42,7 @@ def test_every_flipped_bit_is_found(copy: Path) -> None:
     assert len(files) == 5
     for file in files:
         whole = file.read_bytes()
-        for number in range(200):  # half of them among the first bytes, where a header is
+        for number in range(200):  # half of them in the first bytes, the header
             hurt = bytearray(whole)
             end = len(hurt) if number % 2 else min(len(hurt), 1000)
             hurt[chance.randrange(end)] ^= 1 << chance.randrange(8)
@@ -76,8 +76,8 @@ def test_all_processes_fall_back_to_the_same_and_end_as_before(copy: Path, tmp_p
     file.write_bytes(hurt)
     with start([*OPTIONS, "--out", str(copy)], 2, folder=tmp_path) as job:
         assert job.wait() == [0, 0], job.text()
-        said = [line for line in job.text().splitlines() if line.startswith("warning")]
-    assert said == [
+        warnings = [line for line in job.text().splitlines() if line.startswith("warning")]
+    assert warnings == [
         "warning: damaged checkpoint step-00000020: the SHA-256 of model.safetensors differs; "
         "using step-00000010"
     ]

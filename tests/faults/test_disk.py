@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, and what only observes a run: real small file systems."""
+"""Full and read-only disks, and failing logs and trackers, on real small file systems."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ Mount = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of the weights that the run of OPTIONS ends with."""
+    """Return the digest of the final weights of an uninterrupted run of OPTIONS."""
     folder = tmp_path_factory.mktemp("whole")
     with start([*OPTIONS, "--out", str(folder / "run")], folder=folder) as job:
         assert job.wait() == [0], job.text()
@@ -27,7 +27,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def fill(folder: Path) -> Path:
-    """Use up all that is free in a file system."""
+    """Fill up a file system."""
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as file:
         try:
@@ -38,7 +38,7 @@ def fill(folder: Path) -> Path:
 
 
 def start_on(small: Path, logs: Path) -> Job:
-    """Start the run there, slowly, and fill the disk once there is a checkpoint."""
+    """Start a slow run there, and fill the disk once there is a checkpoint."""
     job = start([*OPTIONS, "--out", str(small / "run")], folder=logs, fault="slow_steps 0.1")
     job.wait_until(lambda: bool(checkpoints_in(small / "run" / "checkpoints")))
     job.signal(signal.SIGSTOP)
@@ -165,7 +165,7 @@ def test_an_unusable_run_folder_is_refused_before_the_data_are_read(
         text = job.text()
     assert text.startswith(f"error: the run folder '{out}' cannot be used: '{place}' ")
     assert text.count("\n") == 1
-    assert time.monotonic() - began < 10  # and not the 30 s of reading the data
+    assert time.monotonic() - began < 10  # loading the dataset would take 30 s
 
 
 @pytest.mark.fault(39)
@@ -181,7 +181,7 @@ def test_two_runs_in_one_folder(tmp_path: Path, undisturbed: str) -> None:
             assert f"'{out}' is in use by process {pid} on {os.uname().nodename}" in second.text()
         assert status_of(out)["pid"] == before["pid"]
         first.kill()
-    with start(options, folder=tmp_path / "third") as third:  # nothing is left of the dead one's
+    with start(options, folder=tmp_path / "third") as third:  # the lock of the killed run is gone
         assert third.wait() == [0], third.text()
     assert digest_of(out) == undisturbed
 

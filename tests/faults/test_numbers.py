@@ -1,4 +1,4 @@
-"""Numbers that are not finite: no process changes its weights, and the samples are named."""
+"""NaN and infinite values: no process changes its weights, and the samples are named."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ OPTIONS = [*TINY, "--checkpoint.every_steps", "2", "--train.epochs", "1", "--che
 
 
 def first_step_with(position: int, batch: int = 32) -> int:
-    """Return the step, from 1, of epoch 0 that trains on an image of the TINY set."""
+    """Return the first step, from 1, that trains on an image of the TINY set."""
     from cifar_dist.data.batches import permutation
 
     return permutation(320, 0, 0).tolist().index(position) // batch + 1
@@ -32,7 +32,7 @@ def test_a_bad_image_on_one_process_reaches_no_weights(
 ) -> None:
     position = next(p for p in range(320) if first_step_with(p) == 6)
     out = tmp_path / "run"
-    # With accumulation the image is in one of several parts of the step; reports are rare.
+    # With accumulation the image is in one of several micro-batches, and reports are rare.
     options = [*OPTIONS, "--out", str(out), "--train.accumulate", "2", "--track.every_steps", "7"]
     with start(options, processes, folder=tmp_path, fault=f"bad_image {position} {kind}") as job:
         assert job.wait() == [1] * processes

@@ -1,4 +1,4 @@
-"""A power cut at any moment of any save: the newest checkpoint that was saved is there, whole."""
+"""After a power cut at any moment of a save, the newest saved checkpoint is present and intact."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ SAVES: list[Saved] = [(1, 1.0), (2, 2.0), (2, 2.5), (3, 3.0)]  # one is replaced
 
 
 class Saves:
-    """A recorded sequence of saves; `allowed[n]` is what may be the newest after n events."""
+    """A recorded sequence of saves; `allowed[n]`: checkpoints that may be newest after n events."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
@@ -42,7 +42,7 @@ def saves(tmp_path_factory: pytest.TempPathFactory) -> Saves:
 
 
 def left(saves: Saves, in_order: bool, folder: Path) -> Iterator[tuple[Path, set[Saved | None]]]:
-    """Yield folders as power cuts leave them, each once, with what may be the newest there."""
+    """Yield each folder that a power cut may leave, with the checkpoints that may be newest."""
     seen: set[str] = set()
     for end in range(1, len(saves.recording) + 1):
         for tree in states(saves.recording, end, in_order):

@@ -1,4 +1,4 @@
-"""A process that raises, is killed, hangs, drifts or was started otherwise ends the job, named."""
+"""A process that raises, is killed, hangs, drifts or differs ends the job and is named."""
 
 import socket
 import time
@@ -68,7 +68,7 @@ def test_one_process_fails_and_the_job_ends_with_its_name(
     options = [*LONG, "--out", str(out), "--train.timeout", "3"]
     began = time.monotonic()
     with start(options, 2, folder=tmp_path, fault=fault) as job:
-        if fault.startswith("hangs"):  # nobody but a launcher can end the one that hangs
+        if fault.startswith("hangs"):  # only a launcher could end the process that hangs
             job.wait_until(lambda: "error: " in job.text(0), 30)
             job.processes[0].join(5)
         else:
@@ -126,7 +126,7 @@ def test_under_a_launcher_the_line_is_there_too(tmp_path: Path) -> None:
             ["--optim.lr", "0.5"],
             "",
             "rank 1 was started with another recipe than rank 0: optim.lr is 0.02 there and 0.5 on "
-            "rank 1; start all with the same",
+            "rank 1; use the same on all ranks",
         ),
         (
             ["--data.limit_train", "640"],
@@ -183,10 +183,10 @@ def test_every_fact_of_either_process_is_compared(
     first: dict[str, int], other: dict[str, int], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = peers.Peers(0, 1, timeout=1)
-    monkeypatch.setattr(process, "tell", lambda *_: [first, other])
+    monkeypatch.setattr(process, "exchange", lambda *_: [first, other])
     with pytest.raises(UsageError, match=f"another recipe than rank 0: {message};"):
         process.compare("recipe", first)
-    monkeypatch.setattr(process, "tell", lambda *_: [first, dict(first)])
+    monkeypatch.setattr(process, "exchange", lambda *_: [first, dict(first)])
     process.compare("recipe", first)
 
 
@@ -235,7 +235,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         with start([*TINY], 2, folder=tmp_path, MASTER_PORT=port) as job:
             job.processes[0].join(30)
             assert job.processes[0].exitcode == 2
-            assert f"port {port} is taken by another program" in job.text(0)
+            assert f"port {port} is in use by another program" in job.text(0)
             assert "--main_process_port" in job.text(0)
 
 

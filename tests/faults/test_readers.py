@@ -1,4 +1,4 @@
-"""Checkpoints that are read while a run saves and removes them, or that this user may not read."""
+"""Read checkpoints while a run saves and removes them, or without permission."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -29,7 +29,7 @@ Read = Callable[[Path], None]
 
 
 def numbered(step: int) -> Checkpoint:
-    """Return a checkpoint of which every file holds its step, and which is its own best."""
+    """Return a checkpoint whose every file contains its step, and which is its own best."""
     tensors, state = sample(float(step)).tensors, sample().state
     return Checkpoint(tensors, {**state, "step": step, "best": {"step": step}})
 
@@ -97,14 +97,14 @@ def test_a_save_at_any_moment_of_a_read_does_not_disturb_it(
                 patches.setattr(module, name, interrupted(function))
             read(tmp_path)
         moments += left[0] <= 0
-    assert moments >= 5  # one in each file at least
+    assert moments >= 5  # at least one per file
     printed = capfd.readouterr()
     assert "warning" not in printed.out + printed.err
     assert "damaged" not in printed.out
 
 
 def save_for_ever(folder: str, keep: int, again: bool) -> None:
-    """Save and prune as a run does, without training in between."""
+    """Save and prune as a run does, without training."""
     torch.set_num_threads(1)
     for step in range(1, 1_000_000):
         for _ in range(2 if again else 1):
@@ -141,7 +141,7 @@ def test_no_read_fails_beside_a_process_that_saves(
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder with the checkpoints of steps 1 to 3."""
+    """Return a run folder with the checkpoints of steps 1 to 3."""
     for step in (1, 2, 3):
         save_checkpoint(tmp_path / "checkpoints", step, numbered(step))
     return tmp_path

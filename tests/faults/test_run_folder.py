@@ -1,4 +1,4 @@
-"""Damaged and unreadable files of a run folder: one line or rebuilt, whoever reads them."""
+"""Damaged and unreadable files of a run folder are rebuilt, or reported in one line."""
 
 import ctypes
 import json
@@ -36,7 +36,7 @@ def replaced_by(content: str | bytes) -> Callable[[Path], None]:
 
 
 def void(_: object) -> None:
-    """Drop a result."""
+    """Discard a result."""
 
 
 def folder(file: Path) -> None:
@@ -72,7 +72,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 def bound_by_modes(call: Callable[[], T]) -> T:
-    """Call a function in a thread in which root obeys the modes of files, as other users do."""
+    """Call a function in a thread in which root obeys file modes, as other users must."""
 
     def drop_and_call() -> T:
         if sys.platform == "linux":
@@ -91,7 +91,7 @@ def bound_by_modes(call: Callable[[], T]) -> T:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has finished its first epoch of two."""
+    """Return a run that has finished the first of two epochs."""
     out = tmp_path_factory.mktemp("whole") / "run"
     run(parse_recipe([*OPTIONS, "--train.epochs", "1", "--out", str(out)])[0])
     return out
@@ -104,7 +104,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 
 def open_again(out: Path) -> None:
-    """Do what a resumed run does with its folder before it trains, and what it records there."""
+    """Open and write the run folder as a resumed run does, without training."""
     from cifar_dist.training.reporting import describe_run, write_status
 
     recipe, _ = parse_recipe([*OPTIONS, "--out", str(out)])
@@ -140,7 +140,7 @@ def test_a_damaged_file_is_rebuilt_or_refused_in_one_line(
     except UsageError as error:
         refusal = str(error)
     output = capfd.readouterr().out
-    if damage == "a folder" and name == "recipe.yaml":  # it is not ours to remove
+    if damage == "a folder" and name == "recipe.yaml":  # a folder of that name is not removed
         assert refusal.startswith(f"the run folder '{copy}' cannot be used (Is a directory: ")
         return
     assert refusal == ""
@@ -191,7 +191,7 @@ def test_no_command_fails_because_of_damaged_files(
         assert code == 0 or command in ("plan", "doctor"), output
         assert output.err.count("\n") == output.err.count("error: ") == (command == "plan")
     shutil.copytree(whole, tmp_path / "other")
-    DAMAGES[damage](tmp_path / "other" / "run.json")  # and whole lines in metrics.jsonl
+    DAMAGES[damage](tmp_path / "other" / "run.json")  # its metrics.jsonl is intact
     assert plan.main([*OPTIONS, "--like", str(tmp_path / "other")]) == 2
     assert "is not a run folder with recorded speeds (" in capfd.readouterr().err
 

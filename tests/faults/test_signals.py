@@ -1,4 +1,4 @@
-"""Signals in every phase end in one whole checkpoint; `tests.faults.preempt` is the whole table."""
+"""Signals in every phase leave one intact checkpoint; `tests.faults.preempt` tests all cases."""
 
 import itertools
 import os
@@ -14,7 +14,7 @@ from tests.faults.preempt import PHASES, SIGNALS, TARGETS, preempt
 from tests.forked import start
 from tests.helpers import TINY, digest_of, status_of, write_folder
 
-# BatchNorm's statistics differ between processes; small enough for a test at 8 pixels.
+# With BatchNorm, whose statistics differ between processes. 8 pixels make the test fast.
 BATCHNORM = [
     *(*TINY, "--model.name", "deep", "--data.image_size", "8", "--augment.flip", "random"),
     *("--data.limit_train", "48", "--data.limit_test", "20", "--train.batch_size", "8"),
@@ -24,13 +24,13 @@ BATCHNORM = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The images and the undisturbed runs of `preempt`."""
+    """Return a folder for the images and the uninterrupted runs of `preempt`."""
     return tmp_path_factory.mktemp("preempted")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of the weights that the run of BATCHNORM ends with on two processes."""
+    """Return the digest of the final weights of an uninterrupted BATCHNORM run on two processes."""
     folder = tmp_path_factory.mktemp("whole")
     with start([*BATCHNORM, "--out", str(folder / "run")], 2, folder=folder) as job:
         assert job.wait() == [0, 0], job.text()
@@ -84,7 +84,7 @@ def test_one_signalled_process_is_enough_and_batchnorm_goes_on_as_it_was(
     assert (status["state"], status["step"]) == ("preempted", newest[1].state["step"])
     if phase == "training":
         assert 3 <= status["step"] < 6
-    else:  # the epoch is trained, and not yet measured
+    else:  # the epoch is trained but not evaluated yet
         assert (status["step"], status["epoch"]) == (6, 0)
     with start(options, 2, folder=tmp_path) as job:
         assert job.wait() == [0, 0], job.text()
@@ -102,7 +102,7 @@ def test_the_second_ctrl_c_stops_at_once_and_harms_nothing(tmp_path: Path) -> No
         began = time.monotonic()
         job.signal(signal.SIGINT)
         assert job.wait(20) == [1]
-        assert time.monotonic() - began < 2  # the step would have slept on
+        assert time.monotonic() - began < 2  # the step would sleep longer
         assert (
             job.text()
             .splitlines()[-1]

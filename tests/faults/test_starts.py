@@ -1,4 +1,4 @@
-"""The cause of a failed start is the line that is printed, whichever process ends first."""
+"""The printed line names the cause of a failed start, whichever process exits first."""
 
 import signal
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ KILLED = "error: rank 1 exited without an error message (probably killed by the 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[list[str]]:
-    """Options of two ranks; the second one's images are missing."""
+    """Return the options of two ranks; the images of the second are missing."""
     root = write_folder(tmp_path / "set", {"train": 36, "test": 9})
     options = [*TINY, "--data.name", "imagefolder", "--data.cache", str(tmp_path / "cache")]
     options += ["--train.batch_size", "4", "--out", str(tmp_path / "run")]
@@ -27,7 +27,7 @@ def folders(tmp_path: Path) -> list[list[str]]:
 
 @contextmanager
 def launch(options: list[list[str]], tmp_path: Path, fault: str) -> Iterator[Job]:
-    """Start two processes with a store of the launcher's; yield once they load their data."""
+    """Start two processes with a store of the launcher; yield once they load the dataset."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     variables = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     mark = tmp_path / "mark"
@@ -106,7 +106,7 @@ def test_the_cause_is_printed_under_every_launcher(
 ) -> None:
     options = [*TINY, "--data.root", str(tmp_path), "--train.batch_size", "24"]
     own = command(processes, launcher)
-    if cause == "no data":  # one process after another tries to download them
+    if cause == "no data":  # the processes try to download it one after another
         options += ["--data.name", "cifar10"]
         line = "error: cifar10 is not in"
     elif cause == "batch":
@@ -121,7 +121,9 @@ def test_the_cause_is_printed_under_every_launcher(
         else:
             (root / "train").chmod(0)
             line = "error: "
-            rights = "-dac_override,-dac_read_search"  # root's, to read what is unreadable
+            rights = (
+                "-dac_override,-dac_read_search"  # capabilities with which root may read any file
+            )
             own = ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}", *own]
     for _ in range(3):
         done = run_command([*own, *options, "--out", str(tmp_path / "run")])

@@ -1,4 +1,4 @@
-"""Checkpoints from elsewhere: what is not what it says is refused, and nothing in it runs."""
+"""Untrusted checkpoints: malformed content is refused, and no code in it runs."""
 
 import hashlib
 import json
@@ -26,14 +26,14 @@ from tests.helpers import TINY, Bomb, write_folder
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A checkpoint's folder, made by a short run."""
+    """Return the folder of a checkpoint of a short run."""
     recipe, _ = parse_recipe([*TINY, "--train.epochs", "1", "--out", str(tmp_path / "run")])
     result: Result = run(recipe)
     return next((result.out / "checkpoints").iterdir())
 
 
 def sign(checkpoint: Path) -> None:
-    """Write a manifest that fits the files, as somebody who means harm would."""
+    """Write a manifest that matches the files, as an attacker would."""
     listed = {
         path.name: {
             "size": path.stat().st_size,
@@ -46,7 +46,7 @@ def sign(checkpoint: Path) -> None:
 
 
 def refuse(checkpoint: Path, tmp_path: Path) -> str:
-    """Check that training, evaluating and predicting refuse the checkpoint, and say why."""
+    """Check that train, evaluate and predict refuse the checkpoint; return their message."""
     image = tmp_path / "image.png"
     Image.new("RGB", (32, 32)).save(image)
     recipe, _ = parse_recipe(
@@ -87,7 +87,7 @@ def test_nothing_is_unpickled_on_the_way_from_images_and_checkpoint_to_weights(
     root = write_folder(tmp_path / "set", {"train": 36, "test": 9})
     options = [*TINY, "--data.name", "imagefolder", "--data.root", str(root)]
     options += ["--data.cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]
-    for epochs in ("1", "2"):  # the second continues the first
+    for epochs in ("1", "2"):  # the second resumes the first
         with start(
             [*options, "--train.epochs", epochs], folder=tmp_path, fault="dies_of_pickles"
         ) as job:
@@ -96,7 +96,7 @@ def test_nothing_is_unpickled_on_the_way_from_images_and_checkpoint_to_weights(
 
 
 def write_header(path: Path, header: dict[str, Any] | None, length: int | None = None) -> None:
-    """Write a safetensors file with any header, and 64 bytes of data."""
+    """Write a safetensors file with the given header and 64 bytes of data."""
     text = json.dumps(header).encode() if header is not None else b""
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + bytes(64))
 

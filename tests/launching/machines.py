@@ -1,4 +1,4 @@
-"""Two machines on this one: a network, a host name and an ssh server each, joined by a cable."""
+"""Two machines simulated on one: network namespaces with host names and ssh, joined by a veth."""
 
 import os
 import shutil
@@ -11,18 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-# For JOB: long enough to be met while it trains, and slow to learn, for the sake of equal integers.
+# Options for JOB: a run long enough to interrupt. At this low rate all process counts agree.
 LONG = ("--train.epochs", "40", "--optim.lr", "0.001")
 ROOT = Path(__file__).parent.parent.parent
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A network namespace with a host name of its own; files and processes are shared.
+    """A network namespace with its own host name. Files and processes are shared.
 
     Attributes:
-        name: what the machines call it, and its namespace.
-        address: of its end of the cable.
+        name: host name, and name of the namespace.
+        address: IP address of its end of the cable.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Machine:
 
     @property
     def hosts(self) -> Path:
-        """Its /etc/hosts."""
+        """The file that is mounted as its /etc/hosts."""
         return Path(tempfile.gettempdir(), f"{self.name}.hosts")
 
     def command(self, *arguments: str) -> list[str]:
@@ -40,7 +40,7 @@ class Machine:
         return [*enter, "sh", "-c", f'{begin} && exec "$@"', "sh", *arguments]
 
 
-# Names of this test process: another one may be having its own two.
+# The names contain the process ID, because several test processes may run at once.
 MACHINES = (
     Machine(f"cifar-a-{os.getpid()}", "10.99.0.1"),
     Machine(f"cifar-b-{os.getpid()}", "10.99.0.2"),
@@ -53,18 +53,18 @@ SETTINGS = {
 
 
 def missing(*programs: str) -> str:
-    """Return what keeps this machine from being two with these programs, or "" if nothing does."""
+    """Return why two machines with these programs cannot be simulated here, or ""."""
     absent = [name for name in ("ip", "nsenter", "unshare", *programs) if not shutil.which(name)]
     if absent:
         return f"{', '.join(absent)} not installed"
     probe = ["unshare", "--net", "--uts", "--mount", "ip", "link", "set", "lo", "up"]
     done = subprocess.run(probe, capture_output=True, timeout=30)
-    return "" if done.returncode == 0 else "no right to make network namespaces; run as root"
+    return "" if done.returncode == 0 else "no permission to create network namespaces; run as root"
 
 
 @contextmanager
 def two_machines() -> Iterator[tuple[Machine, Machine]]:
-    """Set both up as Debian does, each with its name on 127.0.1.1; remove them at the end."""
+    """Set up both as Debian does, each with its name on 127.0.1.1, and remove them afterwards."""
     try:
         for machine in MACHINES:
             run("ip", "netns", "add", machine.name)
@@ -85,13 +85,13 @@ def two_machines() -> Iterator[tuple[Machine, Machine]]:
 
 
 def cut_cable() -> None:
-    """Unplug it; it is gone with the machines."""
+    """Take down the link between the machines."""
     run("ip", "-netns", MACHINES[0].name, "link", "set", "cable", "down")
 
 
 @contextmanager
 def ssh_servers(folder: Path) -> Iterator[Path]:
-    """Serve ssh on both machines, and return a folder for the PATH whose ssh may log in."""
+    """Serve ssh on both machines, and yield a folder for the PATH with an ssh that can log in."""
     folder.mkdir()
     for key in ("server", "client"):
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key))
@@ -100,7 +100,7 @@ def ssh_servers(folder: Path) -> Iterator[Path]:
     (folder / "sshd_config").write_text(
         f"HostKey {folder}/server\nAuthorizedKeysFile {folder}/client.pub\nStrictModes no\n"
         "UsePAM no\nPidFile none\nPermitRootLogin yes\n"
-        # After what the login shell reads, which may be anything here.
+        # Set after the startup files of the login shell, which may set anything.
         f'ForceCommand exec env {settings} sh -c "$SSH_ORIGINAL_COMMAND"\n'
     )
     (folder / "ssh_config").write_text(
@@ -128,7 +128,7 @@ def ssh_servers(folder: Path) -> Iterator[Path]:
 
 
 def wait_until(happened: Callable[[], object]) -> None:
-    """Wait for something that takes seconds, two minutes at most."""
+    """Wait until a condition holds, for two minutes at most."""
     end = time.monotonic() + 120
     while not happened():
         assert time.monotonic() < end
@@ -136,7 +136,7 @@ def wait_until(happened: Callable[[], object]) -> None:
 
 
 def run(*arguments: str) -> None:
-    """Run a command that is soon done."""
+    """Run a short command; fail if it fails."""
     subprocess.run(arguments, check=True, timeout=30)
 
 

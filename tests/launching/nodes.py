@@ -1,4 +1,4 @@
-"""Machines that an engine would start a command on, played by this one."""
+"""Nodes on which a scheduler would start a command, simulated on one machine."""
 
 import os
 import sys
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import psutil
 
-# Where torchrun is, as it is on the PATH of a container or of a machine after its set-up.
+# The folder of torchrun, which is on the PATH of a container or of an installed machine.
 SCRIPTS = str(Path(sys.executable).parent)
-SECONDS = 240  # for all of them to end
+SECONDS = 240  # for all nodes to finish
 
 
 def run_on_nodes(command: list[str], environments: list[dict[str, str]], code: int = 0) -> str:
-    """Run a command once in each environment, all at a time, and return what they printed.
+    """Run a command once in each environment, all in parallel, and return their output.
 
-    Every one must end with `code`, and none of their processes outlives the call.
+    All must exit with `code`. All their processes are killed before the call returns.
     """
     nodes = []
     with tempfile.TemporaryFile("w+") as output:
@@ -39,7 +39,7 @@ def run_on_nodes(command: list[str], environments: list[dict[str, str]], code: i
 
 
 def kill_tree(process: psutil.Process) -> None:
-    """SIGKILL a process and what it has started, if it still runs."""
+    """SIGKILL a process and its descendants, if it still runs."""
     if process.is_running():
         for one in [*process.children(recursive=True), process]:
             try:

@@ -1,4 +1,4 @@
-"""launch/ray_train.py, with its options, and a worker that is killed in the first attempt."""
+"""Run launch/ray_train.py, with a worker that is killed in the first attempt."""
 
 import os
 import sys
@@ -11,12 +11,12 @@ from tests.faults.inject import inject
 
 
 def train(config: dict[str, Any]) -> None:
-    """Do what the script does; the first time, SIGKILL rank 1 after step 6."""
+    """Train as the script does; in the first attempt, SIGKILL rank 1 after step 6."""
     mark = Path(config["recipe"].out).with_name("killed")
     if os.environ["RANK"] == "1" and not mark.exists():
         mark.touch()
         inject("is_killed 6 1")
-    ray_train.train(config)  # on a worker, which has the script as it is
+    ray_train.train(config)  # the original: on a worker the module is not patched
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A Slurm of one controller and two nodes, without munge or systemd, on the two machines."""
+"""A Slurm cluster of one controller and two nodes, without munge or systemd, on two machines."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ class Cluster:
         self.environment = {**os.environ, **SETTINGS, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def run(self, *arguments: str) -> str:
-        """Return what a command says."""
+        """Return the output of a command."""
         return subprocess.run(
             self.machines[0].command(*arguments),
             env=self.environment,
@@ -33,12 +33,12 @@ class Cluster:
         ).stdout
 
     def facts(self, job: str) -> dict[str, str]:
-        """Return what Slurm says of a job, by name."""
+        """Return the fields of a job, by name, from scontrol."""
         words = self.run("scontrol", "show", "job", job, "--oneliner").split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, job: str, *states: str) -> str:
-        """Wait until the job is in one of the states, and return which."""
+        """Wait until the job is in one of the states, and return that state."""
         end = time.monotonic() + 150
         while (state := self.facts(job)["JobState"]) not in states:
             assert time.monotonic() < end, state
@@ -48,7 +48,7 @@ class Cluster:
 
 @contextmanager
 def running(machines: tuple[Machine, Machine], folder: Path) -> Iterator[Cluster]:
-    """Start it, and end its jobs and daemons afterwards."""
+    """Start a cluster, and end its jobs and daemons afterwards."""
     folder.mkdir()
     names = ",".join(machine.name for machine in machines)
     (folder / "slurm.conf").write_text(

@@ -1,4 +1,4 @@
-"""Each pain of launching, its facts made up, and the message that answers it."""
+"""Each common launch problem, with made-up facts, and the message that reports it."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def script(text: str) -> Facts:
     return Facts(batch_script=("job.sbatch", text))
 
 
-PAINS: dict[str, tuple[int, Facts, str, str]] = {
+PROBLEMS: dict[str, tuple[int, Facts, str, str]] = {
     "started alone": (
         1,
         Facts(alone="accelerate launch was asked for several processes but started only this one"),
@@ -52,43 +52,43 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         1,
         Facts(config=of(distributed_type="NO", num_processes=4)),
         "alone",
-        "asks for 4 processes, but with distributed_type NO accelerate launch starts one",
+        "asks for 4 processes, but with distributed_type NO accelerate launch silently starts one",
     ),
     "machines apart": (
         1,
         Facts(config=of(distributed_type=False, num_machines=2), machines=2),
         "alone",
-        "names 2 machines, but with distributed_type NO each would train alone",
+        "names 2 machines, but with distributed_type NO each would silently train alone",
     ),
     "unreachable": (
         2,
         Facts(machines=2, rank=1, endpoint=at("10.0.0.1", error="timed out")),
         "unreachable",
-        "machine 1 cannot reach 10.0.0.1:29500 (timed out); look for a firewall",
+        "machine 1 cannot reach 10.0.0.1:29500 (timed out); check the firewall",
     ),
     "not started yet": (
         2,
         Facts(machines=2, rank=1, endpoint=at("10.0.0.1", error="refused")),
         "nobody-listens",
-        "10.0.0.1 answers, and nothing listens on port 29500 yet; start the first machine",
+        "10.0.0.1 answers, but nothing listens on port 29500 yet; start the first machine",
     ),
     "another machine's address": (
         2,
         Facts(machines=2, rank=0, endpoint=at("10.0.0.9", error="refused")),
         "not-this-machine",
-        "10.0.0.9 is not an address of this machine, which is to be the first",
+        "10.0.0.9 is not an address of this machine, which has machine_rank 0",
     ),
     "no address": (
         2,
         Facts(machines=2, config=of(num_machines=2)),
         "no-address",
-        "names 2 machines and no main_process_ip",
+        "names 2 machines but no main_process_ip",
     ),
     "rank expanded too early": (
         3,
         script('srun bash -c "torchrun --node_rank $SLURM_PROCID -m cifar_dist.train"'),
         "rank-expanded",
-        "the first machine expands it, and every machine becomes rank 0",
+        "the batch script expands it, and every machine becomes rank 0",
     ),
     "a file nobody named": (
         4,
@@ -106,37 +106,37 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         5,
         Facts(per_machine=4, devices=[H100, H100]),
         "too-few-devices",
-        "4 processes a machine, and this one has 2 GPUs",
+        "4 processes per machine, but this one has 2 GPUs",
     ),
     "port held": (
         6,
         Facts(endpoint=at("127.0.0.1", is_here=True, holder="process 812 (python train.py)")),
         "port-taken",
-        "port 29500 is held by process 812 (python train.py); end that program",
+        "port 29500 is in use by process 812 (python train.py); end that program",
     ),
     "port 0 on several": (
         6,
         Facts(machines=2, endpoint=at("10.0.0.1", 0, is_here=True)),
         "port-zero",
-        "port 0 on 2 machines: each would take another free one, and wait",
+        "port 0 on 2 machines: each would choose its own port, and hang",
     ),
     "no warning ahead of the end": (
         9,
         script("#SBATCH --ntasks-per-node=1\nsrun torchrun -m cifar_dist.train"),
         "not-requeued",
-        "asks for no signal ahead of its time limit, or not to be requeued",
+        "job.sbatch lacks --signal before the time limit, or --requeue",
     ),
     "a signal to the shell": (
         9,
         script("#SBATCH --ntasks-per-node=1 --requeue\n#SBATCH --signal=B:USR1@60\nsrun torchrun"),
         "signal-to-the-shell",
-        "--signal=B:USR1@60 reaches the batch shell alone",
+        "--signal=B:USR1@60 reaches only the batch shell",
     ),
     "two ways to choose GPUs": (
         10,
         Facts(config=of(gpu_ids="0,1"), environment={"CUDA_VISIBLE_DEVICES": "4,5"}),
         "gpu-ids",
-        "gpu_ids 0,1 of two.yaml counts as nvidia-smi does, and replaces CUDA_VISIBLE_DEVICES=4,5",
+        "gpu_ids 0,1 of two.yaml uses nvidia-smi's numbers, and replaces CUDA_VISIBLE_DEVICES=4,5",
     ),
     "somebody else's GPUs": (
         10,
@@ -148,14 +148,14 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         11,
         Facts(machines=2, address="127.0.1.1", interface="eth0"),
         "loopback-address",
-        "this machine's name means 127.0.1.1, which gloo would tell the others; "
-        "export GLOO_SOCKET_IFNAME=eth0",
+        "this machine's host name resolves to 127.0.1.1, which gloo would publish to the other "
+        "machines; export GLOO_SOCKET_IFNAME=eth0",
     ),
     "meeting at oneself": (
         11,
         Facts(machines=2, endpoint=at("localhost", is_here=True)),
         "loopback-endpoint",
-        "localhost means another machine on each of 2 machines",
+        "localhost is a loopback address: on each of 2 machines it is the machine itself",
     ),
     "bf16 on an old GPU": (
         12,
@@ -169,7 +169,7 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
             config=of(distributed_type="NO", num_processes=1, mixed_precision="fp16", use_cpu=True)
         ),
         "precision",
-        "fp16 on a CPU: Accelerate would train in fp32 and call it fp16",
+        "fp16 on a CPU: Accelerate would train in fp32 and report fp16",
     ),
     "GPUs that hang": (
         13,
@@ -194,25 +194,25 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         14,
         Facts(config=of(dynamo_backend="INDUCTOR")),
         "compiled",
-        "two.yaml has every network compiled by dynamo's backend inductor",
+        "two.yaml compiles every network with the dynamo backend inductor",
     ),
     "compiled by a section": (
         14,
         Facts(config=of(dynamo_config={"dynamo_backend": "eager"})),
         "compiled",
-        "two.yaml has every network compiled by dynamo's backend eager",
+        "two.yaml compiles every network with the dynamo backend eager",
     ),
     "old fp16 on a CPU": (
         12,
         Facts(config=of(fp16=True, use_cpu=True)),
         "precision",
-        "fp16 on a CPU: Accelerate would train in fp32 and call it fp16",
+        "fp16 on a CPU: Accelerate would train in fp32 and report fp16",
     ),
     "unknown nested keys": (
         14,
         Facts(config=of(dynamo_config={"bogus": 1})),
         "unknown-key",
-        "dynamo_config.bogus in two.yaml is no option of accelerate launch",
+        "dynamo_config.bogus in two.yaml is not an option of accelerate launch",
     ),
     "ignored keys": (
         14,
@@ -232,7 +232,7 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         14,
         Facts(config=of(gpu_ids=[0, 1])),
         "wrong-type",
-        "gpu_ids in two.yaml is [0, 1], and accelerate launch takes text only",
+        "gpu_ids in two.yaml is [0, 1], but accelerate launch needs a string",
     ),
     "lower case": (
         14,
@@ -244,7 +244,7 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         14,
         Facts(config=of(distributed_type="FSDP")),
         "sharded",
-        "FSDP, of two.yaml, is for networks that do not fit on one GPU, and all of these do; use "
+        "FSDP, of two.yaml, is for networks that do not fit on one GPU; these networks do; use "
         "MULTI_GPU",
     ),
     "sharding by another section": (
@@ -257,13 +257,13 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         14,
         Facts(sharded="FSDP"),
         "sharded",
-        "FSDP is for networks that do not fit on one GPU, and all of these do; use MULTI_GPU",
+        "FSDP is for networks that do not fit on one GPU; these networks do; use MULTI_GPU",
     ),
     "a kind that is no more": (
         14,
         Facts(config=of(distributed_type="TP")),
         "wrong-type",
-        "distributed_type in two.yaml is TP, which trains nothing here; write MULTI_GPU",
+        "distributed_type in two.yaml is TP, which cifar_dist does not support; write MULTI_GPU",
     ),
     "no threads": (
         15,
@@ -275,13 +275,13 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         11,
         Facts(nameless="nohost.invalid"),
         "unknown-host-name",
-        "this machine's name nohost.invalid means no address, and torchrun would wait for it; add",
+        "this machine's host name nohost.invalid does not resolve, and torchrun would hang on it",
     ),
     "one thread": (
         15,
         Facts(cores=16, per_machine=2, environment={"OMP_NUM_THREADS": "1"}),
         "threads",
-        "OMP_NUM_THREADS is 1, and 16 cores among 2 processes are 8 each; unset it",
+        "OMP_NUM_THREADS is 1, but 16 cores for 2 processes are 8 each; unset it",
     ),
     "tasks for each GPU": (
         16,
@@ -293,19 +293,19 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         16,
         script("#SBATCH --cpus-per-task=8\n#SBATCH --ntasks-per-node=1\nsrun torchrun"),
         "cpus-per-task",
-        "srun does not take --cpus-per-task over, and gives a task one core",
+        "srun does not inherit --cpus-per-task, and gives each task one core",
     ),
     "nothing downloaded": (
         17,
         Facts(machines=2, dataset="cifar10 is not in 'data', and would be downloaded at the start"),
         "dataset",
-        "with several machines fetch it first",
+        "with several machines, download it first",
     ),
     "a batch that does not divide": (
         18,
         Facts(per_machine=3),
         "batch",
-        "64 does not divide among 3 processes or parts; the nearest that work: 63, 66",
+        "64 does not divide among 3 processes or micro-batches; the nearest that work: 63, 66",
     ),
     "restarts in place": (
         19,
@@ -318,25 +318,25 @@ PAINS: dict[str, tuple[int, Facts, str, str]] = {
         20,
         Facts(platform="darwin", per_machine=2),
         "mps",
-        "MPS trains in one process; 2 would use the CPU",
+        "MPS supports one process; 2 would train on the CPU",
     ),
     "no room": (
         9,
         Facts(free=10_000_000, needed=400_000_000),
         "disk",
-        "checkpoints need 400 MB, and 10 MB are free",
+        "checkpoints need 400 MB, but 10 MB are free",
     ),
     "a small container": (
         7,
         Facts(per_machine=2, devices=[H100, H100], shared_memory=64 << 20),
         "shared-memory",
-        "/dev/shm has 67 MB, and NCCL uses it among GPUs",
+        "/dev/shm has only 67 MB, and NCCL uses it between GPUs",
     ),
 }
 
 
-@pytest.mark.parametrize(("number", "facts", "code", "message"), PAINS.values(), ids=PAINS)
-def test_each_pain_is_answered(number: int, facts: Facts, code: str, message: str) -> None:
+@pytest.mark.parametrize(("number", "facts", "code", "message"), PROBLEMS.values(), ids=PROBLEMS)
+def test_each_problem_is_reported(number: int, facts: Facts, code: str, message: str) -> None:
     found = [finding for finding in check(facts) if finding.code == code]
     assert any(message in f"{finding.message}; {finding.fix}" for finding in found), check(facts)
 
@@ -345,11 +345,11 @@ def test_each_pain_is_answered(number: int, facts: Facts, code: str, message: st
     "key", ["num_processes", "num_machines", "machine_rank", "main_process_port"]
 )
 @pytest.mark.parametrize("value", ["2", True, 2.0])
-def test_a_number_that_is_no_whole_number_is_found(key: str, value: object) -> None:
+def test_a_value_that_is_not_an_integer_is_found(key: str, value: object) -> None:
     found = check(Facts(config=of(**{key: value})))
     wrong = [finding for finding in found if finding.code == "wrong-type"]
     assert [finding.message for finding in wrong] == [f"{key} in two.yaml is {value!r}"]
-    assert wrong[0].fix == "write a number"
+    assert wrong[0].fix == "write an integer"
     assert exit_code(found) == 2
 
 
@@ -358,7 +358,7 @@ def test_nothing_is_found_where_nothing_is_wrong() -> None:
     assert check(Facts(config=good, per_machine=2, devices=[H100, H100], cores=16)) == []
 
 
-def test_the_shipped_slurm_script_has_none_of_these_pains() -> None:
+def test_the_shipped_slurm_script_has_no_problem() -> None:
     assert check(script((ROOT / "launch/slurm.sbatch").read_text())) == []
 
 
@@ -396,7 +396,7 @@ def test_equal_ranks_are_fine() -> None:
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "TP", "XLA"])
-def test_a_kind_that_is_refused_is_not_said_to_start_one_process(kind: str) -> None:
+def test_a_refused_kind_is_not_also_reported_as_starting_one_process(kind: str) -> None:
     found = {finding.code for finding in check(Facts(config=of(distributed_type=kind)))}
     assert len(found) == 1
     assert "alone" not in found
@@ -419,13 +419,15 @@ def test_the_old_keys_are_those_that_accelerate_reads(tmp_path: Path) -> None:
         assert theirs.dynamo_config.get("dynamo_backend", "").lower() == compiler
 
 
-def test_what_accelerate_reads_otherwise_is_said(tmp_path: Path) -> None:
+def test_values_that_accelerate_misreads_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "odd.yaml"
     path.write_text("distributed_type: MULTI_GPU\nnum_processes: 010\nmain_process_port: 1:30\n")
     config = read_config(str(path))
     assert config.processes == 8  # as Accelerate does
-    said = [finding.message for finding in check(Facts(config=config)) if finding.code == "misread"]
-    assert said == [
+    misread = [
+        finding.message for finding in check(Facts(config=config)) if finding.code == "misread"
+    ]
+    assert misread == [
         f"{path}: num_processes is 010, and is read as 8",
         f"{path}: main_process_port is 1:30, and is read as 90",
     ]
@@ -440,7 +442,7 @@ def test_exit_codes() -> None:
     assert exit_code(check(Facts(platform="win32"))) == 2
 
 
-def test_what_is_known_of_accelerate_is_so() -> None:
+def test_the_constants_match_the_installed_accelerate() -> None:
     assert set(known_keys()) == set(ClusterConfig.__dataclass_fields__)
     defaults = vars(launch_command_parser().parse_args(["script.py"]))
     always = {key for key in known_keys() if defaults.get(key) is not None}

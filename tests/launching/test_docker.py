@@ -1,4 +1,4 @@
-"""launch/Dockerfile, without a container engine: its lint, and its steps in an empty folder."""
+"""launch/Dockerfile without a container engine: its lint, and its steps in an empty folder."""
 
 import io
 import json
@@ -19,7 +19,7 @@ FILE = ROOT / "launch" / "Dockerfile"
 
 
 def steps() -> list[tuple[str, str]]:
-    """Return the instructions, in order, each with what follows it."""
+    """Return the instructions in order, each with its argument."""
     parse = pytest.importorskip("dockerfile_parse", reason="the parser is dockerfile-parse")
     lines = parse.DockerfileParser(fileobj=io.BytesIO(FILE.read_bytes())).structure
     return [(line["instruction"], line["value"]) for line in lines]
@@ -56,8 +56,8 @@ def test_what_it_installs_runs_outside_the_checkout(tmp_path: Path) -> None:
     make_environment(environment)
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     variables["PATH"] = f"{environment / 'bin'}{os.pathsep}{variables['PATH']}"
-    variables["PIP_NO_BUILD_ISOLATION"] = "false"  # pip's way to say: no isolation
-    variables |= {"PIP_NO_INDEX": "true", "PIP_NO_DEPS": "true"}  # all of that is here already
+    variables["PIP_NO_BUILD_ISOLATION"] = "false"  # in pip, "false" disables the isolation
+    variables |= {"PIP_NO_INDEX": "true", "PIP_NO_DEPS": "true"}  # everything is installed
 
     def run(command: list[str], folder: Path) -> str:
         done = subprocess.run(
@@ -86,7 +86,7 @@ def test_what_it_installs_runs_outside_the_checkout(tmp_path: Path) -> None:
 
 
 def make_environment(environment: Path) -> None:
-    """Make a virtual environment that has what is installed here, pip too, after its own."""
+    """Create a virtual environment that also sees the packages installed here, including pip."""
     make = [sys.executable, "-m", "venv", "--without-pip", str(environment)]
     subprocess.run(make, check=True, timeout=120)
     (own,) = environment.glob("lib/python*/site-packages")

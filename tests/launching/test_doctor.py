@@ -1,4 +1,4 @@
-"""The doctor: alone on this machine, with all processes of a launch, and over a log."""
+"""The doctor: on this machine, with all processes of a launch, and on a log."""
 
 import json
 import os
@@ -24,12 +24,12 @@ MODULE = "cifar_dist.launching.doctor"
 
 @pytest.fixture(autouse=True)
 def no_choice_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests choose one thread, which the doctor would notice."""
+    """Unset OMP_NUM_THREADS: the tests set it to 1, and the doctor would report that."""
     monkeypatch.delenv("OMP_NUM_THREADS")
 
 
 def examined(*argv: str, **environment: str) -> tuple[int, dict[str, Any]]:
-    """Run the static doctor and return its exit code and what it found."""
+    """Run the doctor without a launcher, and return its exit code and JSON report."""
     done = run_command([sys.executable, "-m", MODULE, *TINY, *argv, "--json"], **environment)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
@@ -51,7 +51,7 @@ def test_this_machine_is_fine_and_torch_is_not_needed() -> None:
     )
     done = run_command([sys.executable, "-c", code, *TINY])
     assert done.returncode == 0, done.stdout
-    assert "nothing wrong was found" in done.stdout
+    assert "no problems found" in done.stdout
 
 
 def test_a_taken_port_is_found_with_its_holder(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_taken_port_is_found_with_its_holder(tmp_path: Path) -> None:
     assert code == 2
     (finding,) = found["findings"]
     assert finding["code"] == "port-taken"
-    assert f"port {port} is held by process {os.getpid()}" in finding["message"]
+    assert f"port {port} is in use by process {os.getpid()}" in finding["message"]
 
 
 def test_three_processes_on_two_machines(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_of_three_processes_on_two_machines_only_two_start(tmp_path: Path) -> No
     assert "total" in codes(examined("--accelerate-config", str(config))[1])
 
 
-def test_a_configuration_that_nobody_named_is_said(tmp_path: Path) -> None:
+def test_the_default_configuration_is_reported(tmp_path: Path) -> None:
     (tmp_path / "accelerate").mkdir()
     path = write_config(tmp_path / "accelerate/default_config.yaml", rdzv_backend="c10d")
     code, found = examined(HF_HOME=str(tmp_path))
@@ -102,7 +102,7 @@ def test_a_run_folder_of_another_recipe_is_found(tmp_path: Path) -> None:
     assert (code, codes(found)) == (2, {"out"})
 
 
-def test_a_slurm_script_is_looked_into(tmp_path: Path) -> None:
+def test_a_slurm_script_is_checked(tmp_path: Path) -> None:
     script = tmp_path / "job.sbatch"
     script.write_text("#SBATCH --ntasks-per-node=8\nsrun torchrun -m cifar_dist.train\n")
     code, found = examined("--script", str(script))
@@ -112,7 +112,7 @@ def test_a_slurm_script_is_looked_into(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)]
 )
-def test_two_processes_measure_what_lies_between_them(launcher: str, tmp_path: Path) -> None:
+def test_two_processes_measure_latency_and_bandwidth(launcher: str, tmp_path: Path) -> None:
     start = command(2, launcher, MODULE)
     done = run_command([*start, *TINY, "--out", str(tmp_path / "run"), "--json"])
     assert done.returncode == 0, done.stderr
@@ -147,7 +147,7 @@ def test_processes_with_different_configurations_are_named(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_launcher_that_started_one_of_two_is_said() -> None:
+def test_a_launcher_that_started_one_of_two_is_reported() -> None:
     launch = command(2, "accelerate", MODULE)
     launch[launch.index("--multi_gpu")] = "--cpu"
     done = run_command([*launch, *TINY])
@@ -162,7 +162,7 @@ def test_a_process_that_hangs_is_named(tmp_path: Path) -> None:
     done = run_command([*worker, *TINY])
     assert done.returncode != 0
     assert "error: rank 1 did not arrive within" in done.stdout
-    assert "in a first all-reduce (rank 1 is in worker.py:" in done.stdout
+    assert "in the first all-reduce (rank 1 is in worker.py:" in done.stdout
     assert time.monotonic() - began < 90
 
 
@@ -218,7 +218,7 @@ def test_every_known_error_has_a_log() -> None:
     assert {known.code for known in KNOWN} == LOGS.keys()
 
 
-def test_interleaved_tracebacks_are_told_apart(
+def test_interleaved_tracebacks_are_separated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = """\
@@ -231,20 +231,22 @@ def test_interleaved_tracebacks_are_told_apart(
     """
     (tmp_path / "log").write_text(textwrap.dedent(log))
     assert doctor.main(["--explain", str(tmp_path / "log")]) == 2
-    told = capsys.readouterr().out.splitlines()
-    assert told[-1] == "[rank1]: ValueError: the cause"
-    assert not any("rank0" in line for line in told)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "[rank1]: ValueError: the cause"
+    assert not any("rank0" in line for line in lines)
 
 
-def test_a_log_without_errors_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_without_errors_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "log").write_text("all is well\n")
     assert doctor.main(["--explain", str(tmp_path / "log")]) == 1
-    assert "holds no error that is known here" in capsys.readouterr().out
+    assert "contains no known error" in capsys.readouterr().out
     assert doctor.main(["--explain", str(tmp_path / "absent")]) == 2
     assert "cannot be read" in capsys.readouterr().err
 
 
-def test_a_log_comes_through_a_pipe_too() -> None:
+def test_a_log_can_be_read_from_a_pipe() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "cifar_dist", "doctor", "--explain", "-", "--json"],
         input=LOGS["memory"],

@@ -1,4 +1,4 @@
-"""launch/kubernetes: the API's own models accept it, and what the pods would run trains."""
+"""launch/kubernetes: validated by the API's models, and the command of the pods trains."""
 
 import copy
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def documents() -> dict[str, dict[str, Any]]:
 
 
 def understood(document: dict[str, Any]) -> dict[str, Any]:
-    """Return what of a document the API knows: it drops fields that do not exist."""
+    """Return the fields of a document that the API knows; its models drop all others."""
     models = pytest.importorskip("kubeflow_trainer_api.models", reason=REASON)
     name = {
         "PersistentVolumeClaim": "IoK8sApiCoreV1PersistentVolumeClaim",
@@ -59,7 +59,7 @@ def test_the_documents_fit_together() -> None:
     assert not any(variable["name"].startswith("PET_") for variable in trainer["env"])
     assert trainer["numProcPerNode"] == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
     (container,) = pod_template()["containers"]
-    assert container["name"] == "node"  # the one that the variables of torchrun are given to
+    assert container["name"] == "node"  # the container in which Trainer sets torchrun's variables
     volumes = {volume["name"]: volume for volume in pod_template()["volumes"]}
     mounted = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
     claim = mounted["/runs"]["persistentVolumeClaim"]["claimName"]

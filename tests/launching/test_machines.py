@@ -1,4 +1,4 @@
-"""launch/multi_machine.sh and torchrun on two machines, as far as one has room for two."""
+"""launch/multi_machine.sh and torchrun on two machines that are simulated on one."""
 
 import os
 import re
@@ -43,7 +43,7 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
 
 @pytest.fixture
 def start(machines: tuple[Machine, Machine], tmp_path: Path) -> Iterator[Start]:
-    """Return what starts the script on the first machine, to train JOB on both."""
+    """Return a function that starts the script on the first machine, to train JOB on both."""
     hosts = " ".join(machine.name for machine in machines)
 
     def launch(*options: str) -> subprocess.Popen[str]:
@@ -72,7 +72,7 @@ def test_torchrun_on_two_machines(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
-def test_torchrun_says_what_it_could_not_reach(
+def test_torchrun_names_the_endpoint_that_it_could_not_reach(
     rendezvous: str, machines: tuple[Machine, Machine], tmp_path: Path
 ) -> None:
     cut_cable()
@@ -104,7 +104,7 @@ def test_both_machines_print_why_one_of_them_cannot_start(
 
 
 def examine(machine: Machine, rank: int, first: Machine, folder: Path) -> tuple[int, str]:
-    """Run the doctor by itself on one of two machines that are to meet on the first."""
+    """Run the doctor on one of two machines, with the first one as rendezvous endpoint."""
     config = folder / f"{rank}.yaml"
     config.write_text(
         "distributed_type: MULTI_GPU\nnum_machines: 2\nnum_processes: 2\nmain_process_port: 29500\n"
@@ -121,31 +121,29 @@ def test_the_doctor_names_the_machine_that_cannot_be_reached(
     machines: tuple[Machine, Machine], tmp_path: Path
 ) -> None:
     first, second = machines
-    code, said = examine(second, 1, first, tmp_path)
-    assert f"note: {first.name} answers, and nothing listens on port 29500 yet" in said
-    assert "export GLOO_SOCKET_IFNAME=cable" in said  # its name is on 127.0.1.1
+    code, output = examine(second, 1, first, tmp_path)
+    assert f"note: {first.name} answers, but nothing listens on port 29500 yet" in output
+    assert "export GLOO_SOCKET_IFNAME=cable" in output  # its name is on 127.0.1.1
     assert code == 1
     cut_cable()
-    code, said = examine(second, 1, first, tmp_path)
-    assert f"error: machine 1 cannot reach {first.name}:29500 (" in said
+    code, output = examine(second, 1, first, tmp_path)
+    assert f"error: machine 1 cannot reach {first.name}:29500 (" in output
     assert code == 2
 
 
 @pytest.mark.slow
-def test_the_doctor_meets_itself_on_two_machines(
-    machines: tuple[Machine, Machine], tmp_path: Path
-) -> None:
+def test_the_doctor_runs_on_two_machines(machines: tuple[Machine, Machine], tmp_path: Path) -> None:
     module = "cifar_dist.launching.doctor"
     with _torchrun("static", machines, tmp_path / "run", module=module) as processes:
         outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    said = "".join(outputs)
-    assert re.search(r"^rank 0: cifar-a-\d+, cpu\nrank 1: cifar-b-\d+, cpu$", said, re.M)
-    assert re.search(r"^all reduce: right; latency \d+ us, [\d.]+ GB/s", said, re.M)
+    output = "".join(outputs)
+    assert re.search(r"^rank 0: cifar-a-\d+, cpu\nrank 1: cifar-b-\d+, cpu$", output, re.M)
+    assert re.search(r"^all reduce: correct; latency \d+ us, [\d.]+ GB/s", output, re.M)
 
 
 @pytest.mark.slow
-def test_the_wrong_network_interface_is_said(
+def test_the_wrong_network_interface_is_named(
     machines: tuple[Machine, Machine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
@@ -210,7 +208,7 @@ def test_when_one_worker_is_killed_all_end_and_the_same_command_continues(
     _finish(start, alone, tmp_path / "run", "--checkpoint.every_steps", "7")
 
 
-def test_the_script_says_how_it_is_used() -> None:
+def test_the_script_prints_its_usage() -> None:
     for hosts, options in (("", ["--out", "run"]), ("a b", ["--config", "smoke"])):
         with _popen(["bash", SCRIPT, *options], {"HOSTS": hosts}) as process:
             output, _ = process.communicate(timeout=30)
@@ -220,7 +218,7 @@ def test_the_script_says_how_it_is_used() -> None:
 
 
 @pytest.mark.parametrize("fails", ["", "b"])
-def test_what_each_machine_is_told_and_how_it_ends(fails: str, tmp_path: Path) -> None:
+def test_the_command_on_each_machine_and_the_exit_code(fails: str, tmp_path: Path) -> None:
     torchrun = 'echo "$@"\n'
     if fails:
         torchrun += f"""case "$*" in
@@ -249,19 +247,19 @@ def test_what_each_machine_is_told_and_how_it_ends(fails: str, tmp_path: Path) -
         ) in output
 
 
-def test_the_interface_is_that_of_the_way_to_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_interface_is_that_of_the_route_to_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     loopback = interface_of(address_towards("127.0.0.1"))
     assert loopback in ("lo", "lo0")
     assert interface_of("203.0.113.1") is None  # nobody's
     with pytest.raises(socket.gaierror):
         address_towards("no-such-host.invalid")
-    # Two processes of one machine, whose name is on 127.0.1.1; one may have been told otherwise.
+    # Two processes on one machine whose name is on 127.0.1.1; GLOO_SOCKET_IFNAME overrides.
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     for chosen in ("", "eth7"):
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
         if not chosen:
             monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-        peers = SimpleNamespace(tell=lambda what, address: [address, "127.0.1.1"])
+        peers = SimpleNamespace(exchange=lambda what, address: [address, "127.0.1.1"])
         choose_interface(peers)  # type: ignore[arg-type]
         assert os.environ["GLOO_SOCKET_IFNAME"] == (chosen or loopback)
 
@@ -275,7 +273,7 @@ def _torchrun(
     module: str = "cifar_dist.train",
     own: tuple[list[str], list[str]] = ([], []),
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start torchrun with JOB, and options of its own, on each machine; end what is left of it."""
+    """Start torchrun with JOB on each machine, and options per machine; finally end it."""
     place = f"{machines[0].name}:29500"
     processes = []
     for rank, machine in enumerate(machines):
@@ -308,7 +306,7 @@ def _popen(command: list[str], environment: dict[str, str]) -> subprocess.Popen[
 
 
 def _finish(start: Start, alone: Callable[..., Integers], out: Path, *options: str) -> None:
-    """Start the same command again; the result is that of a run that was never stopped."""
+    """Start the same command again, and compare the result with that of an uninterrupted run."""
     assert integers_of(out)[-1][0] < 400
     with start(*LONG, *options) as process:
         output, _ = process.communicate(timeout=120)
@@ -322,7 +320,7 @@ def _wait_until_it_trains(process: subprocess.Popen[str], out: Path) -> None:
 
 
 def _workers(out: Path) -> list[tuple[psutil.Process, str]]:
-    """Return the processes that train into `out`, with their ranks."""
+    """Return the training processes of the run folder `out`, with their ranks."""
     found = []
     for process in psutil.process_iter(["cmdline", "exe"]):
         words = process.info["cmdline"] or []

@@ -9,7 +9,7 @@ from tests.helpers import JOB, Integers, free_port, tested
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docs" / "notebook.ipynb"
-REASON = "notebooks are run by the packages nbclient and ipykernel"
+REASON = "the packages nbclient and ipykernel are needed to run notebooks"
 
 
 @pytest.mark.slow
@@ -27,7 +27,7 @@ def test_the_notebook_trains_on_several_processes_and_on_one(
         assert sum(was in cell.source for cell in cells) == 1, was
         for cell in cells:
             cell.source = cell.source.replace(was, becomes)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the kernel
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the kernel
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     client = nbclient.NotebookClient(
         notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": tmp_path}}

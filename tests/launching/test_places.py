@@ -1,4 +1,4 @@
-"""The same job, started in the ways of one machine: the same test integers each time."""
+"""The same job started by every launcher of one machine gives the same test integers."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def c10d() -> list[str]:
 
 
 def accelerate_by_mpirun() -> list[str]:
-    """Have `accelerate launch` call mpirun, as it does after the answers multi-CPU and mpirun."""
+    """Return the command with which `accelerate launch` calls mpirun."""
     if shutil.which("mpirun") is None:
         pytest.skip("no mpirun")
     hosts = Path(tempfile.mkdtemp()) / "hostfile"

