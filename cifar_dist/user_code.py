@@ -4,6 +4,7 @@ Code is imported only from a name that the command line, the recipe or a Python 
 from a name that a checkpoint holds.
 """
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -13,7 +14,6 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from modulefinder import ModuleFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,15 +45,17 @@ class UserCode:
     def files(self) -> list[Path]:
         """Return the source file and every file of `root` that it imports, directly or not."""
         file = getattr(sys.modules.get(self.module), "__file__", None)
-        if file is None:
-            return []
-        finder = _Finder([str(self.root.parent if self.package else self.root)], self.package)
-        if self.package:
-            finder.import_hook(self.module)
-        else:
-            finder.run_script(file)
-        found = {getattr(module, "__file__", None) for module in finder.modules.values()}
-        return sorted(Path(name).resolve() for name in found if name)
+        base = self.root.parent if self.package else self.root
+        waiting, found = [Path(file).resolve()] if file else [], set[Path]()
+        while waiting:
+            path = waiting.pop()
+            if path not in found:
+                found.add(path)
+                for name in _imported_names(path, base):
+                    stem = base.joinpath(*name.split("."))
+                    sources = [stem.with_suffix(".py"), stem / "__init__.py"]
+                    waiting += [s for s in sources if s.is_relative_to(self.root) and s.is_file()]
+        return sorted(path for path in found if not path.is_relative_to(PACKAGE))
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of each file by its name below `root`.
@@ -80,22 +82,25 @@ class UserCode:
         return own_error(option, self.place, self.root, error)
 
 
-class _Finder(ModuleFinder):
-    """Finds the modules that a file imports, without importing them.
+def _imported_names(path: Path, base: Path) -> set[str]:
+    """Return the absolute names of everything that a source file imports, and of its packages.
+
+    Of `from a import b`, b may be a module or a name in one, so both a and a.b are returned.
 
     Args:
-        path: folders that are searched.
-        package: the only top-level package that is searched; "" for all but this program.
+        base: folder in which top-level names are found.
     """
-
-    def __init__(self, path: list[str], package: str) -> None:
-        super().__init__(path, excludes=[PACKAGE.name])
-        self._package = package
-
-    def find_module(self, name: str, path: Any, parent: Any = None) -> Any:
-        if self._package and path is None and name != self._package:
-            raise ImportError(name)
-        return super().find_module(name, path, parent)
+    here = path.relative_to(base).with_suffix("").parts
+    names = {".".join(here)}
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = here[: len(here) - node.level] if node.level else ()
+            module = ".".join([*package, *([node.module] if node.module else [])])
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    parts = [name.split(".") for name in names]
+    return {".".join(name[:end]) for name in parts for end in range(1, len(name) + 1)}
 
 
 def is_user_code(name: str) -> bool:

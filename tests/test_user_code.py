@@ -153,7 +153,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_the_tutorials_file_trains_as_the_shipped_network(here: Path) -> None:
     assert main([*TINY, "--model.name", "model.py:MyModel", "--out", "own"]) == 0
     assert main([*TINY, "--out", "shipped"]) == 0
-    assert read_lines(here / "own") == read_lines(here / "shipped")
+    own, shipped = (
+        [line for line in read_lines(here / name) if line["split"] != "train_window"]
+        for name in ("own", "shipped")
+    )
+    assert own == shipped
     assert (here / "own" / "code" / "model.py").read_text() == TUTORIAL
 
 
