@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from cifar_dist.config import DataConfig, Recipe, local_path
-from cifar_dist.data import Dataset, arrange
-from cifar_dist.data.images import Images, Source
-from cifar_dist.data.listing import find_images, labels_of
-from cifar_dist.data.synthetic import SHAPES, counts
+from cifar_dist.config import Recipe, local_path
+from cifar_dist.data import Dataset
+from cifar_dist.data.counts import count_images
 from cifar_dist.errors import require
 from cifar_dist.launching.networks import Features, Tape, Weight, describe_network
 from cifar_dist.training.schedule import learning_rate, total_steps
@@ -135,36 +133,6 @@ def step_seconds(
     latency, bandwidth = link
     waiting = collectives * (processes - 1) * latency
     return computation + waiting + 2 * (processes - 1) / processes * sent / bandwidth
-
-
-def count_images(config: DataConfig) -> Dataset:
-    """Return the dataset that `load_dataset` would, without any pixels: images of no channels.
-
-    Raises:
-        UsageError: the folder of images is missing or not one of class folders.
-    """
-    size = config.side
-
-    def of(labels: Sequence[int] | np.ndarray, classes: tuple[str, ...]) -> Images:
-        return Images(np.empty((len(labels), size, size, 0), np.uint8), np.array(labels), classes)
-
-    if config.name == "imagefolder":
-        listing = find_images(local_path(config.root), config.bad_images)
-        splits = {
-            name: of(labels_of(found), listing.classes) for name, found in listing.files.items()
-        }
-    elif config.name == "synthetic":
-        splits = {
-            name: of(np.arange(count) % len(SHAPES), tuple(SHAPES))
-            for name, count in counts(config).items()
-        }
-    else:
-        classes = tuple(str(label) for label in range(100 if config.name == "cifar100" else 10))
-        splits = {
-            name: of(np.arange(count) % len(classes), classes)
-            for name, count in (("train", 50_000), ("test", 10_000))
-        }
-    return arrange(Source(splits, (), (), "", ()), config)
 
 
 def file_size(entries: Entries) -> int:
