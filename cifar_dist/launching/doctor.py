@@ -1,6 +1,6 @@
 """Say whether these machines can do it: `cifar-dist doctor`, or started as the training would be.
 
-By itself it looks at this machine and this configuration, without torch, and exits with 0, 1 if
+By itself it looks at this machine and this configuration, and exits with 0, 1 if
 there are warnings, or 2. Started by a launcher, `accelerate launch ... -m
 cifar_dist.launching.doctor`, torchrun or srun, all processes meet, compare themselves, and measure
 what lies between them; warnings then exit with 0. `--explain LOG` reads the log of a failed run.

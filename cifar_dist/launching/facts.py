@@ -1,4 +1,4 @@
-"""Gather what the checks need to know about this machine and this launch; imports no torch."""
+"""Gather the facts about this machine and this launch that the checks need."""
 
 import errno
 import os

@@ -1,30 +1,32 @@
-"""What a run will do, worked out from its recipe alone; tests compare it with what runs record."""
+"""Predict what a run will do from its recipe alone; tests compare it with what runs record."""
 
+from __future__ import annotations
+
+import gc
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cifar_dist.config import Recipe, local_path
+from cifar_dist.config import ModelConfig, OptimConfig, Recipe, local_path
 from cifar_dist.data import Dataset
 from cifar_dist.data.counts import count_images
 from cifar_dist.errors import require
-from cifar_dist.launching.networks import Features, Tape, Weight, describe_network
 from cifar_dist.training.schedule import learning_rate, total_steps
 
-MOMENTS = {
-    "sgd": ("momentum_buffer",),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-    "muon": ("momentum_buffer",),
-}
+if TYPE_CHECKING:  # torch takes two seconds to import
+    import torch
+    from torch import nn
+
+    from cifar_dist.models.costs import Costs
+
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes of gradients that DDP sends together
 TALLY = 3  # numbers a process keeps of its epoch: metrics.Tally
 FLAG = 4  # bytes by which processes agree on stopping, at each step: preemption.agreed
-Entries = Sequence[tuple[str, str, tuple[int, ...]]]  # name, type, shape
 
 
 @dataclass(frozen=True)
@@ -67,57 +69,74 @@ def predict(recipe: Recipe, processes: int) -> Prediction:
     """Work out what a run of `recipe` will do.
 
     Raises:
-        UsageError: the folder of images is missing, or smaller than a batch.
+        UsageError: the dataset cannot be counted or is smaller than a batch, or the network cannot
+            be trained on it.
     """
     train, dataset = recipe.train, count_images(recipe.data)
-    images = len(dataset.train)
+    images, side = len(dataset.train), dataset.train.image_size
     require(
         train.batch_size <= images,
         f"train.batch_size {train.batch_size} exceeds the {images} training images; give {images} "
         "or less",
     )
     per_epoch = images // train.batch_size
-    steps = total_steps(train.epochs, per_epoch)
-    network = describe_network(recipe.model, len(dataset.classes))
-    weights = list(network.weights())
-    trained = [weight for weight in weights if weight.trained]
-    tape = Tape()
-    network.forward(Features(3, dataset.train.image_size), tape)
-    files = _files(recipe, weights, processes)
-    checkpoint = {f"{name}.safetensors": file_size(entries) for name, entries in files.items()}
-    at_once = recipe.checkpoint.keep + 1 + ("val" in dataset.evaluation)
-    sizes = [weight.bytes // (2 if train.compress_gradients else 1) for weight in trained]
+    costs = measure_network(recipe.model, len(dataset.classes), side)
     part = train.batch_size // train.accumulate // processes
     if part == 1 and not train.sync_batchnorm:
         from cifar_dist.models import build_model, require_batchnorm_values
 
-        built = build_model(recipe.model, len(dataset.classes))
-        require_batchnorm_values(built, part, dataset.train.image_size)
+        require_batchnorm_values(build_model(recipe.model, len(dataset.classes)), part, side)
+    trained = [p for p in costs.network.parameters() if p.requires_grad]
+    checkpoint = _files(recipe, costs.network, processes)
+    at_once = recipe.checkpoint.keep + 1 + ("val" in dataset.evaluation)
+    sizes = [p.nbytes // (2 if train.compress_gradients else 1) for p in trained]
     # Activations, as most of them are kept in the precision of the arithmetic.
     narrow = 2 if train.precision in ("bf16", "fp16") else 1
-    gradients = sum(weight.bytes for weight in trained)
     return Prediction(
         processes=processes,
         dataset=dataset,
         steps_per_epoch=per_epoch,
-        steps=steps,
+        steps=total_steps(train.epochs, per_epoch),
         left_over=images - per_epoch * train.batch_size,
         rates=_rates(recipe, per_epoch),
         saves=_saves(recipe, per_epoch),
         checkpoint=checkpoint,
         disk=at_once * sum(checkpoint.values()),
-        parameters=sum(weight.count for weight in trained),
-        multiplications=tape.multiplications,
+        parameters=sum(p.numel() for p in trained),
+        multiplications=costs.multiplications,
         memory={
-            "weights": sum(weight.bytes for weight in weights) * (2 if train.ema else 1),
-            "gradients": gradients,
+            "weights": checkpoint["model.safetensors"] * (2 if train.ema else 1),
+            "gradients": _bytes(trained),
             "optimizer": checkpoint["optim.safetensors"],
-            "activations": part * tape.kept_bytes // narrow,
-            "images": images * 3 * dataset.train.image_size**2,
+            "activations": part * costs.activations // narrow,
+            "images": images * 3 * side**2,
         },
         sent=sum(sizes) + FLAG if processes > 1 else 0,
         collectives=len(list(_buckets(sizes))) + 1 if processes > 1 else 0,
     )
+
+
+def measure_network(config: ModelConfig, classes: int, image_size: int) -> Costs:
+    """Measure the network of a recipe.
+
+    Raises:
+        UsageError: it cannot process images of this size, or returns another number of logits.
+    """
+    gc.disable()  # garbage collection during these imports and at exit takes a second
+    try:
+        from cifar_dist.models import build_model
+        from cifar_dist.models.costs import measure
+
+        costs = measure(config.name, lambda: build_model(config, classes), image_size)
+    finally:
+        gc.freeze()
+        gc.enable()
+    require(
+        costs.outputs == classes,
+        f"{config.name} returns {costs.outputs} logits per image, and the dataset has {classes} "
+        "classes",
+    )
+    return costs
 
 
 def step_seconds(
@@ -133,19 +152,6 @@ def step_seconds(
     latency, bandwidth = link
     waiting = collectives * (processes - 1) * latency
     return computation + waiting + 2 * (processes - 1) / processes * sent / bandwidth
-
-
-def file_size(entries: Entries) -> int:
-    """Return the bytes of a safetensors file: 8, a header in JSON, and the numbers."""
-    widths = {"F32": 4, "F64": 8, "I64": 8}
-    order = sorted(entries, key=lambda entry: (-list(widths).index(entry[1]), entry[0]))
-    header: dict[str, Any] = {}
-    end = 0
-    for name, kind, shape in order:
-        begin, end = end, end + widths[kind] * int(np.prod(shape, dtype=np.int64))
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
-    length = len(json.dumps(header, separators=(",", ":")))
-    return 8 + -(-length // 8) * 8 + end
 
 
 def read_link(path: str) -> tuple[float, float]:
@@ -209,34 +215,40 @@ def _saves(recipe: Recipe, per_epoch: int) -> list[int]:
     return sorted(found - {0})
 
 
-def _files(recipe: Recipe, weights: list[Weight], processes: int) -> dict[str, Entries]:
-    """Return what a checkpoint's files hold."""
-    network = [(w.name, "I64" if w.bytes == 8 and not w.shape else "F32", w.shape) for w in weights]
+def _files(recipe: Recipe, network: nn.Module, processes: int) -> dict[str, int]:
+    """Return the bytes of the tensors in each file of a checkpoint."""
+    model = _bytes(network.state_dict().values())
+    statistics = _bytes(buffer for buffer in network.buffers() if buffer.is_floating_point())
     copies = 2 if recipe.train.ema else 1
-    statistics = copies * sum(weight.count for weight in weights if weight.statistics)
-    own = ("statistics", "F32", (processes, statistics) if statistics else (1, 0))
-    files: dict[str, Entries] = {
-        "model": network,
-        "optim": list(_optimizer(recipe, weights)),
-        "processes": [own, ("tallies", "F64", (processes, TALLY))],
+    files = {
+        "model": model,
+        "optim": _optimizer_bytes(network, recipe.optim),
+        "processes": processes * (copies * statistics + 8 * TALLY),
     }
-    return files | ({"ema": network} if recipe.train.ema else {})
+    if recipe.train.ema:
+        files["ema"] = model
+    return {f"{name}.safetensors": size for name, size in files.items()}
 
 
-def _optimizer(recipe: Recipe, weights: list[Weight]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Yield what the optimizer keeps, under the names of its state_dict."""
-    config = recipe.optim
-    parameters = [w for w in weights if w.name.endswith(("weight", "bias"))]
-    if config.name == "muon":  # in its groups' order: filters, biases, head
-        trained = [weight for weight in parameters if weight.trained]
-        kinds = (lambda n: n == 4, lambda n: n not in (2, 4), lambda n: n == 2)
-        parameters = [w for chosen in kinds for w in trained if chosen(len(w.shape))]
-    names = MOMENTS[config.name] if config.name != "sgd" or config.momentum else ()
-    for index, weight in enumerate(parameters):
-        if weight.trained:
-            yield from ((f"{index}.{name}", "F32", weight.shape) for name in names)
-            if config.name == "adamw":
-                yield f"{index}.step", "F32", ()
+def _optimizer_bytes(network: nn.Module, config: OptimConfig) -> int:
+    """Return the bytes that the optimizer keeps, from a step on the meta device."""
+    import torch
+
+    from cifar_dist.training.optim import build_optimizer
+
+    optimizer = build_optimizer(network, config)
+    for group in optimizer.param_groups:
+        group["fused"] = False  # fused kernels need a real device
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    return _bytes(value for value in state if isinstance(value, torch.Tensor))
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _buckets(sizes: Sequence[int]) -> Iterator[int]:

@@ -11,6 +11,7 @@ or a maximum turns over is a matter of luck, so that is tried several times.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -26,7 +27,6 @@ from cifar_dist.command import run_verb
 from cifar_dist.config import Recipe, parse_recipe
 from cifar_dist.errors import UsageError, require
 from cifar_dist.launching.findings import Finding, error, note, show, warning
-from cifar_dist.launching.networks import describe_network
 from cifar_dist.launching.options import Options
 from cifar_dist.storage.folder import read_metrics
 
@@ -88,6 +88,8 @@ def compare(argv: Sequence[str], program: Sequence[str] = ("-m", "cifar_dist.tra
     short, _ = parse_recipe([*own, *shortened])
     with tempfile.TemporaryDirectory() as folder:
         comparison = Comparison(short, [*own, *shortened], Path(folder), program)
+        if draws_random_numbers(_build(recipe, comparison.alone), recipe.data.side):
+            remarks.append("dropout is off here: its masks are drawn by each process for itself")
         comparison.findings += [note("changed", what, "see docs/launching.md") for what in remarks]
         for number in several:
             comparison.judge(number)
@@ -115,10 +117,13 @@ class Comparison:
         self.told: dict[str, Any] = {}
         self.findings: list[Finding] = []
         self.alone = self._train(1)
-        weights = describe_network(recipe.model, len(self.alone.facts["classes"])).weights()
-        has_statistics = any(weight.statistics for weight in weights)
-        self.normalised = has_statistics and not recipe.train.sync_batchnorm
         network = _begin(recipe, self.alone)
+        require(
+            not draws_random_numbers(network, recipe.data.side),
+            f"{recipe.model.name} draws random numbers in training even with model.dropout 0, and "
+            "each process draws its own; switch its random layers off with model.options",
+        )
+        self.normalised = has_batchnorm(network) and not recipe.train.sync_batchnorm
         self.begun = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
         self.noise = largest([self._control(network, number) for number in range(CONTROLS)])
         self.told[f"1 process, the last bits of its first weights changed, {CONTROLS} runs"] = (
@@ -180,9 +185,6 @@ def _shorten(recipe: Recipe, several: Sequence[int], steps: int) -> tuple[list[s
     if batch != recipe.train.batch_size:
         numbers = ", ".join(map(str, several))
         remarks.append(f"batches are of {batch} images here, which divide among {numbers}")
-    dropout = any(kept.share for kept in _dropouts(recipe))
-    if dropout:
-        remarks.append("dropout is off here: its masks are drawn by each process for itself")
     options = {
         "train.batch_size": batch,
         "data.limit_train": batch * steps,
@@ -198,16 +200,21 @@ def _shorten(recipe: Recipe, several: Sequence[int], steps: int) -> tuple[list[s
     return [word for key, value in options.items() for word in (f"--{key}", str(value))], remarks
 
 
-def _dropouts(recipe: Recipe) -> list[Any]:
-    """Return the layers of the network that drop something."""
-    from cifar_dist.launching.networks import Chain, Dropout, Layer
+def draws_random_numbers(network: nn.Module, image_size: int) -> bool:
+    """Return whether a forward pass in training mode draws from torch's random generator."""
+    import torch
 
-    def within(layer: Layer) -> list[Any]:
-        if isinstance(layer, Chain):
-            return [found for part in layer.parts.values() for found in within(part)]
-        return [layer] if isinstance(layer, Dropout) else []
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        copy.deepcopy(network).train()(torch.zeros(2, 3, image_size, image_size))
+    return not torch.equal(before, torch.get_rng_state())
 
-    return within(describe_network(recipe.model, 10))
+
+def has_batchnorm(network: nn.Module) -> bool:
+    """Return whether any layer normalises by the statistics of the batch."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return any(isinstance(layer, _BatchNorm) for layer in network.modules())
 
 
 def _train(processes: int, options: Sequence[str], out: Path, program: Sequence[str]) -> Run:
@@ -247,15 +254,20 @@ def _train(processes: int, options: Sequence[str], out: Path, program: Sequence[
     return run
 
 
+def _build(recipe: Recipe, run: Run) -> nn.Module:
+    from cifar_dist.models import build_model
+
+    return build_model(recipe.model, len(run.facts["classes"]))
+
+
 def _begin(recipe: Recipe, run: Run) -> nn.Module:
     """Return the network as it was before the first step of a run."""
     import torch
 
-    from cifar_dist.models import build_model
     from cifar_dist.storage.weights import load_weights
 
     torch.manual_seed(recipe.train.seed)
-    network = build_model(recipe.model, len(run.facts["classes"]))
+    network = _build(recipe, run)
     if recipe.model.weights:
         load_weights(network, recipe.model.weights)
     with torch.no_grad():

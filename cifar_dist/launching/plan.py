@@ -1,4 +1,4 @@
-"""Say what a launch would do, without torch, a GPU, or starting anything: `cifar-dist plan ...`.
+"""Print what a launch would do, without a GPU and without starting it: `cifar-dist plan ...`.
 
 The commands for each machine, the run in numbers, what it takes of memory, disk and network, and
 every trap that is seen beforehand.
