@@ -1,9 +1,9 @@
-"""Say whether these machines can do it: `cifar-dist doctor`, or started as the training would be.
+"""Check whether these machines can train: `cifar-dist doctor`, or under the training's launcher.
 
-By itself it looks at this machine and this configuration, and exits with 0, 1 if
-there are warnings, or 2. Started by a launcher, `accelerate launch ... -m
-cifar_dist.launching.doctor`, torchrun or srun, all processes meet, compare themselves, and measure
-what lies between them; warnings then exit with 0. `--explain LOG` reads the log of a failed run.
+By itself it checks this machine and this configuration, and exits with 0, 1 if there are warnings,
+or 2. Under a launcher, `accelerate launch ... -m cifar_dist.launching.doctor`, torchrun or srun,
+all processes meet, compare their machines, and measure latency and bandwidth; warnings then exit
+with 0. `--explain LOG` reads the log of a failed run.
 """
 
 from __future__ import annotations

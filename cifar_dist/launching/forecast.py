@@ -24,28 +24,28 @@ if TYPE_CHECKING:  # torch takes two seconds to import
 
     from cifar_dist.models.costs import Costs
 
-FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes of gradients that DDP sends together
-TALLY = 3  # numbers a process keeps of its epoch: metrics.Tally
-FLAG = 4  # bytes by which processes agree on stopping, at each step: preemption.agreed
+FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes; DDP's gradient buckets
+TALLY = 3  # float64 sums of metrics.Tally, per process
+FLAG = 4  # bytes of the all-reduce by which processes agree on stopping at each step
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run on so many processes will do.
+    """Prediction of a run.
 
     Attributes:
-        processes: over all machines.
-        dataset: its counts are those of the real one; it holds no pixels.
+        processes: world size.
+        dataset: with the labels and classes of the real one, and no pixels.
         steps_per_epoch, steps: optimizer steps.
-        left_over: training images that fill no batch, in each epoch.
-        rates: learning rate at the steps where it turns, counted from 1 as in metrics.jsonl.
-        saves: steps after which a checkpoint is written; the best epochs' come on top.
-        checkpoint: bytes of each of its safetensors files.
-        disk: bytes that checkpoints take at most.
-        parameters: trained ones.
-        multiplications: of one image's forward pass, each with its addition.
-        memory: bytes on each device, by what takes them; an estimate.
-        sent: bytes of gradients and flags that each process gives to collectives in a step.
+        left_over: training images of the last incomplete batch of an epoch, which is dropped.
+        rates: learning rate at the first, highest, middle and last step, counted from 1.
+        saves: steps after which a checkpoint is written, besides those of the best epochs.
+        checkpoint: bytes of the tensors in each safetensors file.
+        disk: largest size of all checkpoints together, in bytes.
+        parameters: number of trainable ones.
+        multiplications: multiply-adds of the forward pass of one image.
+        memory: estimated bytes on each device, by use.
+        sent: bytes that each process contributes to collectives in a step.
         collectives: all-reduces in a step.
     """
 
@@ -66,7 +66,7 @@ class Prediction:
 
 
 def predict(recipe: Recipe, processes: int) -> Prediction:
-    """Work out what a run of `recipe` will do.
+    """Predict a run of `recipe`.
 
     Raises:
         UsageError: the dataset cannot be counted or is smaller than a batch, or the network cannot
@@ -90,7 +90,7 @@ def predict(recipe: Recipe, processes: int) -> Prediction:
     checkpoint = _files(recipe, costs.network, processes)
     at_once = recipe.checkpoint.keep + 1 + ("val" in dataset.evaluation)
     sizes = [p.nbytes // (2 if train.compress_gradients else 1) for p in trained]
-    # Activations, as most of them are kept in the precision of the arithmetic.
+    # Most activations are kept in the precision of the arithmetic.
     narrow = 2 if train.precision in ("bf16", "fp16") else 1
     return Prediction(
         processes=processes,
@@ -142,12 +142,12 @@ def measure_network(config: ModelConfig, classes: int, image_size: int) -> Costs
 def step_seconds(
     computation: float, collectives: float, sent: float, processes: int, link: tuple[float, float]
 ) -> float:
-    """Return the time of a step on a ring of processes; nothing overlaps, which is the worst case.
+    """Return the seconds of a step with ring all-reduces that do not overlap with computation.
 
     Args:
-        computation: seconds of a process's share of the batch.
+        computation: seconds of one process's part of the batch.
         collectives, sent: all-reduces in a step, and their bytes.
-        link: latency between two processes in seconds, and bytes a second.
+        link: latency between two processes in seconds, and bandwidth in bytes per second.
     """
     latency, bandwidth = link
     waiting = collectives * (processes - 1) * latency
@@ -155,10 +155,10 @@ def step_seconds(
 
 
 def read_link(path: str) -> tuple[float, float]:
-    """Return latency in seconds and bytes a second from what `doctor --json` has printed.
+    """Return latency in seconds and bandwidth in bytes per second from output of `doctor --json`.
 
     Raises:
-        UsageError: it is not the output of a live doctor on several processes.
+        UsageError: the file is not the output of a live doctor on several processes.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))["all_reduce"]
@@ -166,16 +166,16 @@ def read_link(path: str) -> tuple[float, float]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         require(
             False,
-            f"'{path}' is not what a live `doctor --json` on several processes prints ({error!r})",
+            f"'{path}' is no output of a live `doctor --json` on several processes ({error!r})",
         )
         raise AssertionError from error
 
 
 def read_rate(path: str) -> float:
-    """Return images a second of each process of a run, the median of what it has recorded.
+    """Return the median of the recorded images per second per process of a run.
 
     Raises:
-        UsageError: it is no run folder, or has recorded none.
+        UsageError: the folder is not a run folder, or no speeds are recorded.
     """
     from cifar_dist.storage.folder import read_metrics
 
@@ -197,7 +197,7 @@ def read_rate(path: str) -> float:
 
 
 def _rates(recipe: Recipe, per_epoch: int) -> dict[int, float]:
-    """Return the learning rate at the first step, the highest, the middle one and the last."""
+    """Return the learning rate at the first, highest, middle and last step."""
     steps = total_steps(recipe.train.epochs, per_epoch)
     rates = [
         learning_rate(recipe.schedule, recipe.optim.lr, step, per_epoch, recipe.train.epochs)
@@ -252,7 +252,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _buckets(sizes: Sequence[int]) -> Iterator[int]:
-    """Yield the bytes of DDP's buckets: filled from the last layer on, the first one small."""
+    """Yield the bytes of DDP's gradient buckets, which are filled from the last layer backwards."""
     filled, limit = 0, FIRST_BUCKET
     for size in reversed(sizes):
         filled += size
@@ -264,7 +264,7 @@ def _buckets(sizes: Sequence[int]) -> Iterator[int]:
 
 
 def fit_line(seconds: Mapping[int, float]) -> tuple[float, float]:
-    """Fit constant and slope of what takes so long by its size; short counts as much as long."""
+    """Fit seconds = constant + slope * size, by relative error."""
     values = np.array(list(seconds.values()))
     slope, constant = np.polyfit(list(seconds), values, 1, w=1 / values)
     return float(constant), float(slope)

@@ -1,4 +1,4 @@
-"""Parity: N processes train as one does, and where one all-reduce is missing it says so."""
+"""Parity: N processes equal one process, and a missing all-reduce is reported."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_two_processes_equal_one(
     told = capsys.readouterr().out
     assert "changed, 2 runs: loss within" in told
     assert "2 processes against 1: loss within" in told
-    assert "note: batches are of 34 images here, which divide among 2" in told
+    assert "note: batches have 34 images here, which divide among 2 processes" in told
     assert "batchnorm" not in told
 
 
@@ -73,7 +73,7 @@ def test_what_is_beyond_rounding_is_told_where_it_begins() -> None:
     assert found.beyond(rounding) == [
         "the loss differs first at step 2, by 1.0e-04",
         "the gradient norm differs first at step 2, by 1.0e-03",
-        "1 of 2 weights differ first after step 2, most of all b: by 1.0e-01 of how far it moved",
+        "1 of 2 weights differ first after step 2, most of all b: by 1.0e-01 of its change",
     ]
     assert rounding.beyond(rounding) == []
 
@@ -152,7 +152,7 @@ def test_chaos_is_a_warning_where_no_step_is_judged_sharply(
     same = [0.0] * len(whole)
     found = parity.Difference(same, same, [{"a": share} for share in whole], whole).blur()
     assert [finding.level for finding in found] == ([level] if level else [])
-    assert all("by 2.0e-01 of how far they moved" in finding.message for finding in found)
+    assert all("rounding alone makes 2.0e-01 of the change" in finding.message for finding in found)
 
 
 def test_what_fails_on_one_process_is_no_matter_of_parity(
