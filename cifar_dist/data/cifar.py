@@ -103,6 +103,8 @@ ARCHIVES = {
         names="fine_label_names",
     ),
 }
+CLASSES = {"cifar10": 10, "cifar100": 100}
+SIZES = {"train": 50_000, "test": 10_000}  # images of each split
 
 
 def load_cifar(config: DataConfig) -> Source:

@@ -1,8 +1,8 @@
 """Check whether machines and configuration can run a training.
 
-`cifar-dist doctor` checks this machine and this configuration, without importing torch. The exit
-code is 0, 1 with warnings, or 2 with errors. Started by a launcher, as in `accelerate launch ...
--m cifar_dist.launching.doctor`, torchrun or srun, all processes connect, compare their facts, and
+`cifar-dist doctor` checks this machine and this configuration. The exit code is 0, 1 with warnings,
+or 2 with errors. Started by a launcher, as in `accelerate launch ... -m
+cifar_dist.launching.doctor`, torchrun or srun, all processes connect, compare their facts, and
 measure the network; warnings then exit with 0. `--explain LOG` reads the log of a failed run.
 """
 

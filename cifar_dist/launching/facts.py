@@ -1,4 +1,4 @@
-"""Gather the facts of this machine and this launch for the checks. Does not import torch."""
+"""Gather the facts of this machine and this launch for the checks."""
 
 import errno
 import platform
@@ -16,10 +16,11 @@ import psutil
 from cifar_dist.config import Recipe, local_path
 from cifar_dist.data.cache import cache_folder
 from cifar_dist.data.cifar import ARCHIVES
+from cifar_dist.data.counts import count_images
 from cifar_dist.errors import UsageError
 from cifar_dist.launching.accelerate_config import AccelerateConfig
 from cifar_dist.launching.checks import Device, Endpoint, Facts
-from cifar_dist.launching.forecast import count_images, predict
+from cifar_dist.launching.forecast import predict
 from cifar_dist.processes.environment import (
     asked_world_size,
     is_launched,

@@ -1,51 +1,51 @@
-"""What a run will do, worked out from its recipe alone; tests compare it with what runs record."""
+"""Predict what a run will do from its recipe alone; tests compare it with what runs record."""
 
+from __future__ import annotations
+
+import gc
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cifar_dist.config import DataConfig, Recipe, local_path
-from cifar_dist.data import Dataset, arrange
-from cifar_dist.data.images import Images, Source
-from cifar_dist.data.listing import find_images, labels_of
-from cifar_dist.data.synthetic import SHAPES, counts
+from cifar_dist.config import ModelConfig, OptimConfig, Recipe, local_path
+from cifar_dist.data import Dataset
+from cifar_dist.data.counts import count_images
 from cifar_dist.errors import require
-from cifar_dist.launching.networks import Features, Tape, Weight, describe_network
 from cifar_dist.training.schedule import learning_rate, total_steps
 
-MOMENTS = {
-    "sgd": ("momentum_buffer",),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-    "muon": ("momentum_buffer",),
-}
-FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes of gradients that DDP sends together
-TALLY = 3  # numbers a process keeps of its epoch: metrics.Tally
-FLAG = 4  # bytes by which processes agree on stopping, at each step: preemption.agreed
-Entries = Sequence[tuple[str, str, tuple[int, ...]]]  # name, type, shape
+if TYPE_CHECKING:  # torch takes two seconds to import
+    import torch
+    from torch import nn
+
+    from cifar_dist.models.costs import Costs
+
+FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes; DDP's gradient buckets
+TALLY = 3  # float64 sums of metrics.Tally, per process
+FLAG = 4  # bytes of the all-reduce by which processes agree on stopping at each step
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run on so many processes will do.
+    """Prediction of a run.
 
     Attributes:
-        processes: over all machines.
-        dataset: its counts are those of the real one; it holds no pixels.
+        processes: world size.
+        dataset: with the labels and classes of the real one, and no pixels.
         steps_per_epoch, steps: optimizer steps.
-        left_over: training images that fill no batch, in each epoch.
-        rates: learning rate at the steps where it turns, counted from 1 as in metrics.jsonl.
-        saves: steps after which a checkpoint is written; the best epochs' come on top.
-        checkpoint: bytes of each of its safetensors files.
-        disk: bytes that checkpoints take at most.
-        parameters: trained ones.
-        multiplications: of one image's forward pass, each with its addition.
-        memory: bytes on each device, by what takes them; an estimate.
-        sent: bytes of gradients and flags that each process gives to collectives in a step.
+        left_over: training images of the last incomplete batch of an epoch, which is dropped.
+        rates: learning rate at the first, highest, middle and last step, counted from 1.
+        saves: steps after which a checkpoint is written, besides those of the best epochs.
+        checkpoint: bytes of the tensors in each safetensors file.
+        disk: largest size of all checkpoints together, in bytes.
+        parameters: number of trainable ones.
+        multiplications: multiply-adds of the forward pass of one image.
+        memory: estimated bytes on each device, by use.
+        sent: bytes that each process contributes to collectives in a step.
         collectives: all-reduces in a step.
     """
 
@@ -66,126 +66,100 @@ class Prediction:
 
 
 def predict(recipe: Recipe, processes: int) -> Prediction:
-    """Work out what a run of `recipe` will do.
+    """Predict a run of `recipe`.
 
     Raises:
-        UsageError: the folder of images is missing, or smaller than a batch.
+        UsageError: the dataset cannot be counted or is smaller than a batch, or the network cannot
+            be trained on it.
     """
     train, dataset = recipe.train, count_images(recipe.data)
-    images = len(dataset.train)
+    images, side = len(dataset.train), dataset.train.image_size
     require(
         train.batch_size <= images,
         f"train.batch_size {train.batch_size} exceeds the {images} training images; give {images} "
         "or less",
     )
     per_epoch = images // train.batch_size
-    steps = total_steps(train.epochs, per_epoch)
-    network = describe_network(recipe.model, len(dataset.classes))
-    weights = list(network.weights())
-    trained = [weight for weight in weights if weight.trained]
-    tape = Tape()
-    network.forward(Features(3, dataset.train.image_size), tape)
-    files = _files(recipe, weights, processes)
-    checkpoint = {f"{name}.safetensors": file_size(entries) for name, entries in files.items()}
-    at_once = recipe.checkpoint.keep + 1 + ("val" in dataset.evaluation)
-    sizes = [weight.bytes // (2 if train.compress_gradients else 1) for weight in trained]
+    costs = measure_network(recipe.model, len(dataset.classes), side)
     part = train.batch_size // train.accumulate // processes
     if part == 1 and not train.sync_batchnorm:
         from cifar_dist.models.catalogue import build_network
         from cifar_dist.training.trial import require_batchnorm_values
 
-        built = build_network(recipe.model, len(dataset.classes))
-        require_batchnorm_values(built, part, dataset.train.image_size)
-    # Activations, as most of them are kept in the precision of the arithmetic.
+        require_batchnorm_values(build_network(recipe.model, len(dataset.classes)), part, side)
+    trained = [p for p in costs.network.parameters() if p.requires_grad]
+    checkpoint = _files(recipe, costs.network, processes)
+    at_once = recipe.checkpoint.keep + 1 + ("val" in dataset.evaluation)
+    sizes = [p.nbytes // (2 if train.compress_gradients else 1) for p in trained]
+    # Most activations are kept in the precision of the arithmetic.
     narrow = 2 if train.precision in ("bf16", "fp16") else 1
-    gradients = sum(weight.bytes for weight in trained)
     return Prediction(
         processes=processes,
         dataset=dataset,
         steps_per_epoch=per_epoch,
-        steps=steps,
+        steps=total_steps(train.epochs, per_epoch),
         left_over=images - per_epoch * train.batch_size,
         rates=_rates(recipe, per_epoch),
         saves=_saves(recipe, per_epoch),
         checkpoint=checkpoint,
         disk=at_once * sum(checkpoint.values()),
-        parameters=sum(weight.count for weight in trained),
-        multiplications=tape.multiplications,
+        parameters=sum(p.numel() for p in trained),
+        multiplications=costs.multiplications,
         memory={
-            "weights": sum(weight.bytes for weight in weights) * (2 if train.ema else 1),
-            "gradients": gradients,
+            "weights": checkpoint["model.safetensors"] * (2 if train.ema else 1),
+            "gradients": _bytes(trained),
             "optimizer": checkpoint["optim.safetensors"],
-            "activations": part * tape.kept_bytes // narrow,
-            "images": images * 3 * dataset.train.image_size**2,
+            "activations": part * costs.activations // narrow,
+            "images": images * 3 * side**2,
         },
         sent=sum(sizes) + FLAG if processes > 1 else 0,
         collectives=len(list(_buckets(sizes))) + 1 if processes > 1 else 0,
     )
 
 
+def measure_network(config: ModelConfig, classes: int, image_size: int) -> Costs:
+    """Measure the network of a recipe.
+
+    Raises:
+        UsageError: it cannot process images of this size, or returns another number of logits.
+    """
+    gc.disable()  # garbage collection during these imports and at exit takes a second
+    try:
+        from cifar_dist.models.catalogue import build_network
+        from cifar_dist.models.costs import measure
+
+        costs = measure(config.name, lambda: build_network(config, classes), image_size)
+    finally:
+        gc.freeze()
+        gc.enable()
+    require(
+        costs.outputs == classes,
+        f"{config.name} returns {costs.outputs} logits per image, and the dataset has {classes} "
+        "classes",
+    )
+    return costs
+
+
 def step_seconds(
     computation: float, collectives: float, sent: float, processes: int, link: tuple[float, float]
 ) -> float:
-    """Return the time of a step on a ring of processes; nothing overlaps, which is the worst case.
+    """Return the seconds of a step with ring all-reduces that do not overlap with computation.
 
     Args:
-        computation: seconds of a process's share of the batch.
+        computation: seconds of one process's part of the batch.
         collectives, sent: all-reduces in a step, and their bytes.
-        link: latency between two processes in seconds, and bytes a second.
+        link: latency between two processes in seconds, and bandwidth in bytes per second.
     """
     latency, bandwidth = link
     waiting = collectives * (processes - 1) * latency
     return computation + waiting + 2 * (processes - 1) / processes * sent / bandwidth
 
 
-def count_images(config: DataConfig) -> Dataset:
-    """Return the dataset that `load_dataset` would, without any pixels: images of no channels.
-
-    Raises:
-        UsageError: the folder of images is missing or not one of class folders.
-    """
-    size = config.side
-
-    def of(labels: Sequence[int] | np.ndarray, classes: tuple[str, ...]) -> Images:
-        return Images(np.empty((len(labels), size, size, 0), np.uint8), np.array(labels), classes)
-
-    if config.name == "imagefolder":
-        listing = find_images(local_path(config.root), config.bad_images)
-        splits = {
-            name: of(labels_of(found), listing.classes) for name, found in listing.files.items()
-        }
-    elif config.name == "synthetic":
-        splits = {
-            name: of(np.arange(count) % len(SHAPES), tuple(SHAPES))
-            for name, count in counts(config).items()
-        }
-    else:
-        classes = tuple(str(label) for label in range(100 if config.name == "cifar100" else 10))
-        splits = {
-            name: of(np.arange(count) % len(classes), classes)
-            for name, count in (("train", 50_000), ("test", 10_000))
-        }
-    return arrange(Source(splits, (), (), "", ()), config)
-
-
-def file_size(entries: Entries) -> int:
-    """Return the bytes of a safetensors file: 8, a header in JSON, and the numbers."""
-    widths = {"F32": 4, "F64": 8, "I64": 8}
-    order = sorted(entries, key=lambda entry: (-list(widths).index(entry[1]), entry[0]))
-    header: dict[str, Any] = {}
-    end = 0
-    for name, kind, shape in order:
-        begin, end = end, end + widths[kind] * int(np.prod(shape, dtype=np.int64))
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
-    length = len(json.dumps(header, separators=(",", ":")))
-    return 8 + -(-length // 8) * 8 + end
-
-
 def read_link(path: str) -> tuple[float, float]:
-    """Return latency in seconds and bytes a second from what `doctor --json` has printed.
+    """Return latency in seconds and bandwidth in bytes per second from output of `doctor --json`.
 
     Raises:
-        UsageError: it is not the output of a live doctor on several processes.
+        UsageError: the file is not the output of a live doctor on several processes.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))["all_reduce"]
@@ -193,16 +167,16 @@ def read_link(path: str) -> tuple[float, float]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         require(
             False,
-            f"'{path}' is not what a live `doctor --json` on several processes prints ({error!r})",
+            f"'{path}' is no output of a live `doctor --json` on several processes ({error!r})",
         )
         raise AssertionError from error
 
 
 def read_rate(path: str) -> float:
-    """Return images a second of each process of a run, the median of what it has recorded.
+    """Return the median of the recorded images per second per process of a run.
 
     Raises:
-        UsageError: it is no run folder, or has recorded none.
+        UsageError: the folder is not a run folder, or no speeds are recorded.
     """
     from cifar_dist.storage.folder import read_metrics
 
@@ -224,7 +198,7 @@ def read_rate(path: str) -> float:
 
 
 def _rates(recipe: Recipe, per_epoch: int) -> dict[int, float]:
-    """Return the learning rate at the first step, the highest, the middle one and the last."""
+    """Return the learning rate at the first, highest, middle and last step."""
     steps = total_steps(recipe.train.epochs, per_epoch)
     rates = [
         learning_rate(recipe.schedule, recipe.optim.lr, step, per_epoch, recipe.train.epochs)
@@ -242,38 +216,44 @@ def _saves(recipe: Recipe, per_epoch: int) -> list[int]:
     return sorted(found - {0})
 
 
-def _files(recipe: Recipe, weights: list[Weight], processes: int) -> dict[str, Entries]:
-    """Return what a checkpoint's files hold."""
-    network = [(w.name, "I64" if w.bytes == 8 and not w.shape else "F32", w.shape) for w in weights]
+def _files(recipe: Recipe, network: nn.Module, processes: int) -> dict[str, int]:
+    """Return the bytes of the tensors in each file of a checkpoint."""
+    model = _bytes(network.state_dict().values())
+    statistics = _bytes(buffer for buffer in network.buffers() if buffer.is_floating_point())
     copies = 2 if recipe.train.ema else 1
-    statistics = copies * sum(weight.count for weight in weights if weight.statistics)
-    own = ("statistics", "F32", (processes, statistics) if statistics else (1, 0))
-    files: dict[str, Entries] = {
-        "model": network,
-        "optim": list(_optimizer(recipe, weights)),
-        "processes": [own, ("tallies", "F64", (processes, TALLY))],
+    files = {
+        "model": model,
+        "optim": _optimizer_bytes(network, recipe.optim),
+        "processes": processes * (copies * statistics + 8 * TALLY),
     }
-    return files | ({"ema": network} if recipe.train.ema else {})
+    if recipe.train.ema:
+        files["ema"] = model
+    return {f"{name}.safetensors": size for name, size in files.items()}
 
 
-def _optimizer(recipe: Recipe, weights: list[Weight]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Yield what the optimizer keeps, under the names of its state_dict."""
-    config = recipe.optim
-    parameters = [w for w in weights if w.name.endswith(("weight", "bias"))]
-    if config.name == "muon":  # in its groups' order: filters, biases, head
-        trained = [weight for weight in parameters if weight.trained]
-        kinds = (lambda n: n == 4, lambda n: n not in (2, 4), lambda n: n == 2)
-        parameters = [w for chosen in kinds for w in trained if chosen(len(w.shape))]
-    names = MOMENTS[config.name] if config.name != "sgd" or config.momentum else ()
-    for index, weight in enumerate(parameters):
-        if weight.trained:
-            yield from ((f"{index}.{name}", "F32", weight.shape) for name in names)
-            if config.name == "adamw":
-                yield f"{index}.step", "F32", ()
+def _optimizer_bytes(network: nn.Module, config: OptimConfig) -> int:
+    """Return the bytes that the optimizer keeps, from a step on the meta device."""
+    import torch
+
+    from cifar_dist.training.optim import build_optimizer
+
+    optimizer = build_optimizer(network, config)
+    for group in optimizer.param_groups:
+        group["fused"] = False  # fused kernels need a real device
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    return _bytes(value for value in state if isinstance(value, torch.Tensor))
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _buckets(sizes: Sequence[int]) -> Iterator[int]:
-    """Yield the bytes of DDP's buckets: filled from the last layer on, the first one small."""
+    """Yield the bytes of DDP's gradient buckets, which are filled from the last layer backwards."""
     filled, limit = 0, FIRST_BUCKET
     for size in reversed(sizes):
         filled += size
@@ -285,7 +265,7 @@ def _buckets(sizes: Sequence[int]) -> Iterator[int]:
 
 
 def fit_line(seconds: Mapping[int, float]) -> tuple[float, float]:
-    """Fit constant and slope of what takes so long by its size; short counts as much as long."""
+    """Fit seconds = constant + slope * size, by relative error."""
     values = np.array(list(seconds.values()))
     slope, constant = np.polyfit(list(seconds), values, 1, w=1 / values)
     return float(constant), float(slope)

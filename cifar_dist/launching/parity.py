@@ -1,16 +1,17 @@
-"""Show that N processes train as one does: `cifar-dist parity --processes 1,2,4 [recipe]`.
+"""Compare training on N processes with one process: `cifar-dist parity --processes 1,2,4 [recipe]`.
 
-A few steps of the recipe are trained by the real command on each number of processes, and losses,
-gradients and weights are compared. With BatchNorm each process normalises its own
-share of a batch, so the exact reference is one process that takes the batch in as many parts.
+The real command trains a few steps of the recipe at each world size; then losses, gradient norms
+and weights are compared. BatchNorm normalises the images of each process, so the exact reference
+for N processes is one process with N times as many micro-batches.
 
-Training amplifies rounding, with BatchNorm and high rates a hundredfold a step. So the yardstick is
-what happens to one process that begins with weights whose last bits are other ones. Whether a ReLU
-or a maximum turns over is a matter of luck, so that is tried several times.
+Training amplifies rounding errors: with BatchNorm and a high learning rate a hundredfold per step.
+The tolerance is therefore measured, by runs of one process whose initial weights differ in the last
+bit. Whether such a bit flips a ReLU or a maximum is random, so there are several of these runs.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -26,7 +27,6 @@ from cifar_dist.command import run_verb
 from cifar_dist.config import Recipe, parse_recipe
 from cifar_dist.errors import UsageError, require
 from cifar_dist.launching.findings import Finding, error, note, show, warning
-from cifar_dist.launching.networks import describe_network
 from cifar_dist.launching.options import Options
 from cifar_dist.storage.folder import read_metrics
 
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-CONTROLS = 3  # runs of one process with other last bits
-ROUNDING = 1e-6  # relative, of a sum in another order
-ALLOWED = 20.0  # times what rounding alone has made
-CHAOS = 0.1  # of how far the weights moved: rounding alone has made that much
-TESTED = 256  # test images
-# By address, for the name of this machine may mean none.
+CONTROLS = 3  # runs of one process whose initial weights differ in the last bit
+ROUNDING = 1e-6  # relative error of a sum in another order
+ALLOWED = 20.0  # tolerance, as a multiple of the difference that rounding makes
+CHAOS = 0.1  # difference by rounding, relative to the change of the weights, that hides bugs
+TESTED = 256  # test images of each run
+# An address, because the host name may not resolve.
 ON_THIS_MACHINE = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a short run left.
+    """Results of a short run.
 
     Attributes:
         losses, norms: training loss and gradient norm of each step.
@@ -60,18 +60,23 @@ class Run:
 
 
 class TrainingFailed(Exception):
-    """A run did not come to its end; says its last words."""
+    """A run failed; the message is its error line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, train, compare, and return 0, or 2 if something differs."""
+    """Parse the command line, train, compare, and return 0, or 2 if results differ."""
     return run_verb(compare, argv)
 
 
 def compare(argv: Sequence[str], program: Sequence[str] = ("-m", "cifar_dist.train")) -> int:
-    """Do what `main` does, with the arguments for Python that start the training."""
+    """Run the comparison of `main`.
+
+    Args:
+        argv: command line.
+        program: arguments for Python that start the training.
+    """
     parser = Options("parity", __doc__)
-    parser.add_argument("--processes", default="1,2", metavar="N,N", help="numbers to compare")
+    parser.add_argument("--processes", default="1,2", metavar="N,N", help="world sizes to compare")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each run")
     parser.add_argument("--json", action="store_true")
     options, own, recipe, _ = parser.read(argv)
@@ -88,75 +93,80 @@ def compare(argv: Sequence[str], program: Sequence[str] = ("-m", "cifar_dist.tra
     short, _ = parse_recipe([*own, *shortened])
     with tempfile.TemporaryDirectory() as folder:
         comparison = Comparison(short, [*own, *shortened], Path(folder), program)
+        if draws_random_numbers(_build(recipe, comparison.alone), recipe.data.side):
+            remarks.append("dropout is off here, because each process draws its own masks")
         comparison.findings += [note("changed", what, "see docs/launching.md") for what in remarks]
         for number in several:
             comparison.judge(number)
-    return show(comparison.findings, comparison.told, options.json)
+    return show(comparison.findings, comparison.report, options.json)
 
 
 class Comparison:
-    """Trains one process, and again for the yardstick; then as many as it is asked to judge.
+    """Trains on one process, measures rounding, and compares other world sizes with it.
 
     Args:
-        recipe: a short run's.
-        options: the command line that gives this recipe.
-        folder: for the runs.
+        recipe: of the short runs.
+        options: command line that gives this recipe.
+        folder: for the run folders.
         program: arguments for Python that start the training.
 
     Attributes:
-        told: what each comparison found, in words.
-        findings: what follows from it.
+        report: one line per comparison, by its name.
+        findings: errors, warnings and notes.
     """
 
     def __init__(
         self, recipe: Recipe, options: Sequence[str], folder: Path, program: Sequence[str]
     ) -> None:
         self.recipe, self.options, self.folder, self.program = recipe, options, folder, program
-        self.told: dict[str, Any] = {}
+        self.report: dict[str, Any] = {}
         self.findings: list[Finding] = []
         self.alone = self._train(1)
-        weights = describe_network(recipe.model, len(self.alone.facts["classes"])).weights()
-        has_statistics = any(weight.statistics for weight in weights)
-        self.normalised = has_statistics and not recipe.train.sync_batchnorm
         network = _begin(recipe, self.alone)
+        require(
+            not draws_random_numbers(network, recipe.data.side),
+            f"{recipe.model.name} draws random numbers in training even with model.dropout 0, and "
+            "each process draws its own; switch its random layers off with model.options",
+        )
+        self.normalised = has_batchnorm(network) and not recipe.train.sync_batchnorm
         self.begun = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
         self.noise = largest([self._control(network, number) for number in range(CONTROLS)])
-        self.told[f"1 process, the last bits of its first weights changed, {CONTROLS} runs"] = (
+        self.report[f"1 process, the last bits of its first weights changed, {CONTROLS} runs"] = (
             self.noise.describe()
         )
         self.findings += self.noise.blur()
 
     def judge(self, number: int) -> None:
-        """Train on `number` processes, and compare."""
+        """Train on `number` processes and compare with one process."""
         try:
             together = self._train(number)
         except TrainingFailed as failure:
-            self.told[f"{number} processes"] = "failed"
-            remedy = "see what it says; the first failing rank is the cause"
+            self.report[f"{number} processes"] = "failed"
+            remedy = "read its message; the first failing rank is the cause"
             self.findings.append(error("failed", f"{number} processes: {failure}", remedy))
             return
         plain = f"{number} processes against 1"
         name = f"{plain} in {number} parts" if self.normalised else plain
         exact = self._train(1, number) if self.normalised else self.alone
         difference = _differ(exact, together, self.begun)
-        self.told[name] = difference.describe()
+        self.report[name] = difference.describe()
         self.findings += [
             error("differs", f"{name}: {what}", "that is a bug")
             for what in difference.beyond(self.noise)
         ]
         if self.normalised:
-            self.told[plain] = _differ(self.alone, together, self.begun).describe()
+            self.report[plain] = _differ(self.alone, together, self.begun).describe()
             self.findings.append(
                 note(
                     "batchnorm",
-                    f"{plain}: each process normalises its own share of the batch, so this "
+                    f"{plain}: each process normalises its own part of the batch, so this "
                     "difference is expected",
-                    "on GPUs --train.sync_batchnorm true takes it away",
+                    "on GPUs --train.sync_batchnorm true removes it",
                 )
             )
 
     def _control(self, network: nn.Module, number: int) -> Difference:
-        """Train one process that begins with other last bits."""
+        """Train on one process from weights that differ in the last bit."""
         rounded = self.folder / f"rounded-{number}.safetensors"
         _write_rounded(network, rounded)
         out = self.folder / f"control-{number}"
@@ -173,16 +183,13 @@ class Comparison:
 
 
 def _shorten(recipe: Recipe, several: Sequence[int], steps: int) -> tuple[list[str], list[str]]:
-    """Return options that make a run short and comparable, and what they change."""
+    """Return options that make a run short and comparable, and a remark per visible change."""
     parts = math.lcm(*several) * recipe.train.accumulate
     batch = -(-recipe.train.batch_size // parts) * parts
     remarks = []
     if batch != recipe.train.batch_size:
         numbers = ", ".join(map(str, several))
-        remarks.append(f"batches are of {batch} images here, which divide among {numbers}")
-    dropout = any(kept.share for kept in _dropouts(recipe))
-    if dropout:
-        remarks.append("dropout is off here: its masks are drawn by each process for itself")
+        remarks.append(f"batches have {batch} images here, which divide among {numbers} processes")
     options = {
         "train.batch_size": batch,
         "data.limit_train": batch * steps,
@@ -198,24 +205,29 @@ def _shorten(recipe: Recipe, several: Sequence[int], steps: int) -> tuple[list[s
     return [word for key, value in options.items() for word in (f"--{key}", str(value))], remarks
 
 
-def _dropouts(recipe: Recipe) -> list[Any]:
-    """Return the layers of the network that drop something."""
-    from cifar_dist.launching.networks import Chain, Dropout, Layer
+def draws_random_numbers(network: nn.Module, image_size: int) -> bool:
+    """Return whether a forward pass in training mode draws from torch's random generator."""
+    import torch
 
-    def within(layer: Layer) -> list[Any]:
-        if isinstance(layer, Chain):
-            return [found for part in layer.parts.values() for found in within(part)]
-        return [layer] if isinstance(layer, Dropout) else []
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        copy.deepcopy(network).train()(torch.zeros(2, 3, image_size, image_size))
+    return not torch.equal(before, torch.get_rng_state())
 
-    return within(describe_network(recipe.model, 10))
+
+def has_batchnorm(network: nn.Module) -> bool:
+    """Return whether any layer normalises by the statistics of the batch."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return any(isinstance(layer, _BatchNorm) for layer in network.modules())
 
 
 def _train(processes: int, options: Sequence[str], out: Path, program: Sequence[str]) -> Run:
-    """Run the real command and read what it left.
+    """Run the real command and read its results.
 
     Raises:
-        TrainingFailed: on several processes.
-        UsageError: on a single one, which has nothing to do with their number.
+        TrainingFailed: a run on several processes failed.
+        UsageError: a run on one process failed, whatever the world size.
     """
     from safetensors.torch import load_file
 
@@ -232,7 +244,7 @@ def _train(processes: int, options: Sequence[str], out: Path, program: Sequence[
     )
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        words = (errors or done.stderr.splitlines() or ["it said nothing"])[-1]
+        words = (errors or done.stderr.splitlines() or ["it exited without an error message"])[-1]
         if processes == 1:
             raise UsageError(words.removeprefix("error: "))
         raise TrainingFailed(words.removeprefix("error: "))
@@ -243,30 +255,35 @@ def _train(processes: int, options: Sequence[str], out: Path, program: Sequence[
         [load_file(path / "model.safetensors") for path in checkpoints_in(out / "checkpoints")],
         json.loads((out / "run.json").read_text(encoding="utf-8")),
     )
-    shutil.rmtree(out)  # a network's weights and momenta, once a step
+    shutil.rmtree(out)  # weights and optimizer state of each step
     return run
 
 
+def _build(recipe: Recipe, run: Run) -> nn.Module:
+    from cifar_dist.models.catalogue import build_network
+
+    return build_network(recipe.model, len(run.facts["classes"]))
+
+
 def _begin(recipe: Recipe, run: Run) -> nn.Module:
-    """Return the network as it was before the first step of a run."""
+    """Return the network with the initial weights of a run."""
     import torch
 
-    from cifar_dist.models.catalogue import build_network
     from cifar_dist.storage.weights import load_weights
 
     torch.manual_seed(recipe.train.seed)
-    network = build_network(recipe.model, len(run.facts["classes"]))
+    network = _build(recipe, run)
     if recipe.model.weights:
         load_weights(network, recipe.model.weights)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            if not parameter.requires_grad:  # set from the data, and never changed
+            if not parameter.requires_grad:  # set from the data before the first step
                 parameter.copy_(run.weights[0][name])
     return network
 
 
 def _write_rounded(network: nn.Module, path: Path) -> None:
-    """Write weights that differ from the network's in the last bit, up or down at random."""
+    """Write the network's weights with the last bit changed, up or down at random."""
     import torch
     from safetensors.torch import save_file
 
@@ -280,12 +297,12 @@ def _write_rounded(network: nn.Module, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two runs are apart.
+    """Difference between two runs.
 
     Attributes:
         losses, norms: relative, by step.
-        weights: by step and name, as a share of how far each has moved since the start.
-        whole: of all weights together, by step.
+        weights: by step and name, relative to the change of each tensor since the start.
+        whole: the same for all weights together, by step.
     """
 
     losses: list[float]
@@ -294,7 +311,7 @@ class Difference:
     whole: list[float]
 
     def describe(self) -> str:
-        """Return the largest differences in words; of weights after the first and last step."""
+        """Describe the largest differences; those of weights after the first and last step."""
         loss, norm = max(self.losses), max(self.norms)
         ends = sorted({0, len(self.weights) - 1})
         weights = [
@@ -304,27 +321,31 @@ class Difference:
         return (
             f"loss within {loss:.1e} (step {self.losses.index(loss) + 1}), gradient norm within "
             f"{norm:.1e} (step {self.norms.index(norm) + 1}), weights within "
-            f"{', '.join(weights)} of how far they moved"
+            f"{', '.join(weights)} of their change"
         )
 
     def blur(self) -> list[Finding]:
-        """Tell, of what rounding makes, from where on it hides what should be seen."""
+        """Report the step from which rounding hides smaller differences."""
         chaotic = [step for step, whole in enumerate(self.whole) if whole > CHAOS]
         if not chaotic:
             return []
         first = chaotic[0]
-        level = note if first else warning  # steps before it are judged sharply
+        level = note if first else warning  # earlier steps have a strict tolerance
         return [
             level(
                 "chaotic",
-                f"rounding alone changes the weights by {self.whole[first]:.1e} of how far they "
-                f"moved after step {first + 1}: nothing smaller shows from there on",
-                "a lower --optim.lr shows more",
+                f"rounding alone makes {self.whole[first]:.1e} of the change of the weights after "
+                f"step {first + 1}: smaller differences are hidden from there on",
+                "a lower --optim.lr shows smaller differences",
             )
         ]
 
     def beyond(self, noise: Difference) -> list[str]:
-        """Say what is more than rounding makes, which `noise` shows; and where it begins."""
+        """Describe where this difference first exceeds that of rounding.
+
+        Args:
+            noise: the difference that rounding makes.
+        """
         wrong = []
         pairs = {
             "loss": (self.losses, noise.losses),
@@ -343,19 +364,19 @@ class Difference:
                 worst = _furthest(weights)
                 wrong.append(
                     f"{len(names)} of {len(weights)} weights differ first after step {step + 1}, "
-                    f"most of all {worst}: by {weights[worst]:.1e} of how far it moved"
+                    f"most of all {worst}: by {weights[worst]:.1e} of its change"
                 )
                 break
         return wrong
 
 
 def _furthest(weights: Mapping[str, float]) -> str:
-    """Return the name of the weights that are furthest apart."""
+    """Return the name of the tensor with the largest difference."""
     return max(weights, key=lambda name: weights[name])
 
 
 def _differ(expected: Run, found: Run, begun: Mapping[str, torch.Tensor]) -> Difference:
-    """Compare two runs that began with the weights `begun`."""
+    """Compare two runs with the initial weights `begun`."""
     weights, whole = [], []
     for mine, theirs in zip(expected.weights, found.weights, strict=True):
         apart = {name: float((theirs[name] - mine[name]).norm()) for name in begun}

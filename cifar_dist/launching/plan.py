@@ -1,7 +1,7 @@
-"""Say what a launch would do, without torch, a GPU, or starting anything: `cifar-dist plan ...`.
+"""Print what a launch would do, without a GPU and without starting it: `cifar-dist plan ...`.
 
-The commands for each machine, the run in numbers, what it takes of memory, disk and network, and
-every trap that is seen beforehand.
+It prints the command for each machine, steps and learning rates, memory, disk and network traffic,
+and every error that can be found before the launch.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from cifar_dist.launching.forecast import Prediction, predict, read_link, read_r
 from cifar_dist.launching.options import Options
 
 PORT = 29500
-FIRST = "FIRST_MACHINE"  # stands for an address that is not known here
+FIRST = "FIRST_MACHINE"  # placeholder for an unknown address
 TEMPLATES = Path(__file__).parents[2] / "launch"
 ENGINES = ("accelerate", "torchrun", "ssh", "slurm", "kubernetes", "skypilot")
 
@@ -41,24 +41,30 @@ def _plan(argv: Sequence[str]) -> int:
     config = read_config(options.accelerate_config)
     facts = _facts(options, config, recipe)
     findings = check(facts)
-    told: dict[str, Any] = {"recipe": origin}
-    told |= commands(facts, options, own)
+    report: dict[str, Any] = {"recipe": origin}
+    report |= commands(facts, options, own)
     if "batch" not in {finding.code for finding in findings}:
         prediction = predict(recipe, facts.processes)
-        told |= _seconds(prediction, recipe, options)
-        told |= _numbers(prediction, recipe) if options.json else _describe(prediction, recipe)
-    return show(findings, told, options.json)
+        report |= _seconds(prediction, recipe, options)
+        report |= _numbers(prediction, recipe) if options.json else _describe(prediction, recipe)
+    return show(findings, report, options.json)
 
 
 def _parser() -> Options:
     parser = Options("plan", __doc__)
     parser.add_argument("--accelerate-config", metavar="YAML", help="as `accelerate config` writes")
     parser.add_argument("--machines", type=int, metavar="M")
-    parser.add_argument("--processes-per-machine", type=int, metavar="P", help="one a GPU")
-    parser.add_argument("--engine", choices=ENGINES, help="what starts it; default: by the numbers")
+    parser.add_argument("--processes-per-machine", type=int, metavar="P", help="one per GPU")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="launcher; default: accelerate, or torchrun on several machines",
+    )
     parser.add_argument("--device", metavar="NAME", help="GPU to check for, such as 'Tesla T4'")
-    parser.add_argument("--like", metavar="RUN", help="run whose speed to assume for each process")
-    parser.add_argument("--link", metavar="JSON", help="what a live `doctor --json` has printed")
+    parser.add_argument(
+        "--like", metavar="RUN", help="run folder whose images per second per process are assumed"
+    )
+    parser.add_argument("--link", metavar="JSON", help="output of a live `doctor --json`")
     parser.add_argument("--json", action="store_true")
     return parser
 
@@ -80,7 +86,7 @@ def _facts(options: argparse.Namespace, config: AccelerateConfig, recipe: Recipe
         devices = [device] * per_machine
     port = config.values.get("main_process_port")
     host = str(config.values.get("main_process_ip") or FIRST)
-    # Whether the address can be reached is for the doctor, on that machine.
+    # The doctor, on that machine, checks whether the address can be reached.
     place = Endpoint(host, port, is_here=True) if isinstance(port, int) else None
     return Facts(
         machines=machines,
@@ -94,7 +100,7 @@ def _facts(options: argparse.Namespace, config: AccelerateConfig, recipe: Recipe
 
 
 def commands(facts: Facts, options: argparse.Namespace, own: Sequence[str]) -> dict[str, str]:
-    """Return the command for each machine, or what the engine that speaks to all of them takes."""
+    """Return the command for each machine, or the input of an engine that starts all of them."""
     machines, per_machine, engine = facts.machines, facts.per_machine, options.engine
     if engine in ("kubernetes", "skypilot"):
         return {f"for {engine}": _filled(engine, machines, per_machine, own)}
@@ -127,11 +133,11 @@ def commands(facts: Facts, options: argparse.Namespace, own: Sequence[str]) -> d
 def _seconds(
     prediction: Prediction, recipe: Recipe, options: argparse.Namespace
 ) -> dict[str, float | str]:
-    """Predict the step's time from what was measured; without that there is nothing to say."""
+    """Predict the time of a step from measurements; without them, report which are missing."""
     several = prediction.processes > 1
     if not options.like or (several and not options.link):
         missing = "--like RUN" + (" and --link JSON" if several else "")
-        return {"seconds_per_step": f"not known; measure first and give {missing}"}
+        return {"seconds_per_step": f"unknown; measure first and give {missing}"}
     computation = recipe.train.batch_size / prediction.processes / read_rate(options.like)
     link = read_link(options.link) if several else (0.0, 1.0)
     seconds = step_seconds(
@@ -141,7 +147,7 @@ def _seconds(
 
 
 def _numbers(prediction: Prediction, recipe: Recipe) -> dict[str, Any]:
-    """Put a prediction into plain values, named as run.json names them."""
+    """Return a prediction as plain values, under the names of run.json."""
     dataset = prediction.dataset
     values = {
         field.name: getattr(prediction, field.name) for field in dataclasses.fields(prediction)
@@ -157,9 +163,9 @@ def _numbers(prediction: Prediction, recipe: Recipe) -> dict[str, Any]:
 
 
 def _describe(prediction: Prediction, recipe: Recipe) -> dict[str, str]:
-    """Put a prediction into lines."""
+    """Return a prediction as lines of text."""
     train, dataset = recipe.train, prediction.dataset
-    parts = f" in {train.accumulate} parts" if train.accumulate > 1 else ""
+    parts = f" in {train.accumulate} micro-batches" if train.accumulate > 1 else ""
     each = train.batch_size // train.accumulate // prediction.processes
     measured = ", ".join(f"{len(part)} {name}" for name, part in dataset.evaluation.items())
     files = ", ".join(f"{name} {_mb(size)}" for name, size in prediction.checkpoint.items())
@@ -168,32 +174,32 @@ def _describe(prediction: Prediction, recipe: Recipe) -> dict[str, str]:
         "batch": f"{train.batch_size}{parts}, {each} per process",
         "images": f"{len(dataset.train)} training, {measured}, {len(dataset.classes)} classes",
         "steps": f"{prediction.steps_per_epoch} per epoch ({prediction.left_over} images left "
-        f"over), {train.epochs} epochs, {prediction.steps} in all",
+        f"over), {train.epochs} epochs, {prediction.steps} in total",
         "learning_rate": ", ".join(
             f"{rate:.4g} at step {step}" for step, rate in prediction.rates.items()
         ),
         "network": f"{recipe.model.name}, {prediction.parameters} parameters, "
-        f"{prediction.multiplications / 1e6:.1f} million multiplications an image",
+        f"{prediction.multiplications / 1e6:.1f} million multiplications per image",
         "checkpoints": f"{len(prediction.saves)}, the last at step {prediction.saves[-1]}; "
         f"{files}; {_mb(prediction.disk)} on disk at most",
         "memory_per_process": ", ".join(
             f"{name} {_mb(size)}" for name, size in prediction.memory.items()
         )
-        + ", and what torch itself takes",
+        + ", plus the memory of torch itself",
     }
     if prediction.processes > 1:
         lines["communication"] = (
-            f"{_mb(prediction.sent)} a step in {prediction.collectives} all-reduces"
+            f"{_mb(prediction.sent)} per step in {prediction.collectives} all-reduces"
         )
     return lines
 
 
 def _filled(engine: str, machines: int, per_machine: int, own: Sequence[str]) -> str:
-    """Return a template of launch/ with the numbers and the recipe put in."""
+    """Return a template of launch/ with the world size and the recipe filled in."""
     require(
         TEMPLATES.is_dir(),
         f"the templates for {engine} are in the folder launch/ of the repository, which is not "
-        "installed with the package; make the plan in a checkout",
+        "installed with the package; run plan in a checkout",
     )
     if engine == "kubernetes":
         content = yaml.safe_load(
@@ -202,7 +208,7 @@ def _filled(engine: str, machines: int, per_machine: int, own: Sequence[str]) ->
         trainer = content["spec"]["trainer"]
         trainer["numNodes"], trainer["numProcPerNode"] = machines, per_machine
         trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] = per_machine
-        kept = trainer["args"][2 if "--config" in own else 0 :]  # it begins with --config
+        kept = trainer["args"][2 if "--config" in own else 0 :]  # its first two are --config RECIPE
         trainer["args"] = [*kept, *own]
     else:
         content = yaml.safe_load((TEMPLATES / "skypilot.yaml").read_text(encoding="utf-8"))
@@ -219,7 +225,7 @@ def _filled(engine: str, machines: int, per_machine: int, own: Sequence[str]) ->
 
 
 class _Readable(yaml.SafeDumper):
-    """Writes text of several lines as such."""
+    """Writes multi-line text as a YAML block."""
 
 
 def _as_block(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

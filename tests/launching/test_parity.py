@@ -1,4 +1,4 @@
-"""Parity: N processes train as one does, and where one all-reduce is missing it says so."""
+"""Parity: N processes equal one process, and a missing all-reduce is reported."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torchvision.ops import StochasticDepth
 
 from cifar_dist.config import parse_recipe, recipe_names
 from cifar_dist.launching import parity
 from tests.helpers import TINY
 
 DRAWN = ["--data.name", "synthetic"]
+DROPPING = ("residual", "smoke", "tutorial-augmented", "vgg16")
 BATCH = 24  # what a CPU does in seconds
 
 
@@ -23,7 +26,7 @@ def test_two_processes_equal_one(
     told = capsys.readouterr().out
     assert "changed, 2 runs: loss within" in told
     assert "2 processes against 1: loss within" in told
-    assert "note: batches are of 34 images here, which divide among 2" in told
+    assert "note: batches have 34 images here, which divide among 2 processes" in told
     assert "batchnorm" not in told
 
 
@@ -39,6 +42,8 @@ def test_every_recipe_on_one_two_and_three(name: str, capsys: pytest.CaptureFixt
     assert code == 0, found
     exact = [key for key in found if key.startswith(("2 processes", "3 processes"))]
     normalised = any(entry["code"] == "batchnorm" for entry in found["findings"])
+    off = any("dropout is off here" in entry["message"] for entry in found["findings"])
+    assert off == (name in DROPPING)
     assert len(exact) == (4 if normalised else 2)
     assert normalised == any("parts" in key for key in exact)
 
@@ -68,9 +73,40 @@ def test_what_is_beyond_rounding_is_told_where_it_begins() -> None:
     assert found.beyond(rounding) == [
         "the loss differs first at step 2, by 1.0e-04",
         "the gradient norm differs first at step 2, by 1.0e-03",
-        "1 of 2 weights differ first after step 2, most of all b: by 1.0e-01 of how far it moved",
+        "1 of 2 weights differ first after step 2, most of all b: by 1.0e-01 of its change",
     ]
     assert rounding.beyond(rounding) == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "draws"),
+    [
+        (nn.Dropout(0.1), True),
+        (nn.Dropout(0.0), False),
+        (StochasticDepth(0.5, "row"), True),
+        (StochasticDepth(0.0, "row"), False),
+        (nn.RReLU(), True),
+        (nn.BatchNorm2d(3), False),
+    ],
+    ids=repr,
+)
+def test_random_layers_are_found_by_what_they_draw(layer: nn.Module, draws: bool) -> None:
+    network = nn.Sequential(layer, nn.Conv2d(3, 4, 3), nn.MaxPool2d(2))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    assert parity.draws_random_numbers(network, 8) == draws
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_random_layers_that_stay_on_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = parity.Run([], [], [], {"classes": list(range(10))})
+    monkeypatch.setattr(parity, "_train", lambda *_: alone)
+    network = nn.Sequential(nn.RReLU(), nn.Flatten(), nn.Linear(3072, 10))
+    monkeypatch.setattr(parity, "_build", lambda *_: network)
+    assert parity.main(TINY) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: tutorial draws random numbers in training even with model.drop")
 
 
 def test_the_yardstick_begins_with_other_last_bits(tmp_path: Path) -> None:
@@ -116,7 +152,7 @@ def test_chaos_is_a_warning_where_no_step_is_judged_sharply(
     same = [0.0] * len(whole)
     found = parity.Difference(same, same, [{"a": share} for share in whole], whole).blur()
     assert [finding.level for finding in found] == ([level] if level else [])
-    assert all("by 2.0e-01 of how far they moved" in finding.message for finding in found)
+    assert all("rounding alone makes 2.0e-01 of the change" in finding.message for finding in found)
 
 
 def test_what_fails_on_one_process_is_no_matter_of_parity(
