@@ -110,7 +110,7 @@ def train_epoch(
         add_gradients(images, labels)
         update()
 
-    if state.recorded is None and can_record(accelerator, config):
+    if state.recorded is None and can_record(accelerator, config, state.guard):
         state.recorded = Recorded(whole_step)
         for group in state.optimizer.param_groups:  # a replayed step finds its rate there
             group["lr"] = torch.zeros((), device=accelerator.device)
@@ -139,13 +139,14 @@ def train_epoch(
         yield
 
 
-def can_record(accelerator: Accelerator, config: TrainConfig) -> bool:
-    """Say whether a step is the same sequence of kernels each time, and of this process alone.
+def can_record(accelerator: Accelerator, config: TrainConfig, guard: Guard | None) -> bool:
+    """Return whether each step is the same sequence of kernels, without other processes.
 
-    Loss scaling in fp16 decides on the host; accumulation has steps of several kinds.
+    A guard that decides on the host, and loss scaling in fp16 (no guard), wait for the device.
+    Gradient accumulation has steps of several kinds.
     """
     alone = accelerator.num_processes == 1 and config.accumulate == 1
-    return alone and accelerator.device.type == "cuda" and accelerator.scaler is None
+    return alone and accelerator.device.type == "cuda" and guard is not None and guard.on_device
 
 
 def set_learning_rate(state: TrainState, rate: float) -> None:

@@ -17,31 +17,34 @@ SHOWN = 8  # samples named in a message
 
 
 class Guard:
-    """Keeps every optimizer step out of the weights from the first number that is not finite on.
+    """Turns every optimizer step into a no-op after the first non-finite gradient norm.
 
-    The fused optimizers skip a step whose `found_inf` is 1, as torch's GradScaler has them do; here
-    it stays 1 once a gradient norm was not finite. Averaging gradients over processes spreads such
-    a number, so all processes skip the same steps.
+    Averaging gradients over processes spreads a NaN, so all processes skip the same steps.
 
     Args:
-        optimizer: fused, and not yet prepared by Accelerate.
+        optimizer: not yet prepared by Accelerate.
         device: of its parameters.
+
+    Attributes:
+        on_device: whether the device skips the step: torch's fused optimizers change nothing while
+            their `found_inf` is 1, as for GradScaler. Other optimizers, and the fused ones of MPS,
+            ignore it, so the host reads the flag before each step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self._poison = torch.zeros((), device=device)  # 0, or not a number for ever
+        self._poison = torch.zeros((), device=device)  # 0, or NaN from the first bad norm on
         self._skip = torch.zeros((), device=device)
         self._skipped = torch.zeros((), device=device)
-        self._by_host = device.type == "mps"  # its fused kernels know no found_inf
-        if not self._by_host:
+        self.on_device = bool(optimizer.defaults.get("fused")) and device.type != "mps"
+        if self.on_device:
             optimizer.found_inf = self._skip  # type: ignore[attr-defined]
 
     def admits(self, norm: torch.Tensor) -> bool:
-        """Look at the norm of a step's gradients and say whether to call the optimizer."""
+        """Take the gradient norm of a step, float [], and return whether to call the optimizer."""
         self._poison.add_(norm, alpha=0)
         torch.ne(self._poison, self._poison, out=self._skip)
         self._skipped.add_(self._skip)
-        return not (self._by_host and self._skip.item())
+        return self.on_device or not self._skip.item()
 
     def skipped(self) -> int:
         """Return how many of the latest steps changed nothing; waits for the device."""

@@ -24,7 +24,13 @@ def first_step_with(position: int, batch: int = 32) -> int:
 
 @pytest.mark.fault(24)
 @pytest.mark.parametrize(
-    ("kind", "shown"), [("nan", "loss nan"), ("loss", "loss inf"), ("gradient", "gradient")]
+    ("kind", "shown"),
+    [
+        ("nan", "loss nan"),
+        ("loss", "loss inf"),
+        ("gradient", "gradient"),
+        ("nan and ignores_found_inf", "loss nan"),
+    ],
 )
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_bad_image_on_one_process_reaches_no_weights(
