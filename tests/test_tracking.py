@@ -11,6 +11,7 @@ import pytest
 import torch
 import tqdm
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -162,6 +163,31 @@ def test_a_report_that_fails_changes_no_weights(
         monkeypatch.setattr(module, name, fail, raising=False)
     assert run(parse_recipe([*BOARD, "--out", str(tmp_path)])[0]).state == "finished"
     assert digest_of(tmp_path) == undisturbed
+
+
+class Recording(GeneralTracker):
+    """A tracker that keeps what it is called with."""
+
+    name = "recording"
+    requires_logging_directory = False
+    projects: list[str] = []  # noqa: RUF012
+    tracker = None
+
+    def __init__(self, run_name: str) -> None:
+        super().__init__()
+        self.projects.append(run_name)
+
+
+def test_the_project_is_named_after_this_package_and_tensorboard_keeps_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "recording", Recording)
+    options = ["--train.epochs", "1", "--track.log_with", "[tensorboard, recording]"]
+    run(parse_recipe([*TINY, *options, "--out", str(tmp_path)])[0])
+    assert Recording.projects == ["cifar-dist"]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert "test_accuracy" in events.Tags()["scalars"]
+    assert not (tmp_path / "cifar-dist").exists()
 
 
 class Counting(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from PIL import Image, ImageDraw
 from torch import nn
 
@@ -16,6 +17,7 @@ from cifar_dist.config import Recipe, dump_recipe, flatten
 from cifar_dist.data.images import Images
 from cifar_dist.storage.folder import Warned
 
+PROJECT = "cifar-dist"  # of every recipe, so that runs of different recipes can be compared
 TILES = 64  # images in a grid
 WRONG = 32  # wrong test images in a picture
 LABEL_HEIGHT = 12  # pixels of text under a picture
@@ -42,11 +44,13 @@ class Tracker:
         if not accelerator.is_main_process:
             return
         accelerator.project_configuration.logging_dir = str(out)
-        purge_step = step + 1 if step else 0
+        # TensorBoard's folder would be named after the project, unless its tracker is built here.
+        board = TensorBoardTracker("tensorboard", out, purge_step=step + 1 if step else 0)
+        accelerator.log_with = [
+            board if str(name) == board.name else name for name in accelerator.log_with
+        ]
         with warned.spare("tracking"):
-            accelerator.init_trackers(
-                "tensorboard", init_kwargs={"tensorboard": {"purge_step": purge_step}}
-            )
+            accelerator.init_trackers(PROJECT)
             self._trackers = list(accelerator.trackers)
         if not step:
             self._each(lambda tracker: _store(tracker, recipe))
