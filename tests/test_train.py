@@ -13,9 +13,10 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar_dist.config import parse_recipe
-from cifar_dist.errors import UsageError
+from cifar_dist.errors import RunFailed, UsageError
 from cifar_dist.storage.checkpoint import checkpoints_in, load_checkpoint, load_newest
-from cifar_dist.train import Result, RunFailed, main, run
+from cifar_dist.train import main, run
+from cifar_dist.training.run import Result
 from tests.helpers import TINY, command, digest_of, read_lines, run_command, write_folder
 
 # Everything random is on: dropout, every augmentation, averaged weights, BatchNorm's statistics.
