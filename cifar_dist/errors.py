@@ -15,6 +15,11 @@ def require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def one_line(error: object, limit: int = 200) -> str:
+    """Return the message of an error as one line of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
 class PeerLost(Exception):
     """Another process, or the store of the launch, has ended while this one waited for it."""
 

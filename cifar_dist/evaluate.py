@@ -21,7 +21,6 @@ from cifar_dist.config import (
 )
 from cifar_dist.errors import require
 from cifar_dist.processes.start import leave_processes
-from cifar_dist.storage.weights import recipe_of, restore_network
 
 if TYPE_CHECKING:
     from cifar_dist.data.images import Images
@@ -76,28 +75,30 @@ def evaluate_checkpoint(
     from cifar_dist.data import load_evaluation
     from cifar_dist.data.augment import Pixels
     from cifar_dist.data.batches import build_evaluation_loader
-    from cifar_dist.processes.start import start_processes
-    from cifar_dist.storage.checkpoint import find_checkpoint
+    from cifar_dist.processes.start import on_main_process, start_processes
+    from cifar_dist.storage.checkpoint import find_progress, find_weights
+    from cifar_dist.storage.weights import restore_network
     from cifar_dist.training.engine import evaluate
 
-    path, checkpoint = find_checkpoint(place, best)
-    recipe, classes = recipe_of(checkpoint), checkpoint.state["classes"]
-    accelerator, peers = start_processes(recipe.train, told={"step": checkpoint.state["step"]})
-    wanted = dataclasses.replace(data or recipe.data, image_size=checkpoint.state["image_size"])
+    recipe = find_progress(place, best)[1].recipe
+    accelerator, peers = start_processes(
+        recipe.train, told={"best": best, "split": split, "tta": tta}
+    )
+    # A run may be saving: rank 0 chooses the checkpoint and sends it to the others.
+    path, (progress, weights) = on_main_process(accelerator, lambda: find_weights(place, best))
+    recipe, classes = progress.recipe, progress.classes
+    wanted = dataclasses.replace(data or recipe.data, image_size=progress.image_size)
     split, images = load_evaluation(wanted, split)
     _check_classes(images, classes)
-    pixels = Pixels(
-        checkpoint.state["mean"], checkpoint.state["std"], recipe.augment, recipe.train.seed
-    )
+    pixels = Pixels(progress.mean, progress.std, recipe.augment, recipe.train.seed)
     result = evaluate(
         accelerator,
-        restore_network(checkpoint).to(accelerator.device),
+        restore_network(progress, weights).to(accelerator.device),
         build_evaluation_loader(accelerator, images.relabelled(tuple(classes))),
         pixels,
         len(classes),
         tta or recipe.train.tta,
     )
-    assert result is not None  # nobody stops it
     peers.leave()
     if len(classes) <= MATRIX_CLASSES:
         confusion = {"confusion": result.confusion.tolist()}
@@ -106,7 +107,7 @@ def evaluate_checkpoint(
     shares = [None if math.isnan(share) else share for share in result.per_class]
     return {
         "checkpoint": str(path),
-        "step": checkpoint.state["step"],
+        "step": progress.step,
         "split": split,
         "tta": tta or recipe.train.tta,
         "accuracy": result.totals.accuracy,
@@ -138,7 +139,7 @@ def _parse(argv: Sequence[str]) -> Any:
     """
     import argparse
 
-    from cifar_dist.storage.checkpoint import find_checkpoint
+    from cifar_dist.storage.checkpoint import find_progress
 
     parser = new_parser("cifar_dist.evaluate")
     parser.add_argument(
@@ -166,7 +167,7 @@ def _parse(argv: Sequence[str]) -> Any:
     early.add_argument("--checkpoint")
     place = early.parse_known_args(list(argv))[0].checkpoint
     if place:
-        data = dataclasses.asdict(recipe_of(find_checkpoint(place)[1]).data)
+        data = dataclasses.asdict(find_progress(place)[1].recipe.data)
         if any(arg.startswith(("--data.name", "--data.root")) for arg in argv):
             data |= {"val_fraction": 0.0, "limit_train": None, "limit_test": None}
         parser.set_defaults({"data": data})

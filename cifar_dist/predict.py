@@ -95,20 +95,19 @@ def stream_predictions(
 
     from cifar_dist.data.augment import normalise
     from cifar_dist.data.decode import decode_image
-    from cifar_dist.storage.checkpoint import find_checkpoint
+    from cifar_dist.storage.checkpoint import find_weights
     from cifar_dist.storage.weights import restore_network
 
     require(top >= 1, f"--top is {top}; give 1 or more")
     files = _find_files(images)
-    checkpoint = find_checkpoint(place, best)[1]
-    state = checkpoint.state
+    progress, weights = find_weights(place, best)[1]
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    network = restore_network(checkpoint).to(device)
+    network = restore_network(progress, weights).to(device)
     for start in range(0, len(files), BATCH):
         names, decoded = [], []
         for file in files[start : start + BATCH]:
             try:
-                decoded.append(decode_image(file, state["image_size"]))
+                decoded.append(decode_image(file, progress.image_size))
                 names.append(str(file))
             except ValueError as error:
                 yield {"image": str(file), "error": str(error)}
@@ -116,13 +115,13 @@ def stream_predictions(
             continue
         pixels = torch.from_numpy(np.stack(decoded)).to(device)
         with torch.inference_mode():
-            logits = network(normalise(pixels, state["mean"], state["std"]))
-            likely = logits.float().softmax(dim=1).topk(min(top, len(state["classes"])))
+            logits = network(normalise(pixels, progress.mean, progress.std))
+            likely = logits.float().softmax(dim=1).topk(min(top, len(progress.classes)))
         for name, values, labels in zip(
             names, likely.values.tolist(), likely.indices.tolist(), strict=True
         ):
             classes = [
-                {"class": state["classes"][label], "probability": value}
+                {"class": progress.classes[label], "probability": value}
                 for label, value in zip(labels, values, strict=True)
             ]
             yield {"image": name, "classes": classes}

@@ -7,6 +7,7 @@ Checkpoints may be read while a run saves and removes them: a read that meets th
 this user may not read raises PermissionError and is never taken for damaged or absent.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -14,26 +15,24 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 
 from cifar_dist import files
-from cifar_dist.config import local_path
+from cifar_dist.config import Recipe, from_dict, local_path, to_dict
 from cifar_dist.errors import RunError, UsageError
 
 MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+MODEL, AVERAGE = "model.safetensors", "ema.safetensors"
+OPTIM, PROCESSES = "optim.safetensors", "processes.safetensors"
 FAILED_SAVES = 3  # in a row, that end a run
 ATTEMPTS = 50  # to read what a run replaces or removes at the same time
-NEEDED = {  # of state.json
-    **{"step": int, "epoch": int | float, "recipe": dict, "classes": list, "image_size": int},
-    **{"mean": list, "std": list, "dataset": str, "optimizer": dict, "scaler": dict},
-    **{"best": dict, "metrics": dict, "reported": dict},
-}
 Tensors = dict[str, torch.Tensor]
 T = TypeVar("T")
 
@@ -51,16 +50,98 @@ class SaveFailed(Exception):
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best epoch so far by validation accuracy.
+
+    Attributes:
+        step: its last step; None before the first validation.
+        metrics: its lines of metrics.jsonl, by split.
+    """
+
+    step: int | None = None
+    accuracy: float = -1.0
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Contents of state.json: which run this is, and how far it has come.
+
+    Attributes:
+        classes: names, in the order of the labels.
+        image_size: of the training images, in pixels.
+        mean, std: of the training images by channel, for normalisation.
+        dataset: digest of the training images and their labels.
+        step: optimizer steps done.
+        epoch: epochs trained and measured; the last may be a fraction of one.
+        reported: sums of this epoch when the training loss was last recorded; see `Totals`.
+        metrics: lines of the last evaluation, by split.
+        optimizer: what `pack_optimizer` returns besides tensors.
+        scaler: state of fp16's loss scaling; empty without it.
+        code: SHA-256 of the source files of the user's own network, by file name.
+    """
+
+    recipe: Recipe
+    classes: list[str]
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    dataset: str
+    step: int = 0
+    epoch: float = 0
+    reported: dict[str, Any] = field(default_factory=dict)
+    best: Best = field(default_factory=Best)
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**dataclasses.asdict(self), "recipe": to_dict(self.recipe)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        """Rebuild what `to_json` returned, here or in an earlier version.
+
+        Raises:
+            UsageError: the recipe is of another version.
+            TypeError, ValueError: a value is missing or of another type.
+        """
+        values = {"code": {}, **values}  # earlier versions did not write it
+        kinds = {name: get_origin(kind) or kind for name, kind in get_type_hints(cls).items()}
+        kinds |= {"epoch": int | float, "recipe": dict, "best": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]
+        if wrong:
+            raise ValueError(f"no {', '.join(wrong)} in it")
+        rebuilt = {"recipe": from_dict(values["recipe"]), "best": Best(**values["best"])}
+        return cls(**{name: values[name] for name in kinds} | rebuilt)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint in memory.
 
     Attributes:
-        tensors: by file: "model", "optim" and, with averaged weights, "ema".
-        state: everything else, plain values.
+        model: weights and buffers by name; BatchNorm statistics are the mean over all ranks.
+        optim: tensors of the optimizer, as `pack_optimizer` names them.
+        statistics: BatchNorm statistics of each rank, float [ranks, N].
+        tallies: metrics of each rank in this epoch, float [ranks, 3]; see `Tally`.
+        ema: moving average of the model, if there is one.
     """
 
-    tensors: dict[str, Tensors]
-    state: dict[str, Any]
+    progress: Progress
+    model: Tensors
+    optim: Tensors
+    statistics: torch.Tensor
+    tallies: torch.Tensor
+    ema: Tensors | None = None
+
+    def files(self) -> dict[str, Tensors]:
+        """Return the tensors of each file, by its name."""
+        processes = {"statistics": self.statistics, "tallies": self.tallies}
+        found = {MODEL: self.model, OPTIM: self.optim, PROCESSES: processes}
+        return found if self.ema is None else {**found, AVERAGE: self.ema}
 
 
 def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
@@ -149,8 +230,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Verify and read a checkpoint.
 
     Raises:
-        DamagedCheckpoint: a file is missing, differs from the manifest, or is not what it should
-            be.
+        DamagedCheckpoint: a file is missing, differs from the manifest, or is not valid.
         PermissionError: this user may not read it.
     """
     return _read_at_rest(path, _load)
@@ -183,11 +263,22 @@ def load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
             none that is newer is whole.
     """
     with _permissions_named():
-        return _read_again(folder, lambda: _load_newest(folder))
+        return _read_again(folder, lambda: _newest(folder, _load))
+
+
+def newest_progress(folder: Path) -> Progress | None:
+    """Return the progress of the newest checkpoint, or None if there never was one.
+
+    Raises:
+        UsageError: as of `load_newest`.
+    """
+    with _permissions_named():
+        found = _read_again(folder, lambda: _newest(folder, _load_progress))
+    return found[1] if found else None
 
 
 def find_checkpoint(place: str, best: bool = False) -> tuple[Path, Checkpoint]:
-    """Load what the user named.
+    """Load the checkpoint that the user named.
 
     Args:
         place: a run folder (its newest checkpoint is meant) or one checkpoint's folder.
@@ -196,24 +287,17 @@ def find_checkpoint(place: str, best: bool = False) -> tuple[Path, Checkpoint]:
     Raises:
         UsageError: there is none, it is damaged, or this user may not read it.
     """
-    path = local_path(place).resolve()  # a link that the user names is meant
-    folder = path / "checkpoints"
-    try:
-        with _permissions_named():
-            if _exists(folder):
-                newest = _read_again(
-                    folder, lambda: _load_best(folder) if best else _load_newest(folder)
-                )
-                if newest is None:
-                    raise UsageError(f"the run in '{place}' has not saved a checkpoint yet")
-                return newest
-            if not _exists(path / MANIFEST):
-                raise UsageError(
-                    f"'{place}' is neither a run folder nor a checkpoint (a folder with {MANIFEST})"
-                )
-            return path, load_checkpoint(path)
-    except DamagedCheckpoint as error:
-        raise UsageError(f"the checkpoint is damaged: {error}") from error
+    return _find(place, best, _load)
+
+
+def find_progress(place: str, best: bool = False) -> tuple[Path, Progress]:
+    """Do the same, reading no tensors."""
+    return _find(place, best, _load_progress)
+
+
+def find_weights(place: str, best: bool = False) -> tuple[Path, tuple[Progress, Tensors]]:
+    """Do the same, reading only the weights to evaluate: their moving average if there is one."""
+    return _find(place, best, _load_weights)
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:
@@ -340,13 +424,33 @@ def _read_at_rest(path: Path, read: Callable[[Path], T]) -> T:
     raise RemovedCheckpoint(f"{path.name} is replaced faster than it can be read")
 
 
-def _load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
+def _find(place: str, best: bool, read: Callable[[Path], T]) -> tuple[Path, T]:
+    path = local_path(place).resolve()  # a link that the user names is meant
+    folder = path / "checkpoints"
+    choose = _best if best else _newest
+    try:
+        with _permissions_named():
+            if _exists(folder):
+                found = _read_again(folder, lambda: choose(folder, read))
+                if found is None:
+                    raise UsageError(f"the run in '{place}' has not saved a checkpoint yet")
+                return found
+            if not _exists(path / MANIFEST):
+                raise UsageError(
+                    f"'{place}' is neither a run folder nor a checkpoint (a folder with {MANIFEST})"
+                )
+            return path, _read_at_rest(path, read)
+    except DamagedCheckpoint as error:
+        raise UsageError(f"the checkpoint is damaged: {error}") from error
+
+
+def _newest(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
     if folder.is_symlink():
         raise UsageError(f"'{folder}' is a symbolic link; put the folder itself there")
     reasons = []
     for path in reversed(checkpoints_in(folder)):
         try:
-            found = load_checkpoint(path)
+            found = _read_at_rest(path, read)
         except RemovedCheckpoint:
             raise
         except DamagedCheckpoint as error:
@@ -363,12 +467,12 @@ def _load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
     return None
 
 
-def _load_best(folder: Path) -> tuple[Path, Checkpoint] | None:
+def _best(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
     """Return the best checkpoint by validation accuracy, as the newest one records it."""
-    newest = _load_newest(folder)
+    newest = _newest(folder, _load_progress)
     if newest is None:
         return None
-    step = newest[1].state["best"]["step"]
+    step = newest[1].best.step
     if step is None:
         raise UsageError(
             f"the run in '{folder.parent}' held out no validation images (data.val_fraction), so "
@@ -381,49 +485,87 @@ def _load_best(folder: Path) -> tuple[Path, Checkpoint] | None:
             "--best for the newest"
         )
     path = committed.get(step, _place(folder, step))
-    return path, load_checkpoint(path)
+    return path, _read_at_rest(path, read)
 
 
 def _load(path: Path) -> Checkpoint:
     names = _verify(path)
-    try:
-        tensors = {
-            name.removesuffix(".safetensors"): read_tensors(path / name)
-            for name in names
-            if name.endswith(".safetensors")
-        }
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        wrong = [key for key, kind in NEEDED.items() if not isinstance(state.get(key), kind)]
-        wrong += [part for part in ("model", "optim", "processes") if part not in tensors]
+    with _damage_named(path):
+        tensors = {name: read_tensors(path / name) for name in names if name != STATE}
+        wrong = [name for name in (MODEL, OPTIM, PROCESSES) if name not in tensors]
         if wrong:
             raise DamagedCheckpoint(f"{path.name}: no {', '.join(wrong)} in it")
-    except PermissionError:
-        raise
-    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path.name}: {error}") from error
-    return Checkpoint(tensors, state)
+        return Checkpoint(
+            progress=_parse_progress(path),
+            model=tensors[MODEL],
+            optim=tensors[OPTIM],
+            ema=tensors.get(AVERAGE),
+            **tensors[PROCESSES],
+        )
+
+
+def _load_progress(path: Path) -> Progress:
+    with _damage_named(path):
+        _check_hashes(path, _read_manifest(path), STATE)
+        return _parse_progress(path)
+
+
+def _load_weights(path: Path) -> tuple[Progress, Tensors]:
+    with _damage_named(path):
+        hashes = _read_manifest(path)
+        name = AVERAGE if AVERAGE in hashes else MODEL
+        _check_hashes(path, hashes, STATE, name)
+        return _parse_progress(path), read_tensors(path / name)
+
+
+def _parse_progress(path: Path) -> Progress:
+    return Progress.from_json(json.loads((path / STATE).read_text(encoding="utf-8")))
 
 
 def _verify(path: Path) -> list[str]:
-    try:
-        _refuse_links(path, path / MANIFEST)
-        listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, expected in listed.items():
-            file = path / name
-            if file.parent != path or file.is_symlink():
-                raise DamagedCheckpoint(f"{path.name}: {name} is a link or lies elsewhere")
-            if file.stat().st_size != expected["size"]:
-                raise DamagedCheckpoint(f"{path.name}: the size of {name} differs")
-            if _sha256(file) != expected["sha256"]:
-                raise DamagedCheckpoint(f"{path.name}: the SHA-256 of {name} differs")
-        unknown = {file.name for file in path.iterdir()} - {MANIFEST, *listed}
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path.name}: {error}") from error
+    with _damage_named(path):
+        hashes = _read_manifest(path)
+        _check_hashes(path, hashes, *hashes)
+        unknown = {file.name for file in path.iterdir()} - {MANIFEST, *hashes}
     if unknown:
         print(f"warning: {path.name} holds unknown files: {', '.join(sorted(unknown))}", flush=True)
-    return list(listed)
+    return list(hashes)
+
+
+def _read_manifest(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file, all of which are there and have their size."""
+    _refuse_links(path, path / MANIFEST)
+    listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    for name, expected in listed.items():
+        file = path / name
+        if file.parent != path or file.is_symlink():
+            raise DamagedCheckpoint(f"{path.name}: {name} is a link or lies elsewhere")
+        if file.stat().st_size != expected["size"]:
+            raise DamagedCheckpoint(f"{path.name}: the size of {name} differs")
+    return {name: expected["sha256"] for name, expected in listed.items()}
+
+
+def _check_hashes(path: Path, hashes: dict[str, str], *names: str) -> None:
+    for name in names:
+        if name not in hashes:
+            raise DamagedCheckpoint(f"{path.name}: no {name} in it")
+        with (path / name).open("rb") as file:
+            if files.sha256_of(file) != hashes[name]:
+                raise DamagedCheckpoint(f"{path.name}: the SHA-256 of {name} differs")
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Within the block, turn every error of reading into DamagedCheckpoint."""
+    try:
+        yield
+    except PermissionError:
+        raise
+    except (
+        *(SafetensorError, OSError, ValueError, KeyError, TypeError),
+        *(AttributeError, RecursionError),
+    ) as error:
+        raise DamagedCheckpoint(f"{path.name}: {error}") from error
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -435,16 +577,16 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    state = folder / "state.json"
-    state.write_text(json.dumps(checkpoint.state, indent=1), encoding="utf-8")
-    for name, tensors in checkpoint.tensors.items():
+    state = folder / STATE
+    state.write_text(json.dumps(checkpoint.progress.to_json(), indent=1), encoding="utf-8")
+    for name, tensors in checkpoint.files().items():
         plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_file(plain, folder / f"{name}.safetensors")
-        shutil.copymode(state, folder / f"{name}.safetensors")  # save_file gives 0600
-    listed = {
-        path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-    }
+        save_file(plain, folder / name)
+        shutil.copymode(state, folder / name)  # save_file gives 0600
+    listed = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            listed[path.name] = {"size": path.stat().st_size, "sha256": files.sha256_of(file)}
     (folder / MANIFEST).write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
 
 
@@ -466,17 +608,12 @@ def _refuse_links(*paths: Path) -> None:
 
 
 def _require_space(folder: Path, checkpoint: Checkpoint) -> None:
-    sizes = [t.nbytes for tensors in checkpoint.tensors.values() for t in tensors.values()]
+    sizes = [t.nbytes for tensors in checkpoint.files().values() for t in tensors.values()]
     needed, free = sum(sizes) + (1 << 16), shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
             f"disk full: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free at '{folder}'"
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return files.sha256_of(file)
 
 
 def read_tensors(path: Path) -> Tensors:

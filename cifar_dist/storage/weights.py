@@ -4,9 +4,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from cifar_dist.config import Recipe, from_dict, local_path
-from cifar_dist.errors import UsageError, require
-from cifar_dist.storage.checkpoint import Checkpoint, Tensors, find_checkpoint, read_tensors
+from cifar_dist.config import local_path
+from cifar_dist.errors import UsageError, one_line, require
+from cifar_dist.storage.checkpoint import Progress, Tensors, find_weights, read_tensors
 
 SHOWN = 3  # names of each kind in a message
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # may stand for one another
@@ -62,8 +62,7 @@ def name_some(names: list[str]) -> str:
 def _read(place: str) -> Tensors:
     path = local_path(place)
     if path.is_dir():
-        tensors = find_checkpoint(place)[1].tensors
-        return tensors.get("ema", tensors["model"])
+        return find_weights(place)[1][1]
     require(
         path.is_file(),
         f"model.weights '{place}' does not exist; name a safetensors file, a run folder or a "
@@ -72,10 +71,9 @@ def _read(place: str) -> Tensors:
     try:
         return read_tensors(path)
     except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"model.weights '{place}' is not a whole safetensors file ({reason}); if torch.save "
-            f"wrote it, run: cifar-dist convert {place} OUT.safetensors"
+            f"model.weights '{place}' is not a whole safetensors file ({one_line(error)}); if "
+            f"torch.save wrote it, run: cifar-dist convert {place} OUT.safetensors"
         ) from error
 
 
@@ -88,28 +86,23 @@ def _describe(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def recipe_of(checkpoint: Checkpoint) -> Recipe:
-    """Return the recipe a checkpoint was trained with."""
-    return from_dict(checkpoint.state["recipe"])
-
-
-def restore_network(checkpoint: Checkpoint) -> nn.Module:
-    """Return the network of a checkpoint, ready to evaluate: averaged weights where it has them.
+def restore_network(progress: Progress, weights: Tensors) -> nn.Module:
+    """Return the network of a checkpoint with these weights, ready to evaluate.
 
     Raises:
         UsageError: the weights do not fit the model that the recipe names.
     """
-    import torch
-
     from cifar_dist.models import build_model
 
-    recipe = recipe_of(checkpoint)
-    network = build_model(recipe.model, len(checkpoint.state["classes"]))
+    recipe = progress.recipe
+    network = build_model(recipe.model, len(progress.classes))
     try:
-        network.load_state_dict(checkpoint.tensors.get("ema", checkpoint.tensors["model"]))
+        network.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        require(False, f"the weights do not fit the model {recipe.model.name}: {reason}")
+        reason = one_line(error)
+        raise UsageError(
+            f"the weights do not fit the model {recipe.model.name}: {reason}"
+        ) from error
     if recipe.train.channels_last:
         network = network.to(memory_format=torch.channels_last)
     return network.eval()

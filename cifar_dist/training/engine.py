@@ -243,14 +243,15 @@ def evaluate(
     pixels: Pixels,
     classes: int,
     tta: str = "none",
-    stop: Callable[[], bool] = lambda: False,
-) -> Evaluation | None:
+    between: Callable[[], object] = lambda: None,
+) -> Evaluation:
     """Measure `network` on every image of `loader` exactly once; every process must call it.
 
     Args:
         network: bare, without DDP, as processes may have different numbers of batches.
         tta: a key of VIEWS; the weighted logits of all views are added.
-        stop: asked after every global batch, by every process; if it says so, the result is None.
+        between: called on every process after each global batch; what it raises ends the
+            evaluation.
 
     Raises:
         RuntimeError: not every image was counted once.
@@ -278,8 +279,7 @@ def evaluate(
             for kept, values in zip(outcome, new, strict=True):
                 kept[counted : counted + len(values)] = values
             counted += len(batch.labels)
-        if stop():
-            return None
+        between()
     mine = Outcome(*(values[:counted].cpu() for values in outcome))
     result = summarise(accelerator, mine, classes)
     if result.totals.count != expected:
@@ -312,6 +312,24 @@ def write_buffers(values: torch.Tensor, *networks: nn.Module | None) -> None:
     buffers = _statistics(networks)
     for buffer, part in zip(buffers, values.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(part.view_as(buffer))
+
+
+def copy_states(values: torch.Tensor, *networks: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """Copy the state of each network to the CPU, with other values for BatchNorm's statistics.
+
+    Args:
+        values: float [n], in the order of `read_buffers`.
+    """
+    copies = []
+    for network in networks:
+        state = {n: t.detach().to("cpu", copy=True) for n, t in network.state_dict().items()}
+        for name, buffer in network.named_buffers():
+            if buffer.is_floating_point():
+                part, values = values.tensor_split([buffer.numel()])
+                if name in state:  # else it is not persistent
+                    state[name].copy_(part.view_as(buffer))
+        copies.append(state)
+    return copies
 
 
 def gather_buffers(

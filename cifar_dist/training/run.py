@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from cifar_dist.processes.environment import asked_world_size, launcher_number
 from cifar_dist.processes.preemption import EXIT_CODE, Preempted, Preemption
 from cifar_dist.processes.start import on_main_process, start_processes
 from cifar_dist.processes.streams import open_streams
-from cifar_dist.storage.checkpoint import checkpoints_in
+from cifar_dist.storage.checkpoint import newest_progress
 from cifar_dist.storage.console import kept
 from cifar_dist.storage.folder import RunLock, check_out, claim, write_status
 from cifar_dist.training.engine import average_buffers, evaluate, refuse_bad_numbers, train_epoch
@@ -37,6 +36,8 @@ from cifar_dist.training.session import (
     Session,
     compare_weights,
     find_start,
+    finish_epoch,
+    finish_window,
     open_session,
     save,
 )
@@ -57,6 +58,10 @@ class Result:
     out: Path
     metrics: dict[str, dict[str, Any]]
     best: dict[str, Any] | None
+
+
+class Stopped(Exception):
+    """All processes have agreed to stop, after a signal to one of them."""
 
 
 def run(recipe: Recipe, origin: str = "Python") -> Result:
@@ -94,8 +99,11 @@ def run_until_end(
                 if not session.state.step:
                     with session.warned.spare("showing the inputs"):
                         show_inputs(session)
-                finished = _train(session, preemption)
-                return _finish(session, finished)
+                with suppress(Stopped):
+                    _train(session, preemption)
+                    return _finish(session, "finished")
+                save(session)
+                return _finish(session, "preempted")
         except (Exception, KeyboardInterrupt, Preempted) as error:
             ending = _end(recipe, lock, session, error, report)
             raise ending.to_error() from (error if ending.code == FAILED else None)
@@ -119,8 +127,12 @@ def _start(recipe: Recipe, lock: RunLock, preemption: Preemption) -> Session:
     return session
 
 
-def _train(session: Session, preemption: Preemption) -> bool:
-    """Train the epochs that are left, and say whether that is done; else a signal came."""
+def _train(session: Session, preemption: Preemption) -> None:
+    """Train the epochs that are left.
+
+    Raises:
+        Stopped: a signal came; the step is not saved yet.
+    """
     accelerator, recipe, state = session.accelerator, session.recipe, session.state
     train, steps, pixels = recipe.train, session.steps_per_epoch, session.pixels
     loader, order = build_loader(
@@ -138,93 +150,96 @@ def _train(session: Session, preemption: Preemption) -> bool:
         refuse_bad_numbers(accelerator, state, loader, order, pixels, train)
 
     total = total_steps(train.epochs, steps)
-    for epoch in range(math.ceil(session.epochs_done), math.ceil(total / steps)):
+    for epoch in range(math.ceil(session.progress.epoch), math.ceil(total / steps)):
         begin, end = epoch * steps, session.end_of(epoch)
         order.start_at(
             epoch, (state.step - begin) * train.accumulate, (end - begin) * train.accumulate
         )
-        bar = ProgressBar(session, epoch)
         session.clock = time.monotonic()
-        for _ in train_epoch(accelerator, state, loader, pixels, train, schedule, epoch):
-            bar.update()
-            reports = _due(recipe.track.every_steps, state.step)
-            stop = preemption.agreed()
-            saves = stop or _due(recipe.checkpoint.every_steps, state.step)
-            if reports or saves:
-                check_numbers()
-            if reports:
-                report_window(session, epoch)
-            if saves and state.step < end:  # an epoch's last step is saved after evaluation
-                save(session)
+        with ProgressBar(session, epoch) as bar:
+            for _ in train_epoch(accelerator, state, loader, pixels, train, schedule, epoch):
+                bar.update()
+                reports = _due(recipe.track.every_steps, state.step)
+                stop = preemption.agreed()
+                saves = stop or _due(recipe.checkpoint.every_steps, state.step)
+                if reports or saves:
+                    check_numbers()
+                if reports:
+                    window = finish_window(session)
+                    with session.warned.spare("the report of a window"):
+                        report_window(session, epoch, window)
+                if state.step == end:  # saved after the evaluation
+                    continue
                 if stop:
-                    bar.close()
-                    return False
-        bar.close()
+                    raise Stopped
+                if saves:
+                    save(session)
         check_numbers()
         compare_weights(session)
         last = end == total
-        results: dict[str, Evaluation] | None = {}
+        results = {}
         if last or _due(train.evaluate_every, epoch + 1):
             results = _measure(session, preemption)
-        if results is None:
-            save(session)
-            return False
-        report_epoch(session, epoch, results)
-        stop = preemption.agreed()
+        finish_epoch(session, epoch, results)
+        with session.warned.spare("the report of an epoch"):
+            report_epoch(session, epoch, results)
+        if preemption.agreed() and not last:
+            raise Stopped
         if (
-            stop
-            or last
-            or session.best["step"] == state.step
+            last
+            or session.progress.best.step == state.step
             or _due(recipe.checkpoint.every_epochs, epoch + 1)
             or _due(recipe.checkpoint.every_steps, state.step)
         ):
             save(session)
-        if stop and not last:
-            return False
-    return True
 
 
-def _measure(session: Session, preemption: Preemption) -> dict[str, Evaluation] | None:
-    """Measure the network on each part of the dataset held for that; None: a signal came."""
+def _measure(session: Session, preemption: Preemption) -> dict[str, Evaluation]:
+    """Measure the network on each part of the dataset held for that.
+
+    Raises:
+        Stopped: a signal came.
+    """
     accelerator, state = session.accelerator, session.state
+
+    def stop_if_agreed() -> None:
+        if preemption.agreed():
+            raise Stopped
+
     average_buffers(accelerator, state.network, state.average)
-    results = {}
-    for name, images in session.dataset.evaluation.items():
-        result = evaluate(
+    return {
+        name: evaluate(
             accelerator,
             state.evaluated,
             build_evaluation_loader(accelerator, images),
             session.pixels,
             len(session.dataset.classes),
             tta=session.recipe.train.tta,
-            stop=preemption.agreed,
+            between=stop_if_agreed,
         )
-        if result is None:
-            return None
-        results[name] = result
-    return results
+        for name, images in session.dataset.evaluation.items()
+    }
 
 
-def _finish(session: Session, finished: bool) -> Result:
-    """Say how it ended, once the checkpoint is there; nobody leaves before the others."""
-
+def _finish(session: Session, state: str) -> Result:
+    """Write how the run ended, once the checkpoint is there; nobody leaves before the others."""
     session.saver.wait(final=True)
     session.tracker.finish()
-    result = "finished" if finished else "preempted"
-    best = session.best["metrics"] if session.best["step"] is not None else None
+    progress, step = session.progress, session.state.step
+    best = progress.best.metrics or None
     if session.accelerator.is_main_process:
         with session.warned.spare("status.json"):
-            write_status(session.out, result, session.state.step, session.epochs_done)
-        if finished and best:
+            write_status(session.out, state, step, progress.epoch)
+        if state == "finished" and best:
             numbers = ", ".join(
                 f"{name} {line['accuracy']:.4f}" for name, line in best.items() if name != "train"
             )
-            print(f"best by validation: step {session.best['step']}, accuracy {numbers}")
-        hint = "" if finished else "; the same command with --out continues it"
-        print(f"{result} at step {session.state.step}: {session.out}{hint}", flush=True)
+            print(f"best by validation: step {progress.best.step}, accuracy {numbers}")
+        hint = "" if state == "finished" else "; the same command with --out continues it"
+        print(f"{state} at step {step}: {session.out}{hint}", flush=True)
     session.peers.leave()
     session.accelerator.wait_for_everyone()
-    return Result(result, session.out, session.metrics, best)
+    return Result(state, session.out, progress.metrics, best)
 
 
 def _end(
@@ -252,22 +267,17 @@ def _end(
         _note_preempted(session.out, lock)
     elif ending.writes:
         with session.warned.spare("status.json"):
-            write_status(session.out, "failed", state.step, session.epochs_done, ending.line)
+            write_status(session.out, "failed", state.step, session.progress.epoch, ending.line)
     return ending
 
 
 def _note_preempted(out: Path, lock: RunLock) -> None:
-    """Say in a run folder that its run was stopped before it had begun, or gone on."""
-
-    with suppress(
-        UsageError, OSError, ValueError, LookupError, TypeError
-    ):  # what is wrong there, the next start will say
+    """Write to a run folder that its run was stopped before it began or resumed."""
+    with suppress(UsageError, OSError):  # the next start reports them
         out.mkdir(parents=True, exist_ok=True)
         lock.take(out)
-        saved = {"step": 0, "epoch": 0}
-        for path in checkpoints_in(out / "checkpoints")[-1:]:
-            saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        write_status(out, "preempted", saved["step"], saved["epoch"])
+        saved = newest_progress(out / "checkpoints")
+        write_status(out, "preempted", saved.step if saved else 0, saved.epoch if saved else 0)
 
 
 def _check_batch_size(recipe: Recipe, world: int) -> None:
