@@ -1,4 +1,4 @@
-"""What a run says: banner, metrics.jsonl, trackers, status and the lines on the console."""
+"""Reports on a run: banner, metrics.jsonl, trackers and console. None of them changes the run."""
 
 import sys
 import time
@@ -83,7 +83,7 @@ def announce(session: Session, origin: str) -> None:
 
 
 def _warn_of_images(dataset: Dataset, identical: Mapping[str, int]) -> None:
-    """Print what was left out of the dataset, and what makes it doubtful."""
+    """Print which files were left out and what makes the accuracy doubtful."""
     for line in describe(dataset.left_out):
         usual = line.startswith(HIDDEN)
         print(f"{'note' if usual else 'warning'}: left out, {line}", flush=True)
@@ -101,13 +101,13 @@ def _warn_of_images(dataset: Dataset, identical: Mapping[str, int]) -> None:
 
 
 def _first(names: Sequence[str], most: int = 10) -> str:
-    """Return the first names in one line, and how many more there are."""
+    """Return the first `most` names in one line, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(shown, names[:most])) + more
 
 
 def show_inputs(session: Session) -> None:
-    """Track the network's graph and a grid of training images as it will see them. On rank 0."""
+    """Track the network's graph and a grid of augmented training images. On rank 0."""
     dataset, pixels, tracker = session.dataset, session.pixels, session.tracker
     if not tracker.active:
         return
@@ -130,7 +130,7 @@ def show_inputs(session: Session) -> None:
 
 
 class ProgressBar:
-    """A bar over the steps of an epoch, shown by rank 0 and on a terminal only."""
+    """A progress bar over the steps of an epoch, shown by rank 0 on a terminal."""
 
     def __init__(self, session: Session, epoch: int) -> None:
         self._warned, self._bar = session.warned, None
@@ -208,7 +208,7 @@ def _show_epoch(session: Session, log: MetricsLog, epoch: int) -> None:
 
 
 def _show_evaluation(session: Session, results: Mapping[str, Evaluation]) -> None:
-    """Track per-class accuracy, the confusion matrix and some wrong images of each split."""
+    """Track per-class accuracy, confusion matrix and misclassified images of each split."""
     step, dataset, tracker = session.state.step, session.dataset, session.tracker
     for name, result in results.items() if tracker.active else ():
         if len(dataset.classes) <= CLASS_SCALARS:
@@ -221,12 +221,12 @@ def _show_evaluation(session: Session, results: Mapping[str, Evaluation]) -> Non
 
 
 def draw_confusion(result: Evaluation, classes: Sequence[str]) -> np.ndarray:
-    """Draw the confusion matrix of a result; above CONFUSION_SIDE classes, neighbours share."""
+    """Draw a confusion matrix; above CONFUSION_SIDE classes, neighbouring classes share a row."""
     return confusion_picture(result.coarse_confusion(CONFUSION_SIDE), classes)
 
 
 def _memory_used(accelerator: Accelerator) -> float:
-    """Return the peak of the GPU's memory, else what this process has resident; megabytes."""
+    """Return the peak of allocated GPU memory, or the resident memory on a CPU, in megabytes."""
     if accelerator.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return float(psutil.Process().memory_info().rss) / 1e6

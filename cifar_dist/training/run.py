@@ -1,4 +1,4 @@
-"""The story of a run, from top to bottom: processes, data, network, start, epochs, result."""
+"""A training run from top to bottom: processes, data, network, checkpoint, epochs, result."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class Result:
     """How a run ended.
 
     Attributes:
-        state: finished, or preempted: start the same recipe again to continue.
+        state: finished, or preempted (start the same recipe again to resume).
         out: run folder.
-        metrics: of the last epoch: one entry a split, with loss, accuracy, correct and count.
-        best: the same of the epoch with the best validation accuracy; None without validation.
+        metrics: of the last epoch: one entry per split, with loss, accuracy, correct and count.
+        best: metrics of the epoch with the best validation accuracy; None without validation.
     """
 
     state: str
@@ -61,20 +61,20 @@ class Result:
 
 
 class Stopped(Exception):
-    """All processes have agreed to stop, after a signal to one of them."""
+    """All processes have agreed to stop, after one of them received a signal."""
 
 
 def run(recipe: Recipe, origin: str = "Python") -> Result:
-    """Train `recipe`, or continue the run of it that its `out` holds.
+    """Train `recipe`, or resume the run of it in `out`.
 
     Args:
-        recipe: what to do; every process gets the same.
-        origin: where the recipe came from, for the banner.
+        recipe: the same in every process.
+        origin: name or file of the recipe, for the banner.
 
     Raises:
         UsageError: the request cannot work; nothing was started.
-        Preempted: a signal came before training had begun; nothing was lost.
-        RunFailed: anything else; status.json holds the same line.
+        Preempted: a signal arrived before training began; nothing was lost.
+        RunFailed: the run failed; status.json holds the same message.
     """
     open_streams()
     preemption = Preemption()
@@ -88,7 +88,7 @@ def run_until_end(
     preemption: Preemption,
     report: Callable[[Ending], object],
 ) -> Result:
-    """Do the same with the caller's signal handling; `report` prints the cause of a failure."""
+    """Train `recipe` under the caller's signal handlers; `report` prints the cause of a failure."""
     session: Session | None = None
     with RunLock() as lock:
         try:
@@ -110,7 +110,7 @@ def run_until_end(
 
 
 def _start(recipe: Recipe, lock: RunLock, preemption: Preemption) -> Session:
-    """Check the request against this machine and these data, and prepare everything."""
+    """Check the recipe against this machine and the dataset, and build the session."""
     _check_batch_size(recipe, asked_world_size())
     with preemption.interruptible():
         asked = {key: value for key, value in flatten(recipe).items() if key not in OWN_KEYS}
@@ -128,10 +128,10 @@ def _start(recipe: Recipe, lock: RunLock, preemption: Preemption) -> Session:
 
 
 def _train(session: Session, preemption: Preemption) -> None:
-    """Train the epochs that are left.
+    """Train the remaining epochs.
 
     Raises:
-        Stopped: a signal came; the step is not saved yet.
+        Stopped: a process received a signal; the current step is not saved yet.
     """
     accelerator, recipe, state = session.accelerator, session.recipe, session.state
     train, steps, pixels = recipe.train, session.steps_per_epoch, session.pixels
@@ -195,10 +195,10 @@ def _train(session: Session, preemption: Preemption) -> None:
 
 
 def _measure(session: Session, preemption: Preemption) -> dict[str, Evaluation]:
-    """Measure the network on each part of the dataset held for that.
+    """Evaluate the network on each evaluation split.
 
     Raises:
-        Stopped: a signal came.
+        Stopped: a process received a signal.
     """
     accelerator, state = session.accelerator, session.state
 
@@ -222,7 +222,7 @@ def _measure(session: Session, preemption: Preemption) -> dict[str, Evaluation]:
 
 
 def _finish(session: Session, state: str) -> Result:
-    """Write how the run ended, once the checkpoint is there; nobody leaves before the others."""
+    """Write the final status after the checkpoint is saved, and wait for all processes."""
     session.saver.wait(final=True)
     session.tracker.finish()
     progress, step = session.progress, session.state.step
@@ -249,11 +249,11 @@ def _end(
     error: BaseException,
     report: Callable[[Ending], object],
 ) -> Ending:
-    """Agree with the other processes on why the run ends, and write it to status.json."""
+    """Agree with the other processes on why the run ends, and write the cause to status.json."""
 
     if session is None:
         ending = agree(error, "at the start", report)
-        # Rank 0 may hold the lock on the folder, so that the process that writes cannot.
+        # Rank 0 may hold the lock on the folder, so it writes too.
         writes = ending.writes or launcher_number("RANK") == 0
         if ending.code == EXIT_CODE and writes and recipe.out:
             _note_preempted(local_path(recipe.out), lock)
@@ -261,7 +261,7 @@ def _end(
     state = session.state
     ending = agree(error, f"at step {state.step}", report, in_training=True)
     if not isinstance(error, KeyboardInterrupt):
-        with suppress(RunError):  # the line is about what came first
+        with suppress(RunError):  # the first failure is reported
             session.saver.wait()
     if ending.writes and ending.code == EXIT_CODE:
         _note_preempted(session.out, lock)
@@ -299,7 +299,7 @@ def _check_dataset(recipe: Recipe, dataset: Dataset) -> None:
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
-    """Return what must be the same in all processes about their dataset, as plain values."""
+    """Return the properties of the dataset that all processes must share, as plain values."""
     return {
         "digest": dataset.digest,
         "classes": list(dataset.classes),

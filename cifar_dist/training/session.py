@@ -1,4 +1,4 @@
-"""A session of a run: everything it works with, built anew or as a checkpoint holds it."""
+"""A session of a run: everything it works with, built from scratch or from a checkpoint."""
 
 import math
 import time
@@ -49,17 +49,17 @@ from cifar_dist.training.schedule import total_steps
 
 @dataclass
 class Session:
-    """One start of a run, from its launch to its end.
+    """One launch of a run.
 
     Attributes:
         out: run folder.
-        beginning: origin of the weights, for the banner; empty if they are new.
+        beginning: origin of the weights, for the banner; empty if they are random.
         progress: written to the next checkpoint; `save` sets its step, optimizer and scaler.
         equal_at: last step at which all processes were found to have the same weights.
-        log: on rank 0 only.
-        saver: on rank 0 it writes the checkpoints.
-        warned: which parts of logging and tracking have failed.
-        clock: when the training time of the next report began, in seconds.
+        log: metrics.jsonl; on rank 0 only.
+        saver: writes the checkpoints; used on rank 0 only.
+        warned: records which parts of logging and tracking have failed.
+        clock: start of the training time that the next report covers, in seconds.
     """
 
     accelerator: Accelerator
@@ -80,24 +80,24 @@ class Session:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch; images that fill no batch are left over."""
+        """Optimizer steps in an epoch, without the last incomplete batch."""
         return len(self.dataset.train) // self.recipe.train.batch_size
 
     def end_of(self, epoch: int) -> int:
-        """Return the step with which an epoch ends; the run may end in the middle of its last."""
+        """Return the last step of an epoch; the last epoch of a run may be a fraction."""
         steps = self.steps_per_epoch
         return min((epoch + 1) * steps, total_steps(self.recipe.train.epochs, steps))
 
 
 def find_start(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:
-    """Load the checkpoint to continue from; None starts anew. On rank 0.
+    """Load the checkpoint to resume from, or return None to start from scratch. On rank 0.
 
     1. resume never: none.
     2. resume PATH: that checkpoint, or the newest of that run.
     3. resume auto: the newest in `out` that verifies, if `out` holds any.
 
     Raises:
-        UsageError: the checkpoint is of another recipe, dataset or model, or all are damaged.
+        UsageError: the checkpoint is of another recipe or dataset, or all are damaged.
     """
     if recipe.resume == "never":
         return None
@@ -112,7 +112,7 @@ def find_start(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:
     require(
         not different,
         f"the checkpoint {path} is of another recipe ({'; '.join(different)}); "
-        "continue it with the same, or start a new run",
+        "resume it with the same recipe, or start a new run",
     )
     require(
         checkpoint.progress.dataset == dataset.digest,
@@ -130,9 +130,9 @@ def open_session(
     out: Path,
     start: Checkpoint | None,
 ) -> Session:
-    """Build the network and its optimizer, as new or as they were at `start`.
+    """Build the network and its optimizer from scratch, or restore them from `start`.
 
-    Every process does the same; rank 0 alone logs and tracks.
+    Every process must call it. Only rank 0 logs and tracks.
     """
     if start:
         progress = replace(start.progress, recipe=recipe)
@@ -191,7 +191,7 @@ def _build_network(
     pixels: Pixels,
     start: Checkpoint | None,
 ) -> tuple[nn.Module, str]:
-    """Return the network on its device, with new or given weights, and their origin in words."""
+    """Return the network on its device, and the origin of its weights for the banner."""
     torch.manual_seed(recipe.train.seed)
     network = build_model(recipe.model, len(dataset.classes)).to(accelerator.device)
     beginning = f"continues at step {start.progress.step}" if start else ""
@@ -217,14 +217,14 @@ def _prepare(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return the module to call in a step, and the optimizer to call."""
-    # What is compiled shares all weights with the network, which is what is measured and saved.
+    """Return the module and the optimizer that a training step calls."""
+    # The compiled module shares its weights with `network`, which is evaluated and saved.
     called = torch.compile(network) if recipe.train.compile else network
-    # Not told where they go, Accelerate imports torch's sharded tensors to see that there are none.
+    # Without device_placement, Accelerate imports torch's sharded tensors to look for them.
     model, prepared = accelerator.prepare(called, optimizer, device_placement=[True, True])
     if accelerator.num_processes > 1:
-        # BatchNorm statistics are averaged where they are used, not sent round at each step. Set
-        # here because the constructor's argument changed its name between torch versions.
+        # BatchNorm statistics are averaged before an evaluation and a checkpoint, not broadcast at
+        # each step. The argument of DDP's constructor changed its name between torch versions.
         model.broadcast_buffers = False
     return model, prepared if accelerator.scaler is not None else optimizer
 
@@ -248,7 +248,7 @@ def _restore(
         raise UsageError(f"the checkpoint does not fit the recipe's model: {reason}") from error
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            if value.shape == parameter.shape:  # files know no channels-last layout
+            if value.shape == parameter.shape:  # safetensors stores no channels-last layout
                 values[name] = torch.empty_like(parameter).copy_(value)
     if accelerator.scaler is not None and progress.scaler:
         accelerator.scaler.load_state_dict(progress.scaler)
@@ -338,12 +338,12 @@ def _refuse_non_finite(totals: Totals, step: int) -> None:
 
 
 def save(session: Session) -> None:
-    """Start to save a checkpoint; every process must call it.
+    """Start saving a checkpoint in a thread; every process must call it.
 
-    Everything is copied first, so training may go on; `session.saver` says how it ended.
+    Everything is copied first, so training can continue. `session.saver` reports failures.
 
     Raises:
-        RunError: the processes no longer have the same weights; nothing is saved.
+        RunError: the weights of the processes differ; nothing is saved.
     """
     state, accelerator = session.state, session.accelerator
     compare_weights(session)
@@ -360,8 +360,8 @@ def save(session: Session) -> None:
         optimizer=plain,
         scaler=accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
     )
-    # The file of the weights holds the mean of all ranks' BatchNorm statistics; training goes on
-    # with those of each rank, here as after a resume.
+    # The saved weights contain the mean of all ranks' BatchNorm statistics. Training continues with
+    # the statistics of each rank, also after a resume.
     model, *ema = copy_states(mean, *networks)
     checkpoint = Checkpoint(
         progress=progress,
@@ -384,10 +384,10 @@ def save(session: Session) -> None:
 
 
 def compare_weights(session: Session) -> None:
-    """Make sure that all processes have the same weights; every process must call it.
+    """Check that all processes have the same weights; every process must call it.
 
     Raises:
-        RunError: naming the ranks that drifted.
+        RunError: they differ; names the ranks.
     """
     step = session.state.step
     require_equal_weights(session.accelerator, session.state.network, step, session.equal_at)
