@@ -1,10 +1,12 @@
-"""Checkpoints: safetensors and JSON, listed with sizes and hashes, whole or absent; no pickle.
+"""Checkpoints: safetensors and JSON with a manifest of sizes and hashes, complete or absent.
 
-A checkpoint is written beside its place, synced to disk and renamed; older ones go only then. Order
-is by step, never by time of change. Links are not followed.
+This is the only file that knows the names and contents of a checkpoint's files. None is a pickle.
 
-Checkpoints may be read while a run saves and removes them: a read that meets that is repeated. What
-this user may not read raises PermissionError and is never taken for damaged or absent.
+A checkpoint is written to a temporary folder, synced to disk and renamed. Only then are older ones
+removed. Checkpoints are ordered by step, never by modification time. Symbolic links are refused.
+
+Checkpoints can be read while a run saves and removes them: the read is then repeated. A file that
+this user may not read raises PermissionError and never counts as damaged or missing.
 """
 
 import dataclasses
@@ -31,22 +33,22 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 MODEL, AVERAGE = "model.safetensors", "ema.safetensors"
 OPTIM, PROCESSES = "optim.safetensors", "processes.safetensors"
-FAILED_SAVES = 3  # in a row, that end a run
-ATTEMPTS = 50  # to read what a run replaces or removes at the same time
+FAILED_SAVES = 3  # consecutive failures that end a run
+ATTEMPTS = 50  # to read a checkpoint that a run is replacing or removing
 Tensors = dict[str, torch.Tensor]
 T = TypeVar("T")
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint that is incomplete, or differs from what was written."""
+    """A checkpoint that is incomplete or differs from its manifest."""
 
 
 class RemovedCheckpoint(DamagedCheckpoint):
-    """A checkpoint that is not there, or not any more: a run has removed it meanwhile."""
+    """A checkpoint that does not exist, or that a run has removed in the meantime."""
 
 
 class SaveFailed(Exception):
-    """A checkpoint that could not be written; those before it are as they were."""
+    """A checkpoint that could not be written; older checkpoints are unchanged."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Progress:
-    """Contents of state.json: which run this is, and how far it has come.
+    """Contents of state.json: the run that the checkpoint belongs to, and its progress.
 
     Attributes:
         classes: names, in the order of the labels.
@@ -73,7 +75,7 @@ class Progress:
         mean, std: of the training images by channel, for normalisation.
         dataset: digest of the training images and their labels.
         step: optimizer steps done.
-        epoch: epochs trained and measured; the last may be a fraction of one.
+        epoch: epochs trained and evaluated; the last may be a fraction of one.
         reported: sums of this epoch when the training loss was last recorded; see `Totals`.
         metrics: lines of the last evaluation, by split.
         optimizer: what `pack_optimizer` returns besides tensors.
@@ -148,7 +150,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
     """Write `checkpoint` as `folder`/step-<step> and return that path.
 
     Raises:
-        SaveFailed: for want of space, or of a folder that can be written to.
+        SaveFailed: the disk is full or the folder cannot be written.
     """
     target = _place(folder, step)
     temporary = folder / f".{target.name}.tmp"
@@ -157,7 +159,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
             folder.mkdir(parents=True)
             files.sync(folder.parent)
         _refuse_links(folder, target, temporary)
-        if temporary.exists():  # of a process that was killed
+        if temporary.exists():  # left by a process that was killed
             shutil.rmtree(temporary)
         _require_space(folder, checkpoint)
         temporary.mkdir()
@@ -171,9 +173,9 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
 
 
 class Saver:
-    """Saves in a thread, one checkpoint at a time, so that training goes on meanwhile.
+    """Saves checkpoints in a daemon thread, one at a time, while training continues.
 
-    A save that fails is a warning; several in a row end the run.
+    A failed save is a warning. FAILED_SAVES consecutive failures end the run.
     """
 
     def __init__(self) -> None:
@@ -182,10 +184,10 @@ class Saver:
         self._error: Exception | None = None
 
     def start(self, step: int, commit: Callable[[], object]) -> None:
-        """Run `commit`, which saves the checkpoint of `step`; first wait for the save before.
+        """Run `commit`, which saves the checkpoint of `step`, after the previous save has ended.
 
         Raises:
-            RunError: too many saves have failed one after another.
+            RunError: FAILED_SAVES consecutive saves have failed.
         """
         self.wait()
 
@@ -195,22 +197,23 @@ class Saver:
                 self._failures.clear()
             except SaveFailed as error:
                 self._failures.append(f"the checkpoint of step {step} was not saved: {error}")
-                print(f"warning: {self._failures[-1]}; those before are kept", flush=True)
-            except Exception as error:  # unexpected: for the thread that trains
+                print(f"warning: {self._failures[-1]}; older ones are kept", flush=True)
+            except Exception as error:  # unexpected: `wait` raises it in the training thread
                 self._error = error
 
-        # A daemon: a second Ctrl-C does not wait for it, and half a checkpoint is none.
+        # A daemon thread, so that a second Ctrl-C does not wait for it. A partial checkpoint is
+        # never used.
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
 
     def wait(self, final: bool = False) -> None:
-        """Wait for the save in hand.
+        """Wait for the current save.
 
         Args:
-            final: nothing follows that could make up for a failed save.
+            final: no other save follows, so a single failure ends the run.
 
         Raises:
-            RunError: too many saves have failed one after another, or the final one has.
+            RunError: FAILED_SAVES consecutive saves have failed, or the final one has.
         """
         if self._thread is not None:
             self._thread.join()
@@ -221,8 +224,8 @@ class Saver:
             raise RunError(
                 f"{self._failures[-1]}"
                 + (f" ({failed} failed in a row)" if failed > 1 else "")
-                + "; make room or mend the folder, and start the same command again: it continues "
-                "from the newest checkpoint"
+                + "; free disk space or repair the folder, and start the same command again: it "
+                "resumes from the newest checkpoint"
             )
 
 
@@ -240,14 +243,14 @@ def verify(path: Path) -> list[str]:
     """Compare every file with the manifest, and return their names.
 
     Raises:
-        DamagedCheckpoint: naming the first file that is missing or differs.
+        DamagedCheckpoint: a file is missing or differs; names the first one.
         PermissionError: this user may not read it.
     """
     return _read_at_rest(path, _verify)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the committed checkpoints, by step, ascending.
+    """Return the committed checkpoints in ascending order of their steps.
 
     Raises:
         PermissionError: this user may not list the folder.
@@ -256,18 +259,17 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
-    """Return the newest checkpoint that verifies, or None if there never was one.
+    """Return the newest checkpoint that verifies, or None if there are no checkpoints.
 
     Raises:
-        UsageError: there are checkpoints, and all are damaged; or this user may not read one, and
-            none that is newer is whole.
+        UsageError: all checkpoints are damaged, or this user may not read the newest intact one.
     """
     with _permissions_named():
         return _read_again(folder, lambda: _newest(folder, _load))
 
 
 def newest_progress(folder: Path) -> Progress | None:
-    """Return the progress of the newest checkpoint, or None if there never was one.
+    """Return the progress of the newest checkpoint, or None if there are no checkpoints.
 
     Raises:
         UsageError: as of `load_newest`.
@@ -281,8 +283,8 @@ def find_checkpoint(place: str, best: bool = False) -> tuple[Path, Checkpoint]:
     """Load the checkpoint that the user named.
 
     Args:
-        place: a run folder (its newest checkpoint is meant) or one checkpoint's folder.
-        best: of a run folder, the best by validation accuracy instead.
+        place: a run folder (for its newest checkpoint) or the folder of one checkpoint.
+        best: from a run folder, load the best checkpoint by validation accuracy instead.
 
     Raises:
         UsageError: there is none, it is damaged, or this user may not read it.
@@ -291,24 +293,27 @@ def find_checkpoint(place: str, best: bool = False) -> tuple[Path, Checkpoint]:
 
 
 def find_progress(place: str, best: bool = False) -> tuple[Path, Progress]:
-    """Do the same, reading no tensors."""
+    """Load the progress of the checkpoint that `find_checkpoint` would return, without tensors."""
     return _find(place, best, _load_progress)
 
 
 def find_weights(place: str, best: bool = False) -> tuple[Path, tuple[Progress, Tensors]]:
-    """Do the same, reading only the weights to evaluate: their moving average if there is one."""
+    """Load the progress and the weights to evaluate of the checkpoint that the user named.
+
+    The weights are their moving average if the checkpoint has one. The optimizer is not read.
+    """
     return _find(place, best, _load_weights)
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and the one of step `best`.
 
-    What saves that were killed have left goes too; so nobody else may be saving there.
+    Also removes leftovers of interrupted saves; must not run concurrently with a save.
     """
-    _remove_leftovers(folder)  # one may have the name that a checkpoint is about to get
+    _remove_leftovers(folder)  # a leftover may have the name to which a checkpoint is renamed below
     committed = _committed(folder)
     for step in sorted(committed)[:-keep]:
-        if step != best:  # renamed first: half a removed checkpoint is none
+        if step != best:  # renamed first, so that a partly removed checkpoint is never used
             os.replace(committed[step], folder / f".{_place(folder, step).name}.tmp")
     files.sync(folder)
     _remove_leftovers(folder)
@@ -317,7 +322,7 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
 def pack_optimizer(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     """Split an optimizer's state_dict into tensors and plain values."""
     tensors: Tensors = {}
-    groups = [  # a learning rate may be a tensor, for steps that are replayed
+    groups = [  # a learning rate is a tensor if the step is a CUDA graph
         {
             name: value.item() if isinstance(value, torch.Tensor) else value
             for name, value in group.items()
@@ -350,7 +355,7 @@ def _place(folder: Path, step: int) -> Path:
 
 
 def _set_aside(target: Path) -> Path:
-    """Return where an older checkpoint of the same step waits until the new one is in its place."""
+    """Return the name of an older checkpoint of the same step while the new one replaces it."""
     return target.with_name(f".{target.name}.old")
 
 
@@ -362,7 +367,7 @@ def _committed(folder: Path) -> dict[int, Path]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     found = {}
-    for pattern in (r"\.step-(\d+)\.old", r"step-(\d+)"):  # the second kind is the newer one
+    for pattern in (r"\.step-(\d+)\.old", r"step-(\d+)"):  # the second is newer
         for name in names:
             if match := re.fullmatch(pattern, name):
                 found[int(match.group(1))] = folder / name
@@ -370,7 +375,7 @@ def _committed(folder: Path) -> dict[int, Path]:
 
 
 def _exists(path: Path) -> bool:
-    """Return whether `path` exists; raise PermissionError if this user may not know."""
+    """Return whether `path` exists; raise PermissionError if this user may not look there."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -380,7 +385,7 @@ def _exists(path: Path) -> bool:
 
 @contextmanager
 def _permissions_named() -> Iterator[None]:
-    """Turn PermissionError into a UsageError that names the file or folder."""
+    """Within the block, turn PermissionError into a UsageError that names the file."""
     try:
         yield
     except PermissionError as error:
@@ -391,18 +396,18 @@ def _permissions_named() -> Iterator[None]:
 
 
 def _read_again(folder: Path, read: Callable[[], T]) -> T:
-    """Return `read()`; repeat it while it meets checkpoints that a run has just removed."""
+    """Return `read()`, and repeat it while a run removes the checkpoints that it reads."""
     for _ in range(ATTEMPTS):
         with suppress(RemovedCheckpoint):
             return read()
     raise UsageError(
-        f"the checkpoints in '{folder}' are removed faster than they can be read; try again when "
+        f"the checkpoints in '{folder}' are removed faster than they can be read; try again after "
         "the run has ended"
     )
 
 
 def _read_at_rest(path: Path, read: Callable[[Path], T]) -> T:
-    """Return `read(path)` of a folder that nobody has replaced or removed meanwhile."""
+    """Return `read(path)`; repeat it if the folder was replaced or removed meanwhile."""
 
     def identity() -> tuple[int, int]:
         try:
@@ -468,15 +473,15 @@ def _newest(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
 
 
 def _best(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
-    """Return the best checkpoint by validation accuracy, as the newest one records it."""
+    """Return the best checkpoint by validation accuracy, which the newest one names."""
     newest = _newest(folder, _load_progress)
     if newest is None:
         return None
     step = newest[1].best.step
     if step is None:
         raise UsageError(
-            f"the run in '{folder.parent}' held out no validation images (data.val_fraction), so "
-            "it has no best checkpoint; leave out --best for the newest"
+            f"the run in '{folder.parent}' has no validation split (data.val_fraction), so it has "
+            "no best checkpoint; leave out --best for the newest"
         )
     committed = _committed(folder)
     if step not in committed and committed.get(max(committed, default=0)) == newest[0]:
@@ -533,7 +538,7 @@ def _verify(path: Path) -> list[str]:
 
 
 def _read_manifest(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file, all of which are there and have their size."""
+    """Return the SHA-256 of each file in the manifest, after checking that its size is right."""
     _refuse_links(path, path / MANIFEST)
     listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
     for name, expected in listed.items():
@@ -569,7 +574,7 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the parts of checkpoints, and those that a newer one has replaced."""
+    """Remove partial checkpoints, and those that a newer one of the same step has replaced."""
     committed = _committed(folder).values()
     for path in folder.glob(".step-*"):
         if path not in committed:
@@ -591,13 +596,13 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _commit(temporary: Path, target: Path) -> None:
-    """Put a folder in its place; at every moment the new one or the old one can be found."""
+    """Rename a folder to `target`; at every moment the old or the new checkpoint can be found."""
     aside = _set_aside(target)
     if target.exists() and aside.exists():
         shutil.rmtree(aside)
     files.put_in_place(temporary, target, aside)
     if aside.exists():
-        os.replace(aside, temporary)  # renamed first: half a removed checkpoint is none
+        os.replace(aside, temporary)  # renamed first, so that a partial one is never used
     shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -620,10 +625,10 @@ def read_tensors(path: Path) -> Tensors:
     """Read a safetensors file.
 
     Raises:
-        SafetensorError: it is not one.
+        SafetensorError: it is not a valid safetensors file.
     """
     try:
         os.fsencode(path).decode()
-    except UnicodeDecodeError:  # a path that safetensors does not open
+    except UnicodeDecodeError:  # safetensors cannot open such a path
         return load(path.read_bytes())
     return load_file(path)
