@@ -1,4 +1,4 @@
-"""Weights to start from: a safetensors file, or what a run has saved; all that fits, or nothing."""
+"""Load weights from a safetensors file or a checkpoint into a network: all that fit, or none."""
 
 import torch
 from safetensors import SafetensorError
@@ -9,7 +9,7 @@ from cifar_dist.errors import UsageError, one_line, require
 from cifar_dist.storage.checkpoint import Progress, Tensors, find_weights, read_tensors
 
 SHOWN = 3  # names of each kind in a message
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # may stand for one another
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # converted to each other
 
 
 def load_weights(network: nn.Module, place: str) -> bool:
@@ -54,7 +54,7 @@ def load_weights(network: nn.Module, place: str) -> bool:
 
 
 def name_some(names: list[str]) -> str:
-    """Name the first few on one line, whatever a file from elsewhere calls its tensors."""
+    """Return the first few tensor names on one line, escaped because they may come from a file."""
     shown = ", ".join(ascii(name)[1:-1][:80] for name in names[:SHOWN])
     return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
