@@ -1,6 +1,6 @@
-"""Measure a checkpoint exactly: `python -m cifar_dist.evaluate --checkpoint RUN_OR_STEP`.
+"""Evaluate a checkpoint: `python -m cifar_dist.evaluate --checkpoint RUN_OR_STEP`.
 
-Counts every image once on any number of processes, and prints a table or JSON.
+Counts every image exactly once at any world size, and prints a table or JSON.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from cifar_dist.processes.start import leave_processes
 if TYPE_CHECKING:
     from cifar_dist.data.images import Images
 
-MATRIX_CLASSES = 1000  # classes up to which JSON holds the confusion matrix
-TABLE_CLASSES = 20  # classes up to which the table has a column for each
+MATRIX_CLASSES = 1000  # maximum number of classes for the confusion matrix in JSON
+TABLE_CLASSES = 20  # maximum number of classes for the confusion matrix in the table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, measure, print, and return the exit code."""
+    """Parse the command line, evaluate, print, and return the exit code."""
 
     def verb(arguments: Sequence[str]) -> int:
         options = _parse(arguments)
@@ -54,20 +54,20 @@ def evaluate_checkpoint(
     tta: str | None = None,
     best: bool = False,
 ) -> dict[str, Any]:
-    """Measure the checkpoint at `place` and return plain values.
+    """Evaluate the checkpoint at `place` and return plain values; every process must call it.
 
     Args:
-        place: a run folder or one checkpoint's folder.
-        data: what to measure on; None is the dataset it was trained on.
-        split: test, val or train; None is the first of test, val and train that exists.
-        tta: views averaged at test time: none, flip or flip_shift; None is as in training.
-        best: of a run folder, the best checkpoint by validation instead of the newest.
+        place: a run folder or the folder of one checkpoint.
+        data: dataset; None is the dataset that the checkpoint was trained on.
+        split: test, val or train; None is the first of these that exists.
+        tta: test-time augmentation: none, flip or flip_shift; None is that of the recipe.
+        best: from a run folder, use the best checkpoint by validation instead of the newest.
 
     Returns:
         checkpoint, step, split, tta, accuracy, correct, count, loss, calibration_error, per_class
-        (name to share, None without images) and confusion (rows are the truth). For more than
-        MATRIX_CLASSES classes, instead of confusion: confusion_pairs, a list of [true label,
-        predicted label, images] without the pairs that have none.
+        (recall by class name; None without images) and confusion (rows are true classes). For more
+        than MATRIX_CLASSES classes, confusion is replaced by confusion_pairs: a list of [true
+        label, predicted label, images] without empty pairs.
 
     Raises:
         UsageError: no such checkpoint or dataset, or their classes differ.
@@ -121,7 +121,7 @@ def evaluate_checkpoint(
 
 
 def _check_classes(images: Images, classes: Sequence[str]) -> None:
-    """Refuse a dataset whose classes are not those the checkpoint knows, naming the difference."""
+    """Refuse a dataset whose classes differ from those of the checkpoint, and name them."""
     missing, extra = set(classes) - set(images.classes), set(images.classes) - set(classes)
     parts = [
         f"{what}: {', '.join(sorted(which))}"
@@ -132,10 +132,10 @@ def _check_classes(images: Images, classes: Sequence[str]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> Any:
-    """Read the options.
+    """Parse the options.
 
-    data.* starts from what the checkpoint was trained on; with another data.name or data.root, all
-    of that dataset is meant.
+    data.* defaults to the dataset of the checkpoint. If data.name or data.root is given, limits and
+    val_fraction of the checkpoint's recipe are not used.
     """
     import argparse
 
@@ -143,9 +143,11 @@ def _parse(argv: Sequence[str]) -> Any:
 
     parser = new_parser("cifar_dist.evaluate")
     parser.add_argument(
-        "--checkpoint", required=True, help="run folder (its newest) or one checkpoint's folder"
+        "--checkpoint", required=True, help="run folder (its newest checkpoint) or a checkpoint"
     )
-    parser.add_argument("--best", action="store_true", help="of a run: the best by validation")
+    parser.add_argument(
+        "--best", action="store_true", help="use the best checkpoint of a run by validation"
+    )
     parser.add_argument(
         "--split", type=Literal["test", "val", "train"], help="default: the first that exists"
     )
@@ -153,13 +155,13 @@ def _parse(argv: Sequence[str]) -> Any:
         "--tta",
         type=Literal["none", "flip", "flip_shift"],
         default="none",
-        help="average over mirrored, and over shifted, views of each image",
+        help="test-time augmentation: average over mirrored and shifted views of each image",
     )
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object; with the confusion matrix up to 1000 classes, above that with "
-        "confusion_pairs: [true label, predicted label, images]",
+        help="print one JSON object; above 1000 classes it has confusion_pairs, a list of [true "
+        "label, predicted label, images], instead of the confusion matrix",
     )
     parser.add_class_arguments(DataConfig, "data")
     refuse_unknown_options(parser, argv)

@@ -1,6 +1,6 @@
-"""Name what is on images: `python -m cifar_dist.predict --checkpoint RUN_OR_STEP IMAGE...`.
+"""Classify images: `python -m cifar_dist.predict --checkpoint RUN_OR_STEP IMAGE...`.
 
-Any image file that Pillow reads will do; class names and preprocessing come from the checkpoint.
+Reads all image formats of Pillow. Class names and preprocessing come from the checkpoint.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = argparse.ArgumentParser("cifar_dist.predict", allow_abbrev=False)
         parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
         parser.add_argument(
-            "--checkpoint", required=True, help="run folder (its newest) or one checkpoint's folder"
+            "--checkpoint", required=True, help="run folder (its newest checkpoint) or a checkpoint"
         )
-        parser.add_argument("--best", action="store_true", help="of a run: the best by validation")
-        parser.add_argument("--top", type=int, default=3, help="how many classes to name")
-        parser.add_argument("--json", action="store_true", help="one JSON object a line")
+        parser.add_argument(
+            "--best", action="store_true", help="use the best checkpoint of a run by validation"
+        )
+        parser.add_argument("--top", type=int, default=3, help="number of classes per image")
+        parser.add_argument("--json", action="store_true", help="print one JSON object per line")
         parser.add_argument(
             "--bad-images",
             choices=("skip", "stop"),
             default="skip",
-            help="of images that cannot be decoded: report each and exit with code 1 at the end, "
-            "or refuse at the first, before anything is printed",
+            help="if an image cannot be decoded: skip it, report it and exit with code 1 at the "
+            "end, or stop at the first one before any result is printed",
         )
         options = parser.parse_args(list(arguments))
         run = predict if options.bad_images == "stop" else stream_predictions
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def predict(
     place: str, images: Sequence[str | Path], top: int = 3, best: bool = False
 ) -> list[dict[str, Any]]:
-    """Classify image files, all or none. For the arguments see `stream_predictions`.
+    """Classify all image files, or raise. For the arguments see `stream_predictions`.
 
     Returns:
         For each file: {"image": path, "classes": [{"class": name, "probability": p}, ...]}, the
@@ -75,17 +77,17 @@ def predict(
 def stream_predictions(
     place: str, images: Sequence[str | Path], top: int = 3, best: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Classify image files, in batches, and yield the results as each batch is done.
+    """Classify image files in batches, and yield the results after each batch.
 
     Args:
-        place: a run folder or one checkpoint's folder.
+        place: a run folder or the folder of one checkpoint.
         images: files, and folders that are searched for image files.
-        top: how many classes to name for each.
-        best: of a run folder, the best checkpoint by validation instead of the newest.
+        top: number of classes per image.
+        best: from a run folder, use the best checkpoint by validation instead of the newest.
 
     Yields:
         For each file the entry that `predict` returns. A file that cannot be decoded yields
-        {"image": path, "error": reason}, ahead of the results of its batch.
+        {"image": path, "error": reason} before the results of its batch.
 
     Raises:
         UsageError: no such checkpoint or file.

@@ -1,7 +1,7 @@
 """Verify checkpoints: `python -m cifar_dist.verify RUN_OR_STEP...`.
 
 Compares the size and SHA-256 of every file with the manifest, and prints one line per checkpoint.
-The exit code is 0 if all are whole, 1 if one is damaged or not readable by this user.
+The exit code is 0 if all are intact, 1 if one is damaged or not readable by this user.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verify_all(place: Path) -> bool:
-    """Verify one checkpoint, or all of a run; return whether none is damaged or unreadable."""
+    """Verify one checkpoint or all of a run, and return whether all are intact and readable."""
     from cifar_dist.storage.checkpoint import checkpoints_in
 
     try:
