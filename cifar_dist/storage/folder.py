@@ -20,7 +20,7 @@ from typing import Any
 
 from cifar_dist import __version__
 from cifar_dist.config import Recipe, differences, dump_recipe, load_recipe, local_path
-from cifar_dist.errors import UsageError
+from cifar_dist.errors import UsageError, one_line
 from cifar_dist.files import replace_file
 
 LINE = {"split": str, "epoch": int, "step": int}  # keys of every line of metrics.jsonl
@@ -201,7 +201,7 @@ class Warned:
             yield
         except Exception as error:
             if what not in self.reasons:
-                self.reasons[what] = " ".join(f"{type(error).__name__}: {error}".split())
+                self.reasons[what] = one_line(f"{type(error).__name__}: {error}", 500)
                 with suppress(OSError):  # the console itself may have failed
                     print(
                         f"warning: {what} failed, training goes on ({self.reasons[what]})",
