@@ -30,6 +30,11 @@ def require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def one_line(error: object, limit: int = 200) -> str:
+    """Return the message of an error as one line of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
 class PeerLost(Exception):
     """Another process, or the store of the launch, has ended while this one waited for it."""
 
@@ -40,11 +45,6 @@ class RunFailed(Exception):
 
 class PeersMissing(UsageError):
     """Some processes did not arrive, or this process cannot reach the others."""
-
-
-def one_line(error: BaseException | str, limit: int = 300) -> str:
-    """Return the text of an error on one line of at most `limit` characters."""
-    return " ".join(str(error).split())[:limit]
 
 
 def suggest(word: str, known: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
-"""Measure a checkpoint exactly: `python -m cifar_dist.evaluate --checkpoint RUN_OR_STEP`.
+"""Evaluate a checkpoint: `python -m cifar_dist.evaluate --checkpoint RUN_OR_STEP`.
 
-Counts every image once on any number of processes, and prints a table or JSON.
+Counts every image exactly once at any world size, and prints a table or JSON.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from cifar_dist.config import (
 )
 from cifar_dist.errors import require
 from cifar_dist.processes.start import leave_processes
-from cifar_dist.storage.weights import recipe_of, restore_network
 
 if TYPE_CHECKING:
     from cifar_dist.data.images import Images
 
-MATRIX_CLASSES = 1000  # classes up to which JSON holds the confusion matrix
-TABLE_CLASSES = 20  # classes up to which the table has a column for each
+MATRIX_CLASSES = 1000  # maximum number of classes for the confusion matrix in JSON
+TABLE_CLASSES = 20  # maximum number of classes for the confusion matrix in the table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, measure, print, and return the exit code."""
+    """Parse the command line, evaluate, print, and return the exit code."""
 
     def verb(arguments: Sequence[str]) -> int:
         options = _parse(arguments)
@@ -61,21 +60,21 @@ def evaluate_checkpoint(
     best: bool = False,
     model: str | None = None,
 ) -> dict[str, Any]:
-    """Measure the checkpoint at `place` and return plain values.
+    """Evaluate the checkpoint at `place` and return plain values; every process must call it.
 
     Args:
-        place: a run folder or one checkpoint's folder.
-        data: what to measure on; None is the dataset it was trained on.
-        split: test, val or train; None is the first of test, val and train that exists.
-        tta: views averaged at test time: none, flip or flip_shift; None is as in training.
-        best: of a run folder, the best checkpoint by validation instead of the newest.
-        model: the network's name; needed if it is code of the user's own.
+        place: a run folder or the folder of one checkpoint.
+        data: dataset; None is the dataset that the checkpoint was trained on.
+        split: test, val or train; None is the first of these that exists.
+        tta: test-time augmentation: none, flip or flip_shift; None is that of the recipe.
+        best: from a run folder, use the best checkpoint by validation instead of the newest.
+        model: the network's name, needed if it is code of the user's own.
 
     Returns:
         checkpoint, step, split, tta, accuracy, correct, count, loss, calibration_error, per_class
-        (name to share, None without images) and confusion (rows are the truth). For more than
-        MATRIX_CLASSES classes, instead of confusion: confusion_pairs, a list of [true label,
-        predicted label, images] without the pairs that have none.
+        (recall by class name; None without images) and confusion (rows are true classes). For more
+        than MATRIX_CLASSES classes, confusion is replaced by confusion_pairs: a list of [true
+        label, predicted label, images] without empty pairs.
 
     Raises:
         UsageError: no such checkpoint or dataset, or their classes differ.
@@ -83,22 +82,25 @@ def evaluate_checkpoint(
     from cifar_dist.data import load_evaluation
     from cifar_dist.data.augment import Pixels
     from cifar_dist.data.batches import build_evaluation_loader
-    from cifar_dist.processes.start import start_processes
+    from cifar_dist.processes.start import on_main_process, start_processes
     from cifar_dist.speedups import speed_up
-    from cifar_dist.storage.checkpoint import find_checkpoint
+    from cifar_dist.storage.checkpoint import find_progress, find_weights
+    from cifar_dist.storage.weights import restore_network
     from cifar_dist.training.engine import evaluate
 
-    path, checkpoint = find_checkpoint(place, best)
-    recipe, classes = recipe_of(checkpoint), checkpoint.state["classes"]
-    accelerator, peers = start_processes(recipe.train, shared={"step": checkpoint.state["step"]})
-    wanted = dataclasses.replace(data or recipe.data, image_size=checkpoint.state["image_size"])
+    recipe = find_progress(place, best)[1].recipe
+    accelerator, peers = start_processes(
+        recipe.train, shared={"best": best, "split": split, "tta": tta}
+    )
+    # A run may be saving: rank 0 chooses the checkpoint and sends it to the others.
+    path, (progress, weights) = on_main_process(accelerator, lambda: find_weights(place, best))
+    recipe, classes = progress.recipe, progress.classes
+    wanted = dataclasses.replace(data or recipe.data, image_size=progress.image_size)
     split, images = load_evaluation(wanted, split)
     _check_classes(images, classes)
-    pixels = Pixels(
-        checkpoint.state["mean"], checkpoint.state["std"], recipe.augment, recipe.train.seed
-    )
     network, pixels = speed_up(
-        restore_network(checkpoint, path, model).to(accelerator.device), pixels
+        restore_network(progress, weights, path, model).to(accelerator.device),
+        Pixels(progress.mean, progress.std, recipe.augment, recipe.train.seed),
     )
     result = evaluate(
         accelerator,
@@ -108,7 +110,6 @@ def evaluate_checkpoint(
         len(classes),
         tta or recipe.train.tta,
     )
-    assert result is not None  # nobody stops it
     peers.leave()
     if len(classes) <= MATRIX_CLASSES:
         confusion = {"confusion": result.confusion.tolist()}
@@ -117,7 +118,7 @@ def evaluate_checkpoint(
     shares = [None if math.isnan(share) else share for share in result.per_class]
     return {
         "checkpoint": str(path),
-        "step": checkpoint.state["step"],
+        "step": progress.step,
         "split": split,
         "tta": tta or recipe.train.tta,
         "accuracy": result.totals.accuracy,
@@ -131,7 +132,7 @@ def evaluate_checkpoint(
 
 
 def _check_classes(images: Images, classes: Sequence[str]) -> None:
-    """Refuse a dataset whose classes are not those the checkpoint knows, naming the difference."""
+    """Refuse a dataset whose classes differ from those of the checkpoint, and name them."""
     missing, extra = set(classes) - set(images.classes), set(images.classes) - set(classes)
     parts = [
         f"{what}: {', '.join(sorted(which))}"
@@ -142,20 +143,22 @@ def _check_classes(images: Images, classes: Sequence[str]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> Any:
-    """Read the options.
+    """Parse the options.
 
-    data.* starts from what the checkpoint was trained on; with another data.name or data.root, all
-    of that dataset is meant.
+    data.* defaults to the dataset of the checkpoint. If data.name or data.root is given, limits and
+    val_fraction of the checkpoint's recipe are not used.
     """
     import argparse
 
-    from cifar_dist.storage.checkpoint import find_checkpoint
+    from cifar_dist.storage.checkpoint import find_progress
 
     parser = new_parser("cifar_dist.evaluate")
     parser.add_argument(
-        "--checkpoint", required=True, help="run folder (its newest) or one checkpoint's folder"
+        "--checkpoint", required=True, help="run folder (its newest checkpoint) or a checkpoint"
     )
-    parser.add_argument("--best", action="store_true", help="of a run: the best by validation")
+    parser.add_argument(
+        "--best", action="store_true", help="use the best checkpoint of a run by validation"
+    )
     parser.add_argument(
         "--model.name", type=str | None, help="FILE.py:NAME of the run, if its network is your own"
     )
@@ -166,13 +169,13 @@ def _parse(argv: Sequence[str]) -> Any:
         "--tta",
         type=Literal["none", "flip", "flip_shift"],
         default="none",
-        help="average over mirrored, and over shifted, views of each image",
+        help="test-time augmentation: average over mirrored and shifted views of each image",
     )
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object; with the confusion matrix up to 1000 classes, above that with "
-        "confusion_pairs: [true label, predicted label, images]",
+        help="print one JSON object; above 1000 classes it has confusion_pairs, a list of [true "
+        "label, predicted label, images], instead of the confusion matrix",
     )
     parser.add_class_arguments(DataConfig, "data")
     refuse_unknown_options(parser, argv)
@@ -180,7 +183,7 @@ def _parse(argv: Sequence[str]) -> Any:
     early.add_argument("--checkpoint")
     place = early.parse_known_args(list(argv))[0].checkpoint
     if place:
-        data = dataclasses.asdict(recipe_of(find_checkpoint(place)[1]).data)
+        data = dataclasses.asdict(find_progress(place)[1].recipe.data)
         if any(arg.startswith(("--data.name", "--data.root")) for arg in argv):
             data |= {"val_fraction": 0.0, "limit_train": None, "limit_test": None}
         parser.set_defaults({"data": data})

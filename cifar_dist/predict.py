@@ -1,6 +1,6 @@
-"""Name what is on images: `python -m cifar_dist.predict --checkpoint RUN_OR_STEP IMAGE...`.
+"""Classify images: `python -m cifar_dist.predict --checkpoint RUN_OR_STEP IMAGE...`.
 
-Any image file that Pillow reads will do; class names and preprocessing come from the checkpoint.
+Reads all image formats of Pillow. Class names and preprocessing come from the checkpoint.
 """
 
 from __future__ import annotations
@@ -34,22 +34,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = argparse.ArgumentParser("cifar_dist.predict", allow_abbrev=False)
         parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
         parser.add_argument(
-            "--checkpoint", required=True, help="run folder (its newest) or one checkpoint's folder"
+            "--checkpoint", required=True, help="run folder (its newest checkpoint) or a checkpoint"
         )
-        parser.add_argument("--best", action="store_true", help="of a run: the best by validation")
+        parser.add_argument(
+            "--best", action="store_true", help="use the best checkpoint of a run by validation"
+        )
         parser.add_argument(
             "--model.name",
             dest="model",
             help="FILE.py:NAME of the run, if its network is your own",
         )
-        parser.add_argument("--top", type=int, default=3, help="how many classes to name")
-        parser.add_argument("--json", action="store_true", help="one JSON object a line")
+        parser.add_argument("--top", type=int, default=3, help="number of classes per image")
+        parser.add_argument("--json", action="store_true", help="print one JSON object per line")
         parser.add_argument(
             "--bad-images",
             choices=("skip", "stop"),
             default="skip",
-            help="of images that cannot be decoded: report each and exit with code 1 at the end, "
-            "or refuse at the first, before anything is printed",
+            help="if an image cannot be decoded: skip it, report it and exit with code 1 at the "
+            "end, or stop at the first one before any result is printed",
         )
         options = parser.parse_args(list(arguments))
         run = predict if options.bad_images == "stop" else stream_predictions
@@ -74,7 +76,7 @@ def predict(
     best: bool = False,
     model: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Classify image files, all or none. For the arguments see `stream_predictions`.
+    """Classify all image files, or raise. For the arguments see `stream_predictions`.
 
     Returns:
         For each file: {"image": path, "classes": [{"class": name, "probability": p}, ...]}, the
@@ -98,18 +100,18 @@ def stream_predictions(
     best: bool = False,
     model: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Classify image files, in batches, and yield the results as each batch is done.
+    """Classify image files in batches, and yield the results after each batch.
 
     Args:
-        place: a run folder or one checkpoint's folder.
+        place: a run folder or the folder of one checkpoint.
         images: files, and folders that are searched for image files.
-        top: how many classes to name for each.
-        best: of a run folder, the best checkpoint by validation instead of the newest.
-        model: the network's name; needed if it is code of the user's own.
+        top: number of classes per image.
+        best: from a run folder, use the best checkpoint by validation instead of the newest.
+        model: the network's name, needed if it is code of the user's own.
 
     Yields:
         For each file the entry that `predict` returns. A file that cannot be decoded yields
-        {"image": path, "error": reason}, ahead of the results of its batch.
+        {"image": path, "error": reason} before the results of its batch.
 
     Raises:
         UsageError: no such checkpoint or file.
@@ -244,21 +246,21 @@ def load(place: str | Path, best: bool = False, model: Any = None) -> Classifier
     from cifar_dist.config import AugmentConfig
     from cifar_dist.data.augment import Pixels
     from cifar_dist.speedups import speed_up
-    from cifar_dist.storage.checkpoint import find_checkpoint
+    from cifar_dist.storage.checkpoint import find_weights
     from cifar_dist.storage.folder import read_metrics
     from cifar_dist.storage.weights import restore_network
 
-    path, checkpoint = find_checkpoint(str(place), best)
+    path, (progress, weights) = find_weights(str(place), best)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    state, out = checkpoint.state, path.parent.parent
+    out = path.parent.parent
     network, pixels = speed_up(
-        restore_network(checkpoint, path, model).to(device),
-        Pixels(state["mean"], state["std"], AugmentConfig(), seed=0),
+        restore_network(progress, weights, path, model).to(device),
+        Pixels(progress.mean, progress.std, AugmentConfig(), seed=0),
     )
     return Classifier(
         network,
-        state["classes"],
-        state["image_size"],
+        progress.classes,
+        progress.image_size,
         pixels,
         read_metrics(out) if (out / "metrics.jsonl").exists() else [],
     )

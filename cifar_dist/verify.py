@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verify_all(place: Path) -> bool:
-    """Verify one checkpoint, or all of a run; return whether all are readable and intact."""
+    """Verify one checkpoint or all of a run, and return whether all are intact and readable."""
     from cifar_dist.storage.checkpoint import checkpoints_in
 
     try:

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from cifar_dist.config import Recipe
 from cifar_dist.errors import UsageError
 from cifar_dist.storage.checkpoint import (
-    NEEDED,
     Checkpoint,
     DamagedCheckpoint,
+    Progress,
     SaveFailed,
     checkpoints_in,
     find_checkpoint,
@@ -27,22 +28,48 @@ from cifar_dist.storage.checkpoint import (
 
 def sample(value: float = 1.0) -> Checkpoint:
     tensors = {"w": torch.full((3, 4), value).to(memory_format=torch.contiguous_format)}
-    own = {"statistics": torch.zeros(1, 0), "tallies": torch.zeros(1, 3)}
-    state = {key: kind() for key, kind in NEEDED.items() if key != "epoch"}
-    state |= {"epoch": 1.5, "best": {"step": None, "x": 0.1}}
-    return Checkpoint({"model": tensors, "optim": {"0.m": torch.ones(2)}, "processes": own}, state)
+    progress = Progress(Recipe(), ["a", "b"], 8, [0.5], [0.1], "digest", step=3, epoch=1.5)
+    own = torch.zeros(1, 0), torch.zeros(1, 3)
+    return Checkpoint(progress, tensors, {"0.m": torch.ones(2)}, *own)
 
 
 def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 12, sample(2.5))
     assert path.name == "step-00000012"
     back = load_checkpoint(path)
-    assert back.state == sample().state
-    assert torch.equal(back.tensors["model"]["w"], sample(2.5).tensors["model"]["w"])
+    assert back.progress == sample().progress
+    assert torch.equal(back.model["w"], sample(2.5).model["w"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000012"]
     names = {"MANIFEST.json", "state.json"}
     names |= {f"{part}.safetensors" for part in ("model", "optim", "processes")}
     assert {p.name for p in path.iterdir()} == names
+
+
+def test_a_state_of_an_earlier_version_is_read() -> None:
+    """With all that such a version wrote, and nothing else."""
+    totals = {"loss": 2.5, "accuracy": 0.25, "correct": 4, "count": 16}
+    metrics = {"val": {"split": "val", "epoch": 0, "step": 3, **totals}}
+    state = {
+        "step": 3,
+        "epoch": 1.5,
+        "reported": {"loss_sum": 40.0, "correct": 4, "count": 16},
+        "best": {"step": 3, "accuracy": 0.25, "metrics": metrics},
+        "metrics": metrics,
+        "recipe": {"name": "before", "train": {"batch_size": 16}},
+        "classes": ["a", "b"],
+        "image_size": 8,
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25],
+        "dataset": "digest",
+        "optimizer": {"param_groups": [{"lr": 0.1, "params": [0]}], "state": {}},
+        "scaler": {},
+    }
+    progress = Progress.from_json(state)
+    assert (progress.recipe.train.batch_size, progress.best.metrics) == (16, metrics)
+    assert progress.code == {}
+    assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
+    with pytest.raises(ValueError, match="no step, best in it"):
+        Progress.from_json({**state, "step": "3", "best": []})
 
 
 def test_files_have_the_mode_that_umask_gives(tmp_path: Path) -> None:
@@ -80,7 +107,7 @@ def test_damage_is_found_and_the_one_before_is_used(
 
 def test_damage_is_found_anywhere_in_a_large_file(tmp_path: Path) -> None:
     large = sample()
-    large.tensors["model"]["w"] = torch.zeros(900_001)  # 3.6 MB
+    large.model["w"] = torch.zeros(900_001)  # 3.6 MB
     file = save_checkpoint(tmp_path, 1, large) / "model.safetensors"
     whole = file.read_bytes()
     assert len(whole) > 3 << 20

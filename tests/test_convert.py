@@ -44,7 +44,7 @@ def start(out: Path, place: Path, *options: str, epochs: int = 1) -> Result:
 
 
 def saved(result: Result) -> Tensors:
-    return find_checkpoint(str(result.out))[1].tensors["model"]
+    return find_checkpoint(str(result.out))[1].model
 
 
 def equal(left: Tensors, right: Tensors) -> bool:
@@ -214,12 +214,12 @@ def test_training_starts_from_converted_weights_and_continues_without_them(
 def test_a_run_is_started_from_by_its_averaged_weights(tmp_path: Path) -> None:
     first = run(parse_recipe([*TINY, "--train.ema", "0.9", "--out", str(tmp_path / "first")])[0])
     path, checkpoint = find_checkpoint(str(first.out))
-    assert not equal(checkpoint.tensors["ema"], checkpoint.tensors["model"])
+    assert not equal(checkpoint.ema, checkpoint.model)
     for number, place in enumerate((first.out, path)):
         second = start(tmp_path / f"second-{number}", place, "--train.ema", "0.5")
-        tensors = find_checkpoint(str(second.out))[1].tensors
-        assert equal(tensors["model"], checkpoint.tensors["ema"])
-        assert equal(tensors["ema"], checkpoint.tensors["ema"])
+        found = find_checkpoint(str(second.out))[1]
+        assert equal(found.model, checkpoint.ema)
+        assert equal(found.ema, checkpoint.ema)
 
 
 def test_another_number_of_classes_gets_a_new_head(weights: Tensors, tmp_path: Path) -> None:

@@ -2,22 +2,27 @@
 
 import json
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cifar_dist import evaluate, predict
+from cifar_dist import evaluate, files, predict
+from cifar_dist.config import DataConfig, ModelConfig
 from cifar_dist.data import load_dataset
 from cifar_dist.data.synthetic import draw
 from cifar_dist.errors import UsageError
 from cifar_dist.evaluate import evaluate_checkpoint
-from cifar_dist.storage.checkpoint import find_checkpoint
-from cifar_dist.storage.weights import recipe_of, restore_network
+from cifar_dist.models import build_model
+from cifar_dist.storage.checkpoint import find_checkpoint, find_weights, save_checkpoint
+from cifar_dist.storage.weights import load_weights, restore_network
 from cifar_dist.training.run import Result
-from tests.helpers import command, read_lines, run_command, write_folder
+from tests.helpers import command, obeying_modes, read_lines, run_command, write_folder
 
 
 def measure(trained: Result, capfd: pytest.CaptureFixture[str], *options: str) -> dict:
@@ -47,12 +52,13 @@ def test_it_gives_the_integers_of_the_run(
 def test_the_calibration_error_is_that_of_the_saved_weights(
     trained: Result, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path, checkpoint = find_checkpoint(str(trained.out))
-    images = load_dataset(recipe_of(checkpoint).data).evaluation["test"]
-    mean, std = (torch.tensor(checkpoint.state[name]) for name in ("mean", "std"))
+    path, (progress, weights) = find_weights(str(trained.out))
+    images = load_dataset(progress.recipe.data).evaluation["test"]
+    mean, std = torch.tensor(progress.mean), torch.tensor(progress.std)
     pixels = (torch.from_numpy(images.images[images.selected]) / 255 - mean) / std
+    network = restore_network(progress, weights, path)
     with torch.no_grad():
-        shares = restore_network(checkpoint, path)(pixels.permute(0, 3, 1, 2)).softmax(1)
+        shares = network(pixels.permute(0, 3, 1, 2)).softmax(1)
     confidence, predicted = shares.double().max(1)
     right = predicted == torch.from_numpy(images.labels[images.selected])
     bins = [confidence.mul(15).floor() == number for number in range(15)]
@@ -72,6 +78,34 @@ def test_best_step_and_views(trained: Result, capfd: pytest.CaptureFixture[str])
     views = measure(trained, capfd, "--tta", "flip_shift")
     assert views["tta"] == "flip_shift"
     assert views["loss"] != measure(trained, capfd)["loss"]
+
+
+def test_of_a_checkpoint_the_weights_alone_are_read_and_once(
+    trained: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(trained.out, tmp_path / "run")
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
+    hashed: list[str] = []
+    original = files.sha256_of
+
+    def sha256_of(file: Any) -> str:
+        hashed.append(Path(file.name).name)
+        return original(file)
+
+    monkeypatch.setattr(files, "sha256_of", sha256_of)
+    for path in run.glob("checkpoints/*/optim.safetensors"):
+        path.chmod(0)
+    network = build_model(ModelConfig(name="tutorial-relu", dropout=0), classes=10)
+    with obeying_modes():
+        for use in (
+            lambda: evaluate.main(["--checkpoint", str(run), "--best"]),
+            lambda: predict.main(["--checkpoint", str(run), "--best", str(tmp_path / "image.png")]),
+            lambda: load_weights(network, str(run)),
+        ):
+            hashed.clear()
+            assert use() == 0
+            assert hashed.count("model.safetensors") == 1
+            assert set(hashed) == {"model.safetensors", "state.json"}
 
 
 def test_the_table_names_every_class(trained: Result, capfd: pytest.CaptureFixture[str]) -> None:
@@ -127,13 +161,10 @@ def test_bad_requests(options: list[str], message: str, capfd: pytest.CaptureFix
 
 
 def test_weights_of_another_architecture_are_refused(trained: Result, tmp_path: Path) -> None:
-    import shutil
-
-    from cifar_dist.storage.checkpoint import find_checkpoint, save_checkpoint
-
     checkpoint = find_checkpoint(str(trained.out))[1]
-    checkpoint.state["recipe"]["model"]["name"] = "deep"
-    path = save_checkpoint(tmp_path, 1, checkpoint)
+    recipe = replace(checkpoint.progress.recipe, model=ModelConfig(name="deep"))
+    other = replace(checkpoint, progress=replace(checkpoint.progress, recipe=recipe))
+    path = save_checkpoint(tmp_path, 1, other)
     with pytest.raises(UsageError, match="do not fit the model deep"):
         evaluate_checkpoint(str(path))
     shutil.rmtree(path)
@@ -167,8 +198,6 @@ def test_predict_names_images_of_any_kind(
 
 def test_predict_agrees_with_evaluate(trained: Result, tmp_path: Path) -> None:
     root = write_folder(tmp_path / "set", {"test": 60}, classes=10)
-    from cifar_dist.config import DataConfig
-
     measured = evaluate_checkpoint(str(trained.out), DataConfig(name="imagefolder", root=str(root)))
     predictions = predict.predict(str(trained.out), [root], top=1)
     right = sum(

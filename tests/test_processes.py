@@ -13,7 +13,7 @@ from cifar_dist.config import TrainConfig
 from cifar_dist.errors import UsageError
 from cifar_dist.processes import environment as launched
 from cifar_dist.processes import start as starting
-from cifar_dist.storage.checkpoint import load_checkpoint
+from cifar_dist.storage.checkpoint import Checkpoint, load_checkpoint
 from tests.forked import start
 from tests.helpers import (
     TINY,
@@ -117,10 +117,9 @@ NORMALISED = [
 ]
 
 
-def saved_at(step: int, out: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the weights and the per-rank state of a checkpoint."""
-    tensors = load_checkpoint(out / f"checkpoints/step-{step:08d}").tensors
-    return tensors["model"], tensors["processes"]
+def saved_at(step: int, out: Path) -> Checkpoint:
+    """Return a checkpoint of a run."""
+    return load_checkpoint(out / f"checkpoints/step-{step:08d}")
 
 
 def test_per_rank_state_is_restored_on_any_number_of_processes(tmp_path: Path) -> None:
@@ -128,22 +127,22 @@ def test_per_rank_state_is_restored_on_any_number_of_processes(tmp_path: Path) -
     two, three, again = (tmp_path / name for name in ("two", "three", "again"))
     with start([*NORMALISED, "--out", str(two)], 2, folder=tmp_path, fault="raises 6 0") as job:
         assert job.wait() == [1, 1], job.text()
-    weights, own = saved_at(4, two)
-    rows = own["statistics"]
+    saved = saved_at(4, two)
+    weights, rows = saved.model, saved.statistics
     assert not rows[0].allclose(rows[1])
     statistics = [value.flatten() for name, value in weights.items() if "running" in name]
     torch.testing.assert_close(torch.cat(statistics), rows.mean(dim=0))
-    assert own["tallies"][:, 2].tolist() == [60, 60]
+    assert saved.tallies[:, 2].tolist() == [60, 60]
 
     resumed = ["--resume", str(two / "checkpoints/step-00000004"), "--out", str(three)]
     with start([*NORMALISED, *resumed], 3, folder=tmp_path) as job:
         assert job.wait() == [0] * 3, job.text()
     whole = next(line for line in read_lines(three) if line["split"] == "train")
     assert whole["count"] == 300
-    _, own = saved_at(8, three)
-    assert own["tallies"][:, 2].tolist() == [160, 40, 40]  # rank 0 has the sum of the two before
-    _, own = saved_at(10, three)
-    assert (own["statistics"] == own["statistics"][0]).all()  # averaged for the evaluation
+    images = saved_at(8, three).tallies[:, 2]
+    assert images.tolist() == [160, 40, 40]  # rank 0 has the sum of the two before
+    statistics = saved_at(10, three).statistics
+    assert (statistics == statistics[0]).all()  # averaged for the evaluation
 
     # With three ranks, the order of the sums in an all-reduce depends on DDP's buckets.
     resumed = ["--resume", str(three / "checkpoints/step-00000008"), "--out", str(again)]

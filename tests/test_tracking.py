@@ -11,6 +11,7 @@ import pytest
 import torch
 import tqdm
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -151,7 +152,10 @@ def test_observers_that_run_out_of_memory_change_no_weights(
     )
 
 
-@pytest.mark.parametrize("name", ["announce", "show_inputs", "_show_epoch", "_show_evaluation"])
+REPORTS = ["announce", "show_inputs", "report_window", "report_epoch"]
+
+
+@pytest.mark.parametrize("name", [*REPORTS, "_show_epoch", "_show_evaluation"])
 def test_a_report_that_fails_changes_no_weights(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: str
 ) -> None:
@@ -162,6 +166,48 @@ def test_a_report_that_fails_changes_no_weights(
         monkeypatch.setattr(module, name, fail, raising=False)
     assert run(parse_recipe([*BOARD, "--out", str(tmp_path)])[0]).state == "finished"
     assert digest_of(tmp_path) == undisturbed
+
+
+def test_a_run_without_reports_is_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*TINY, "--data.val_fraction", "0.2", "--checkpoint.every_steps", "3"]
+    reported = run(parse_recipe([*options, "--out", str(tmp_path / "reported")])[0])
+    for name in REPORTS:
+        monkeypatch.setattr(story, name, lambda *_: None)
+    silent = run(parse_recipe([*options, "--out", str(tmp_path / "silent")])[0])
+    assert (silent.metrics, silent.best) == (reported.metrics, reported.best)
+    assert silent.best is not None
+    kept = [
+        {path.parent.name: path.read_bytes() for path in result.out.rglob("model.safetensors")}
+        for result in (reported, silent)
+    ]
+    assert kept[0] == kept[1]
+
+
+class Recording(GeneralTracker):
+    """A tracker that keeps what it is called with."""
+
+    name = "recording"
+    requires_logging_directory = False
+    projects: list[str] = []  # noqa: RUF012
+    tracker = None
+
+    def __init__(self, run_name: str) -> None:
+        super().__init__()
+        self.projects.append(run_name)
+
+
+def test_the_project_is_named_after_this_package_and_tensorboard_keeps_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "recording", Recording)
+    options = ["--train.epochs", "1", "--track.log_with", "[tensorboard, recording]"]
+    run(parse_recipe([*TINY, *options, "--out", str(tmp_path)])[0])
+    assert Recording.projects == ["cifar-dist"]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert "test_accuracy" in events.Tags()["scalars"]
+    assert not (tmp_path / "cifar-dist").exists()
 
 
 class Counting(nn.Module):

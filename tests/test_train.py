@@ -146,16 +146,15 @@ def test_averaged_weights_have_averaged_statistics(tmp_path: Path) -> None:
     options = ["--model.name", "speednet", "--model.widths", "[4, 8]", "--train.ema", "0.8"]
     options += ["--checkpoint.every_steps", "1", "--checkpoint.keep", "9", "--train.epochs", "1"]
     train(tmp_path, *options, *SMALL[:2], "--data.limit_train", "128")
-    saved = [load_checkpoint(path).tensors for path in checkpoints_in(tmp_path / "checkpoints")]
+    saved = [load_checkpoint(path) for path in checkpoints_in(tmp_path / "checkpoints")]
     assert len(saved) == 4
-    expected = {name: t for name, t in saved[0]["model"].items() if t.is_floating_point()}
+    expected = {name: t for name, t in saved[0].model.items() if t.is_floating_point()}
     assert sum("running" in name for name in expected) > 2
-    for tensors in saved:
-        expected = {
-            name: value.lerp(tensors["model"][name], 0.2) for name, value in expected.items()
-        }
+    for found in saved:
+        assert found.ema is not None
+        expected = {name: value.lerp(found.model[name], 0.2) for name, value in expected.items()}
         for name, value in expected.items():
-            torch.testing.assert_close(tensors["ema"][name], value, msg=name)
+            torch.testing.assert_close(found.ema[name], value, msg=name)
 
 
 def test_curves_are_continuous_after_a_resume(
@@ -399,7 +398,7 @@ def test_a_compiled_network_learns_the_same_and_is_saved_alike(tmp_path: Path, m
     assert any((tmp_path / "cache").rglob("*.so"))  # something was compiled
     for line, expected in zip(runs["true"], runs["false"], strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3), expected
-    saved = [load_newest(tmp_path / run / "checkpoints")[1].tensors["model"] for run in runs]
+    saved = [load_newest(tmp_path / run / "checkpoints")[1].model for run in runs]
     assert saved[0].keys() == saved[1].keys()
 
 

@@ -68,8 +68,8 @@ def fall_back(checkpoints: str, times: str) -> None:
                 file.write_bytes(hurt)
             found = on_main_process(accelerator, lambda: load_newest(Path(checkpoints)))
             assert found is not None
-            digest = hashlib.sha256(str(found[1].state).encode())
-            for part in found[1].tensors.values():
+            digest = hashlib.sha256(str(found[1].progress).encode())
+            for part in found[1].files().values():
                 for tensor in part.values():
                     digest.update(tensor.numpy().tobytes())
             chosen.append(f"{found[0].name} {digest.hexdigest()}")

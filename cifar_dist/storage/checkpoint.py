@@ -1,12 +1,15 @@
-"""Checkpoints: safetensors and JSON, listed with sizes and hashes, whole or absent; no pickle.
+"""Checkpoints: safetensors and JSON with a manifest of sizes and hashes, complete or absent.
 
-A checkpoint is written beside its place, synced to disk and renamed; older ones go only then. Order
-is by step, never by time of change. Links are not followed.
+This is the only file that knows the names and contents of a checkpoint's files. None is a pickle.
 
-Checkpoints may be read while a run saves and removes them: a read that meets that is repeated. What
-this user may not read raises PermissionError and is never taken for damaged or absent.
+A checkpoint is written to a temporary folder, synced to disk and renamed. Only then are older ones
+removed. Checkpoints are ordered by step, never by modification time. Symbolic links are refused.
+
+Checkpoints can be read while a run saves and removes them: the read is then repeated. A file that
+this user may not read raises PermissionError and never counts as damaged or missing.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -14,40 +17,107 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 
 from cifar_dist import files
-from cifar_dist.config import local_path
+from cifar_dist.config import Recipe, from_dict, local_path, to_dict
 from cifar_dist.errors import RunError, UsageError
 
 MANIFEST = "MANIFEST.json"
-FAILED_SAVES = 3  # in a row, that end a run
-ATTEMPTS = 50  # to read what a run replaces or removes at the same time
-NEEDED = {  # of state.json
-    **{"step": int, "epoch": int | float, "recipe": dict, "classes": list, "image_size": int},
-    **{"mean": list, "std": list, "dataset": str, "optimizer": dict, "scaler": dict},
-    **{"best": dict, "metrics": dict, "reported": dict},
-}
+STATE = "state.json"
+MODEL, AVERAGE = "model.safetensors", "ema.safetensors"
+OPTIM, PROCESSES = "optim.safetensors", "processes.safetensors"
+FAILED_SAVES = 3  # consecutive failures that end a run
+ATTEMPTS = 50  # to read a checkpoint that a run is replacing or removing
 Tensors = dict[str, torch.Tensor]
 T = TypeVar("T")
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint that is incomplete, or differs from what was written."""
+    """A checkpoint that is incomplete or differs from its manifest."""
 
 
 class RemovedCheckpoint(DamagedCheckpoint):
-    """A checkpoint that is not there, or not any more: a run has removed it meanwhile."""
+    """A checkpoint that does not exist, or that a run has removed in the meantime."""
 
 
 class SaveFailed(Exception):
-    """A checkpoint that could not be written; those before it are as they were."""
+    """A checkpoint that could not be written; older checkpoints are unchanged."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best epoch so far by validation accuracy.
+
+    Attributes:
+        step: its last step; None before the first validation.
+        metrics: its lines of metrics.jsonl, by split.
+    """
+
+    step: int | None = None
+    accuracy: float = -1.0
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Contents of state.json: the run that the checkpoint belongs to, and its progress.
+
+    Attributes:
+        classes: names, in the order of the labels.
+        image_size: of the training images, in pixels.
+        mean, std: of the training images by channel, for normalisation.
+        dataset: digest of the training images and their labels.
+        step: optimizer steps done.
+        epoch: epochs trained and evaluated; the last may be a fraction of one.
+        reported: sums of this epoch when the training loss was last recorded; see `Totals`.
+        metrics: lines of the last evaluation, by split.
+        optimizer: what `pack_optimizer` returns besides tensors.
+        scaler: state of fp16's loss scaling; empty without it.
+        code: SHA-256 of the user's source files, {recipe key: {file: hash}}.
+    """
+
+    recipe: Recipe
+    classes: list[str]
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    dataset: str
+    step: int = 0
+    epoch: float = 0
+    reported: dict[str, Any] = field(default_factory=dict)
+    best: Best = field(default_factory=Best)
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    code: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**dataclasses.asdict(self), "recipe": to_dict(self.recipe)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        """Rebuild what `to_json` returned, here or in an earlier version.
+
+        Raises:
+            UsageError: the recipe is of another version.
+            TypeError, ValueError: a value is missing or of another type.
+        """
+        values = {"code": {}, **values}  # earlier versions did not write it
+        kinds = {name: get_origin(kind) or kind for name, kind in get_type_hints(cls).items()}
+        kinds |= {"epoch": int | float, "recipe": dict, "best": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]
+        if wrong:
+            raise ValueError(f"no {', '.join(wrong)} in it")
+        rebuilt = {"recipe": from_dict(values["recipe"]), "best": Best(**values["best"])}
+        return cls(**{name: values[name] for name in kinds} | rebuilt)
 
 
 @dataclass(frozen=True)
@@ -55,19 +125,32 @@ class Checkpoint:
     """A checkpoint in memory.
 
     Attributes:
-        tensors: by file: "model", "optim" and, with averaged weights, "ema".
-        state: everything else, plain values.
+        model: weights and buffers by name; BatchNorm statistics are the mean over all ranks.
+        optim: tensors of the optimizer, as `pack_optimizer` names them.
+        statistics: BatchNorm statistics of each rank, float [ranks, N].
+        tallies: metrics of each rank in this epoch, float [ranks, 3]; see `Tally`.
+        ema: moving average of the model, if there is one.
     """
 
-    tensors: dict[str, Tensors]
-    state: dict[str, Any]
+    progress: Progress
+    model: Tensors
+    optim: Tensors
+    statistics: torch.Tensor
+    tallies: torch.Tensor
+    ema: Tensors | None = None
+
+    def files(self) -> dict[str, Tensors]:
+        """Return the tensors of each file, by its name."""
+        processes = {"statistics": self.statistics, "tallies": self.tallies}
+        found = {MODEL: self.model, OPTIM: self.optim, PROCESSES: processes}
+        return found if self.ema is None else {**found, AVERAGE: self.ema}
 
 
 def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
     """Write `checkpoint` as `folder`/step-<step> and return that path.
 
     Raises:
-        SaveFailed: for want of space, or of a folder that can be written to.
+        SaveFailed: the disk is full or the folder cannot be written.
     """
     target = _place(folder, step)
     temporary = folder / f".{target.name}.tmp"
@@ -76,7 +159,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
             folder.mkdir(parents=True)
             files.sync(folder.parent)
         _refuse_links(folder, target, temporary)
-        if temporary.exists():  # of a process that was killed
+        if temporary.exists():  # left by a process that was killed
             shutil.rmtree(temporary)
         _require_space(folder, checkpoint)
         temporary.mkdir()
@@ -90,9 +173,9 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
 
 
 class Saver:
-    """Saves in a thread, one checkpoint at a time, so that training goes on meanwhile.
+    """Saves checkpoints in a daemon thread, one at a time, while training continues.
 
-    A save that fails is a warning; several in a row end the run.
+    A failed save is a warning. FAILED_SAVES consecutive failures end the run.
     """
 
     def __init__(self) -> None:
@@ -101,10 +184,10 @@ class Saver:
         self._error: Exception | None = None
 
     def start(self, step: int, commit: Callable[[], object]) -> None:
-        """Run `commit`, which saves the checkpoint of `step`; first wait for the save before.
+        """Run `commit`, which saves the checkpoint of `step`, after the previous save has ended.
 
         Raises:
-            RunError: too many saves have failed one after another.
+            RunError: FAILED_SAVES consecutive saves have failed.
         """
         self.wait()
 
@@ -114,22 +197,23 @@ class Saver:
                 self._failures.clear()
             except SaveFailed as error:
                 self._failures.append(f"the checkpoint of step {step} was not saved: {error}")
-                print(f"warning: {self._failures[-1]}; those before are kept", flush=True)
-            except Exception as error:  # unexpected: for the thread that trains
+                print(f"warning: {self._failures[-1]}; older ones are kept", flush=True)
+            except Exception as error:  # unexpected: `wait` raises it in the training thread
                 self._error = error
 
-        # A daemon: a second Ctrl-C does not wait for it, and half a checkpoint is none.
+        # A daemon thread, so that a second Ctrl-C does not wait for it. A partial checkpoint is
+        # never used.
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
 
     def wait(self, final: bool = False) -> None:
-        """Wait for the save in hand.
+        """Wait for the current save.
 
         Args:
-            final: nothing follows that could make up for a failed save.
+            final: no other save follows, so a single failure ends the run.
 
         Raises:
-            RunError: too many saves have failed one after another, or the final one has.
+            RunError: FAILED_SAVES consecutive saves have failed, or the final one has.
         """
         if self._thread is not None:
             self._thread.join()
@@ -140,8 +224,8 @@ class Saver:
             raise RunError(
                 f"{self._failures[-1]}"
                 + (f" ({failed} failed in a row)" if failed > 1 else "")
-                + "; make room or mend the folder, and start the same command again: it continues "
-                "from the newest checkpoint"
+                + "; free disk space or repair the folder, and start the same command again: it "
+                "resumes from the newest checkpoint"
             )
 
 
@@ -149,8 +233,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Verify and read a checkpoint.
 
     Raises:
-        DamagedCheckpoint: a file is missing, differs from the manifest, or is not what it should
-            be.
+        DamagedCheckpoint: a file is missing, differs from the manifest, or is not valid.
         PermissionError: this user may not read it.
     """
     return _read_at_rest(path, _load)
@@ -160,14 +243,14 @@ def verify(path: Path) -> list[str]:
     """Compare every file with the manifest, and return their names.
 
     Raises:
-        DamagedCheckpoint: naming the first file that is missing or differs.
+        DamagedCheckpoint: a file is missing or differs; names the first one.
         PermissionError: this user may not read it.
     """
     return _read_at_rest(path, _verify)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the committed checkpoints, by step, ascending.
+    """Return the committed checkpoints in ascending order of their steps.
 
     Raises:
         PermissionError: this user may not list the folder.
@@ -176,55 +259,61 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
-    """Return the newest checkpoint that verifies, or None if there never was one.
+    """Return the newest checkpoint that verifies, or None if there are no checkpoints.
 
     Raises:
-        UsageError: there are checkpoints, and all are damaged; or this user may not read one, and
-            none that is newer is whole.
+        UsageError: all checkpoints are damaged, or this user may not read the newest intact one.
     """
     with _permissions_named():
-        return _read_again(folder, lambda: _load_newest(folder))
+        return _read_again(folder, lambda: _newest(folder, _load))
+
+
+def newest_progress(folder: Path) -> Progress | None:
+    """Return the progress of the newest checkpoint, or None if there are no checkpoints.
+
+    Raises:
+        UsageError: as of `load_newest`.
+    """
+    with _permissions_named():
+        found = _read_again(folder, lambda: _newest(folder, _load_progress))
+    return found[1] if found else None
 
 
 def find_checkpoint(place: str, best: bool = False) -> tuple[Path, Checkpoint]:
-    """Load what the user named.
+    """Load the checkpoint that the user named.
 
     Args:
-        place: a run folder (its newest checkpoint is meant) or one checkpoint's folder.
-        best: of a run folder, the best by validation accuracy instead.
+        place: a run folder (for its newest checkpoint) or the folder of one checkpoint.
+        best: from a run folder, load the best checkpoint by validation accuracy instead.
 
     Raises:
         UsageError: there is none, it is damaged, or this user may not read it.
     """
-    path = local_path(place).resolve()  # a link that the user names is meant
-    folder = path / "checkpoints"
-    try:
-        with _permissions_named():
-            if _exists(folder):
-                newest = _read_again(
-                    folder, lambda: _load_best(folder) if best else _load_newest(folder)
-                )
-                if newest is None:
-                    raise UsageError(f"the run in '{place}' has not saved a checkpoint yet")
-                return newest
-            if not _exists(path / MANIFEST):
-                raise UsageError(
-                    f"'{place}' is neither a run folder nor a checkpoint (a folder with {MANIFEST})"
-                )
-            return path, load_checkpoint(path)
-    except DamagedCheckpoint as error:
-        raise UsageError(f"the checkpoint is damaged: {error}") from error
+    return _find(place, best, _load)
+
+
+def find_progress(place: str, best: bool = False) -> tuple[Path, Progress]:
+    """Load the progress of the checkpoint that `find_checkpoint` would return, without tensors."""
+    return _find(place, best, _load_progress)
+
+
+def find_weights(place: str, best: bool = False) -> tuple[Path, tuple[Progress, Tensors]]:
+    """Load the progress and the weights to evaluate of the checkpoint that the user named.
+
+    The weights are their moving average if the checkpoint has one. The optimizer is not read.
+    """
+    return _find(place, best, _load_weights)
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and the one of step `best`.
 
-    What saves that were killed have left goes too; so nobody else may be saving there.
+    Also removes leftovers of interrupted saves; must not run concurrently with a save.
     """
-    _remove_leftovers(folder)  # one may have the name that a checkpoint is about to get
+    _remove_leftovers(folder)  # a leftover may have the name to which a checkpoint is renamed below
     committed = _committed(folder)
     for step in sorted(committed)[:-keep]:
-        if step != best:  # renamed first: half a removed checkpoint is none
+        if step != best:  # renamed first, so that a partly removed checkpoint is never used
             os.replace(committed[step], folder / f".{_place(folder, step).name}.tmp")
     files.sync(folder)
     _remove_leftovers(folder)
@@ -233,7 +322,7 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
 def pack_optimizer(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     """Split an optimizer's state_dict into tensors and plain values."""
     tensors: Tensors = {}
-    groups = [  # a learning rate may be a tensor, for steps that are replayed
+    groups = [  # a learning rate is a tensor if the step is a CUDA graph
         {
             name: value.item() if isinstance(value, torch.Tensor) else value
             for name, value in group.items()
@@ -266,7 +355,7 @@ def _place(folder: Path, step: int) -> Path:
 
 
 def _set_aside(target: Path) -> Path:
-    """Return where an older checkpoint of the same step waits until the new one is in its place."""
+    """Return the name of an older checkpoint of the same step while the new one replaces it."""
     return target.with_name(f".{target.name}.old")
 
 
@@ -278,7 +367,7 @@ def _committed(folder: Path) -> dict[int, Path]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     found = {}
-    for pattern in (r"\.step-(\d+)\.old", r"step-(\d+)"):  # the second kind is the newer one
+    for pattern in (r"\.step-(\d+)\.old", r"step-(\d+)"):  # the second is newer
         for name in names:
             if match := re.fullmatch(pattern, name):
                 found[int(match.group(1))] = folder / name
@@ -286,7 +375,7 @@ def _committed(folder: Path) -> dict[int, Path]:
 
 
 def _exists(path: Path) -> bool:
-    """Return whether `path` exists; raise PermissionError if this user may not know."""
+    """Return whether `path` exists; raise PermissionError if this user may not look there."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -296,7 +385,7 @@ def _exists(path: Path) -> bool:
 
 @contextmanager
 def _permissions_named() -> Iterator[None]:
-    """Turn PermissionError into a UsageError that names the file or folder."""
+    """Within the block, turn PermissionError into a UsageError that names the file."""
     try:
         yield
     except PermissionError as error:
@@ -307,18 +396,18 @@ def _permissions_named() -> Iterator[None]:
 
 
 def _read_again(folder: Path, read: Callable[[], T]) -> T:
-    """Return `read()`; repeat it while it meets checkpoints that a run has just removed."""
+    """Return `read()`, and repeat it while a run removes the checkpoints that it reads."""
     for _ in range(ATTEMPTS):
         with suppress(RemovedCheckpoint):
             return read()
     raise UsageError(
-        f"the checkpoints in '{folder}' are removed faster than they can be read; try again when "
+        f"the checkpoints in '{folder}' are removed faster than they can be read; try again after "
         "the run has ended"
     )
 
 
 def _read_at_rest(path: Path, read: Callable[[Path], T]) -> T:
-    """Return `read(path)` of a folder that nobody has replaced or removed meanwhile."""
+    """Return `read(path)`; repeat it if the folder was replaced or removed meanwhile."""
 
     def identity() -> tuple[int, int]:
         try:
@@ -340,13 +429,33 @@ def _read_at_rest(path: Path, read: Callable[[Path], T]) -> T:
     raise RemovedCheckpoint(f"{path.name} is replaced faster than it can be read")
 
 
-def _load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
+def _find(place: str, best: bool, read: Callable[[Path], T]) -> tuple[Path, T]:
+    path = local_path(place).resolve()  # a link that the user names is meant
+    folder = path / "checkpoints"
+    choose = _best if best else _newest
+    try:
+        with _permissions_named():
+            if _exists(folder):
+                found = _read_again(folder, lambda: choose(folder, read))
+                if found is None:
+                    raise UsageError(f"the run in '{place}' has not saved a checkpoint yet")
+                return found
+            if not _exists(path / MANIFEST):
+                raise UsageError(
+                    f"'{place}' is neither a run folder nor a checkpoint (a folder with {MANIFEST})"
+                )
+            return path, _read_at_rest(path, read)
+    except DamagedCheckpoint as error:
+        raise UsageError(f"the checkpoint is damaged: {error}") from error
+
+
+def _newest(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
     if folder.is_symlink():
         raise UsageError(f"'{folder}' is a symbolic link; put the folder itself there")
     reasons = []
     for path in reversed(checkpoints_in(folder)):
         try:
-            found = load_checkpoint(path)
+            found = _read_at_rest(path, read)
         except RemovedCheckpoint:
             raise
         except DamagedCheckpoint as error:
@@ -363,16 +472,16 @@ def _load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
     return None
 
 
-def _load_best(folder: Path) -> tuple[Path, Checkpoint] | None:
-    """Return the best checkpoint by validation accuracy, as the newest one records it."""
-    newest = _load_newest(folder)
+def _best(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
+    """Return the best checkpoint by validation accuracy, which the newest one names."""
+    newest = _newest(folder, _load_progress)
     if newest is None:
         return None
-    step = newest[1].state["best"]["step"]
+    step = newest[1].best.step
     if step is None:
         raise UsageError(
-            f"the run in '{folder.parent}' held out no validation images (data.val_fraction), so "
-            "it has no best checkpoint; leave out --best for the newest"
+            f"the run in '{folder.parent}' has no validation split (data.val_fraction), so it has "
+            "no best checkpoint; leave out --best for the newest"
         )
     committed = _committed(folder)
     if step not in committed and committed.get(max(committed, default=0)) == newest[0]:
@@ -381,53 +490,91 @@ def _load_best(folder: Path) -> tuple[Path, Checkpoint] | None:
             "--best for the newest"
         )
     path = committed.get(step, _place(folder, step))
-    return path, load_checkpoint(path)
+    return path, _read_at_rest(path, read)
 
 
 def _load(path: Path) -> Checkpoint:
     names = _verify(path)
-    try:
-        tensors = {
-            name.removesuffix(".safetensors"): read_tensors(path / name)
-            for name in names
-            if name.endswith(".safetensors")
-        }
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        wrong = [key for key, kind in NEEDED.items() if not isinstance(state.get(key), kind)]
-        wrong += [part for part in ("model", "optim", "processes") if part not in tensors]
+    with _damage_named(path):
+        tensors = {name: read_tensors(path / name) for name in names if name != STATE}
+        wrong = [name for name in (MODEL, OPTIM, PROCESSES) if name not in tensors]
         if wrong:
             raise DamagedCheckpoint(f"{path.name}: no {', '.join(wrong)} in it")
-    except PermissionError:
-        raise
-    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path.name}: {error}") from error
-    return Checkpoint(tensors, state)
+        return Checkpoint(
+            progress=_parse_progress(path),
+            model=tensors[MODEL],
+            optim=tensors[OPTIM],
+            ema=tensors.get(AVERAGE),
+            **tensors[PROCESSES],
+        )
+
+
+def _load_progress(path: Path) -> Progress:
+    with _damage_named(path):
+        _check_hashes(path, _read_manifest(path), STATE)
+        return _parse_progress(path)
+
+
+def _load_weights(path: Path) -> tuple[Progress, Tensors]:
+    with _damage_named(path):
+        hashes = _read_manifest(path)
+        name = AVERAGE if AVERAGE in hashes else MODEL
+        _check_hashes(path, hashes, STATE, name)
+        return _parse_progress(path), read_tensors(path / name)
+
+
+def _parse_progress(path: Path) -> Progress:
+    return Progress.from_json(json.loads((path / STATE).read_text(encoding="utf-8")))
 
 
 def _verify(path: Path) -> list[str]:
-    try:
-        _refuse_links(path, path / MANIFEST)
-        listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, expected in listed.items():
-            file = path / name
-            if file.parent != path or file.is_symlink():
-                raise DamagedCheckpoint(f"{path.name}: {name} is a link or lies elsewhere")
-            if file.stat().st_size != expected["size"]:
-                raise DamagedCheckpoint(f"{path.name}: the size of {name} differs")
-            if _sha256(file) != expected["sha256"]:
-                raise DamagedCheckpoint(f"{path.name}: the SHA-256 of {name} differs")
-        unknown = {file.name for file in path.iterdir()} - {MANIFEST, *listed}
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path.name}: {error}") from error
+    with _damage_named(path):
+        hashes = _read_manifest(path)
+        _check_hashes(path, hashes, *hashes)
+        unknown = {file.name for file in path.iterdir()} - {MANIFEST, *hashes}
     if unknown:
         print(f"warning: {path.name} holds unknown files: {', '.join(sorted(unknown))}", flush=True)
-    return list(listed)
+    return list(hashes)
+
+
+def _read_manifest(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file in the manifest, after checking that its size is right."""
+    _refuse_links(path, path / MANIFEST)
+    listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    for name, expected in listed.items():
+        file = path / name
+        if file.parent != path or file.is_symlink():
+            raise DamagedCheckpoint(f"{path.name}: {name} is a link or lies elsewhere")
+        if file.stat().st_size != expected["size"]:
+            raise DamagedCheckpoint(f"{path.name}: the size of {name} differs")
+    return {name: expected["sha256"] for name, expected in listed.items()}
+
+
+def _check_hashes(path: Path, hashes: dict[str, str], *names: str) -> None:
+    for name in names:
+        if name not in hashes:
+            raise DamagedCheckpoint(f"{path.name}: no {name} in it")
+        with (path / name).open("rb") as file:
+            if files.sha256_of(file) != hashes[name]:
+                raise DamagedCheckpoint(f"{path.name}: the SHA-256 of {name} differs")
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Within the block, turn every error of reading into DamagedCheckpoint."""
+    try:
+        yield
+    except PermissionError:
+        raise
+    except (
+        *(SafetensorError, OSError, ValueError, KeyError, TypeError),
+        *(AttributeError, RecursionError),
+    ) as error:
+        raise DamagedCheckpoint(f"{path.name}: {error}") from error
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the parts of checkpoints, and those that a newer one has replaced."""
+    """Remove partial checkpoints, and those that a newer one of the same step has replaced."""
     committed = _committed(folder).values()
     for path in folder.glob(".step-*"):
         if path not in committed:
@@ -435,27 +582,27 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    state = folder / "state.json"
-    state.write_text(json.dumps(checkpoint.state, indent=1), encoding="utf-8")
-    for name, tensors in checkpoint.tensors.items():
+    state = folder / STATE
+    state.write_text(json.dumps(checkpoint.progress.to_json(), indent=1), encoding="utf-8")
+    for name, tensors in checkpoint.files().items():
         plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_file(plain, folder / f"{name}.safetensors")
-        shutil.copymode(state, folder / f"{name}.safetensors")  # save_file gives 0600
-    listed = {
-        path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-    }
+        save_file(plain, folder / name)
+        shutil.copymode(state, folder / name)  # save_file gives 0600
+    listed = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            listed[path.name] = {"size": path.stat().st_size, "sha256": files.sha256_of(file)}
     (folder / MANIFEST).write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
 
 
 def _commit(temporary: Path, target: Path) -> None:
-    """Put a folder in its place; at every moment the new one or the old one can be found."""
+    """Rename a folder to `target`; at every moment the old or the new checkpoint can be found."""
     aside = _set_aside(target)
     if target.exists() and aside.exists():
         shutil.rmtree(aside)
     files.put_in_place(temporary, target, aside)
     if aside.exists():
-        os.replace(aside, temporary)  # renamed first: half a removed checkpoint is none
+        os.replace(aside, temporary)  # renamed first, so that a partial one is never used
     shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -466,7 +613,7 @@ def _refuse_links(*paths: Path) -> None:
 
 
 def _require_space(folder: Path, checkpoint: Checkpoint) -> None:
-    sizes = [t.nbytes for tensors in checkpoint.tensors.values() for t in tensors.values()]
+    sizes = [t.nbytes for tensors in checkpoint.files().values() for t in tensors.values()]
     needed, free = sum(sizes) + (1 << 16), shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
@@ -474,19 +621,14 @@ def _require_space(folder: Path, checkpoint: Checkpoint) -> None:
         )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return files.sha256_of(file)
-
-
 def read_tensors(path: Path) -> Tensors:
     """Read a safetensors file.
 
     Raises:
-        SafetensorError: it is not one.
+        SafetensorError: it is not a valid safetensors file.
     """
     try:
         os.fsencode(path).decode()
-    except UnicodeDecodeError:  # a path that safetensors does not open
+    except UnicodeDecodeError:  # safetensors cannot open such a path
         return load(path.read_bytes())
     return load_file(path)

@@ -1,4 +1,4 @@
-"""What a process says: every rank writes it to a file of its own, and rank 0 shows it as well."""
+"""Log files: the output of every rank goes to its own file, that of rank 0 to the console too."""
 
 import io
 import os
@@ -16,16 +16,16 @@ from cifar_dist.storage.folder import Warned
 
 
 class _Copy(io.TextIOBase):
-    """A stream that writes to a file, and to the stream it stands for if that is to be shown.
+    """A stream that writes to a log file and, if `shown`, to the stream that it replaces.
 
-    Writing never raises: what a process prints only observes the run.
+    Writing never raises, because a failing console must not end the run.
     """
 
     def __init__(self, stream: TextIO, shown: bool, file: TextIO | None, warned: Warned) -> None:
         self.stream, self.shown, self.file, self.warned = stream, shown, file, warned
 
     def write(self, text: str) -> int:
-        """Write; progress bars, which begin lines anew, are left out of the file."""
+        """Write; progress bars, which use carriage returns, are left out of the file."""
         if self.shown:
             with self._lost():
                 self.stream.write(text)
@@ -35,15 +35,15 @@ class _Copy(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Flush what is shown; the file is, after each line."""
+        """Flush the console; the file is line-buffered."""
         with self._lost():
             self.stream.flush()
 
     @contextmanager
     def _lost(self) -> Iterator[None]:
-        """Within the block, if the console cannot be written any more, let it lead nowhere.
+        """Within the block, redirect the console to /dev/null once it cannot be written.
 
-        The terminal is gone, or the connection of ssh, or the disk that holds the output is full.
+        The terminal or the SSH connection was closed, or the disk that holds the output is full.
         """
         with self.warned.spare("the console"):
             try:
@@ -54,24 +54,25 @@ class _Copy(io.TextIOBase):
                     raise
 
     def isatty(self) -> bool:
-        """Return whether a person is looking."""
+        """Return whether the output is shown on a terminal."""
         return self.shown and self.stream.isatty()
 
     def fileno(self) -> int:
-        """Return the descriptor of the stream that this one stands for."""
+        """Return the file descriptor of the stream that this one replaces."""
         return self.stream.fileno()
 
 
 @contextmanager
 def kept(out: Path, rank: int, warned: Warned) -> Iterator[None]:
-    """Within the block all that this process prints goes to `out`/logs/rank-N.log.
+    """Within the block, copy all output of this process to `out`/logs/rank-N.log.
 
-    An exception that leaves the block is written there with its traceback. On machines that do not
-    share the run folder the files are in one of the same name.
+    An exception that leaves the block is logged with its traceback. Machines that do not share the
+    run folder write to a folder of the same path.
 
     Args:
-        rank: rank 0's words are shown on the console too, the others' only where they have no log.
-        warned: a log that cannot be written is warned of, and does not end the run.
+        rank: the output of rank 0 is also shown on the console. That of other ranks is shown only
+            if they have no log file.
+        warned: a log file that cannot be written causes a warning and does not end the run.
     """
     file: TextIO | None = None
     with warned.spare("the log"):

@@ -1,7 +1,7 @@
-"""The run folder: what a run leaves on disk besides its checkpoints, each file whole or absent.
+"""The run folder: the files of a run besides its checkpoints, each complete or absent.
 
-recipe.yaml is the resolved recipe, run.json where and with what it ran, status.json how it stands,
-metrics.jsonl one JSON object a line. Only rank 0 writes.
+recipe.yaml is the resolved recipe, run.json the machine and the versions, status.json the state of
+the run, and metrics.jsonl has one JSON object per line. Only rank 0 writes.
 """
 
 import errno
@@ -21,7 +21,7 @@ import filelock
 
 from cifar_dist import __version__
 from cifar_dist.config import Recipe, differences, dump_recipe, load_recipe, local_path
-from cifar_dist.errors import UsageError
+from cifar_dist.errors import UsageError, one_line
 from cifar_dist.files import replace_file
 
 LINE = {"split": str, "epoch": int, "step": int}  # keys of every line of metrics.jsonl
@@ -78,10 +78,10 @@ class RunLock:
 
 
 def check_out(recipe: Recipe, lock: RunLock) -> None:
-    """Refuse a run folder that cannot be used, before any data is looked at; lock one that exists.
+    """Refuse a run folder that cannot be used, before the dataset is read; lock an existing one.
 
     Raises:
-        UsageError: it holds a run of another recipe (naming the keys that differ), is in use, or
+        UsageError: it holds a run of another recipe (names the keys that differ), is in use, or
             cannot be written.
     """
     out = local_path(recipe.out or "runs")
@@ -98,14 +98,14 @@ def check_out(recipe: Recipe, lock: RunLock) -> None:
 
 
 def claim(recipe: Recipe, lock: RunLock) -> Path:
-    """Find or make the run folder, lock it, write recipe.yaml into it and return its path.
+    """Create the run folder if necessary, lock it, write recipe.yaml and return its path.
 
     Raises:
-        UsageError: it cannot be written, or another run has taken it meanwhile.
+        UsageError: it cannot be written, or another run has locked it in the meantime.
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = local_path(recipe.out or f"runs/{recipe.name}-{stamp}")
-    while not recipe.out and out.exists():  # another run started in this second
+    while not recipe.out and out.exists():  # another run started in the same second
         out = out.with_name(f"{out.name}-again")
     try:
         out.mkdir(parents=True, exist_ok=bool(recipe.out))
@@ -136,7 +136,7 @@ def _unusable(out: Path, error: OSError) -> str:
 
 
 def _check_checkpoints(out: Path) -> None:
-    """Refuse now what would let every save fail."""
+    """Refuse a folder of checkpoints in which every save would fail."""
     folder = out / "checkpoints"
     if folder.is_symlink():
         raise UsageError(f"'{folder}' is a symbolic link; put the folder itself there")
@@ -154,7 +154,7 @@ def _check_recipe(recipe: Recipe, out: Path) -> None:
         next((out / "checkpoints").glob(names), None) for names in ("step-*", ".step-*.old")
     )
     if not saved and not (os.path.lexists(path) and os.path.lexists(out / "status.json")):
-        return  # no run, or one that was refused before it began
+        return  # no run, or a run that was refused before it started
     if recipe.resume != "auto":
         raise UsageError(
             f"'{out}' already holds a run; name another folder with --out, or continue that run "
@@ -162,7 +162,7 @@ def _check_recipe(recipe: Recipe, out: Path) -> None:
         )
     damage = _damage_of(path)
     if saved and (damage or not os.path.lexists(path)):
-        return  # every checkpoint holds the recipe too, and is compared with it
+        return  # checkpoints contain the recipe too; it is compared when one is loaded
     if damage:
         raise UsageError(
             f"{damage}, and no checkpoint in '{out}' holds the recipe; name another folder with "
@@ -177,7 +177,7 @@ def _check_recipe(recipe: Recipe, out: Path) -> None:
 
 
 def _damage_of(path: Path) -> str:
-    """Return why a recipe that is there cannot be used, or ""."""
+    """Return why an existing recipe cannot be used, or ""."""
     if os.path.lexists(path):
         try:
             load_recipe(path)
@@ -187,10 +187,10 @@ def _damage_of(path: Path) -> str:
 
 
 class Warned:
-    """Lets what only observes a run fail: a warning the first time, then silence.
+    """Keeps logging and tracking failures from ending the run; each is reported once.
 
     Attributes:
-        reasons: what has failed, with the reason, in order.
+        reasons: the reason of each failure by the name of what failed, in order.
     """
 
     def __init__(self) -> None:
@@ -198,13 +198,13 @@ class Warned:
 
     @contextmanager
     def spare(self, what: str) -> Iterator[None]:
-        """Within the block any Exception becomes a warning that `what` has failed."""
+        """Within the block, turn any Exception into a warning that `what` has failed."""
         try:
             yield
         except Exception as error:
             if what not in self.reasons:
-                self.reasons[what] = " ".join(f"{type(error).__name__}: {error}".split())
-                with suppress(OSError):  # the console may be what has failed
+                self.reasons[what] = one_line(f"{type(error).__name__}: {error}", 500)
+                with suppress(OSError):  # the console itself may have failed
                     print(
                         f"warning: {what} failed, training goes on ({self.reasons[what]})",
                         flush=True,
@@ -228,14 +228,18 @@ def write_status(out: Path, state: str, step: int, epoch: float, message: str = 
     except OSError as error:
         if error.errno != errno.ENOSPC or not path.is_file() or path.is_symlink():
             raise
-        # A full disk has no room for a second file, but the first one's is ours.
+        # The disk is too full for a second file, so the existing one is overwritten.
         with path.open("r+", encoding="utf-8") as file:
             file.write(text)
             file.truncate()
 
 
 def describe_run(out: Path, facts: dict[str, Any], step: int) -> None:
-    """Write run.json: the facts given, versions, commit and command; earlier starts are kept."""
+    """Write run.json: `facts`, versions, commit and command; earlier starts are kept.
+
+    Args:
+        step: optimizer step from which this start trains.
+    """
     path = out / "run.json"
     starts = _read_starts(path)
     here = {
@@ -260,7 +264,7 @@ def describe_run(out: Path, facts: dict[str, Any], step: int) -> None:
 
 
 def _read_starts(path: Path) -> list[Any]:
-    """Return the earlier starts that run.json lists; none, with a warning, if it is damaged."""
+    """Return the earlier starts in run.json; warn and return none if it is damaged."""
     try:
         starts = json.loads(path.read_bytes())["starts"]
         if not isinstance(starts, list):
@@ -278,13 +282,13 @@ def _read_starts(path: Path) -> list[Any]:
 
 
 class MetricsLog:
-    """metrics.jsonl, continued: lines written after the checkpoint, before a stop, go.
+    """Writes metrics.jsonl. A resumed run drops the lines after its checkpoint.
 
     Args:
         out: run folder.
         step, epoch: steps and epochs done at the checkpoint; the last epoch may be trained but not
-            yet measured.
-        warned: a log that cannot be written is warned of, and does not end the run.
+            yet evaluated.
+        warned: a log that cannot be written causes a warning and does not end the run.
     """
 
     def __init__(self, out: Path, step: int, epoch: float, warned: Warned) -> None:
@@ -301,7 +305,7 @@ class MetricsLog:
         self._noticed = len(warned.reasons)
 
     def _read_earlier(self) -> list[dict[str, Any]]:
-        """Return the lines that are whole, with a warning if there are others."""
+        """Return the valid lines, and warn if there are damaged ones."""
         try:
             lines, damaged = _parse_metrics(self.path)
         except FileNotFoundError:
@@ -314,7 +318,7 @@ class MetricsLog:
         return lines
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line; before it, what has failed since the last one."""
+        """Append one line, after a notice for each failure since the previous line."""
         place = {"split": "notice", "epoch": line["epoch"], "step": line["step"]}
         lines = [
             {**place, "message": f"{what} failed: {reason}"}
@@ -330,22 +334,25 @@ class MetricsLog:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl; damaged ones are left out.
+    """Return the lines of metrics.jsonl without damaged ones.
 
     Raises:
-        OSError: it is not there, or cannot be read.
+        OSError: the file is missing or cannot be read.
     """
     return _parse_metrics(out / "metrics.jsonl")[0]
 
 
 def _parse_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the whole lines, and how many others there are but a last one cut short by a kill."""
+    """Return the valid lines and the number of damaged ones.
+
+    A last line that a kill has truncated does not count as damaged.
+    """
     lines, damaged = [], 0
     for text in path.read_bytes().splitlines(keepends=True):
         try:
             line = json.loads(text)
             if not all(type(line[key]) is kind for key, kind in LINE.items()):
-                raise ValueError("not a line of ours")
+                raise ValueError("not a line of metrics.jsonl")
             lines.append(line)
         except (ValueError, LookupError, TypeError, RecursionError):
             damaged += text.endswith(b"\n") or not text.startswith(b"{")
@@ -353,7 +360,7 @@ def _parse_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _git_commit() -> str | None:
-    """Return the commit of the checkout the package runs from, marked if it has changes."""
+    """Return the Git commit of this package, marked "-dirty" if it has changes, or None."""
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],

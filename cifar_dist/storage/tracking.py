@@ -1,4 +1,4 @@
-"""What people watch: scalars and pictures, through Accelerate's trackers, on rank 0 only."""
+"""Scalars and images for Accelerate's trackers, on rank 0 only."""
 
 import copy
 import warnings
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from PIL import Image, ImageDraw
 from torch import nn
 
@@ -16,22 +17,23 @@ from cifar_dist.config import Recipe, dump_recipe, flatten
 from cifar_dist.data.images import Images
 from cifar_dist.storage.folder import Warned
 
+PROJECT = "cifar-dist"  # of every recipe, so that runs of different recipes can be compared
 TILES = 64  # images in a grid
-WRONG = 32  # wrong test images in a picture
-LABEL_HEIGHT = 12  # pixels of text under a picture
-# Pixels of a confusion matrix, and so the most classes with a row of their own.
+WRONG = 32  # misclassified images in a picture
+LABEL_HEIGHT = 12  # of the caption under an image, in pixels
+# Width of a confusion matrix in pixels, so also the maximum number of rows.
 CONFUSION_SIDE = 960
 
 
 class Tracker:
-    """Sends scalars and pictures to all trackers of the recipe.
+    """Sends scalars and images to all trackers of the recipe.
 
-    A tracker that fails is warned of once and left out from then on; the run goes on.
+    A tracker that fails causes one warning and is not used again. The run continues.
 
     Args:
-        out: run folder; TensorBoard's files go to its folder `tensorboard`.
-        step: what a run is continued from; anything tracked after it is withdrawn.
-        warned: takes the warnings.
+        out: run folder; TensorBoard writes to its subfolder `tensorboard`.
+        step: optimizer step from which a run is resumed; TensorBoard discards later ones.
+        warned: records the failures.
     """
 
     def __init__(
@@ -42,18 +44,20 @@ class Tracker:
         if not accelerator.is_main_process:
             return
         accelerator.project_configuration.logging_dir = str(out)
-        purge_step = step + 1 if step else 0
+        # TensorBoard's folder would be named after the project, unless its tracker is built here.
+        board = TensorBoardTracker("tensorboard", out, purge_step=step + 1 if step else 0)
+        accelerator.log_with = [
+            board if str(name) == board.name else name for name in accelerator.log_with
+        ]
         with warned.spare("tracking"):
-            accelerator.init_trackers(
-                "tensorboard", init_kwargs={"tensorboard": {"purge_step": purge_step}}
-            )
+            accelerator.init_trackers(PROJECT)
             self._trackers = list(accelerator.trackers)
         if not step:
             self._each(lambda tracker: _store(tracker, recipe))
 
     @property
     def active(self) -> bool:
-        """Whether anything is tracked; else none of it needs to be computed."""
+        """Whether there are trackers; without them nothing needs to be computed for them."""
         return bool(self._trackers)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -62,11 +66,11 @@ class Tracker:
         self._each(lambda tracker: tracker.log(plain, step=step))
 
     def picture(self, name: str, draw: Callable[[], np.ndarray | None], step: int) -> None:
-        """Record a picture with every tracker that takes pictures.
+        """Record an image with every tracker that supports images.
 
         Args:
-            draw: returns uint8 [H, W, 3], or None for no picture. Called only where a tracker
-                takes it; a picture that fails is warned of once and left out from then on.
+            draw: returns uint8 [H, W, 3], or None for no image. Called only if a tracker supports
+                images. If it fails, there is one warning, and it is not called again.
         """
         what = f"the picture {name}"
         taken = any(hasattr(tracker, "log_images") for tracker in self._trackers)
@@ -86,18 +90,18 @@ class Tracker:
         self._each(record)
 
     def graph(self, network: nn.Module, images: torch.Tensor) -> None:
-        """Record the network's graph in TensorBoard, traced on `images` [N, 3, H, W].
+        """Record the network's graph in TensorBoard, traced on `images`, float [N, 3, H, W].
 
-        A copy is traced, so that a network that changes when it is called stays as it is. One that
-        cannot be traced is warned of.
+        A copy is traced, because a forward pass may change buffers. A network that cannot be traced
+        causes a warning.
         """
         if not any(tracker.name == "tensorboard" for tracker in self._trackers):
             return
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TensorBoard has no other tracer than torch.jit
+            warnings.simplefilter("ignore")  # torch.jit.trace, which TensorBoard uses, warns
             traced = None
             with self._warned.spare("the graph of the network"):
-                # Traced here: TensorBoard would trace it twice more, to compare.
+                # Traced here, because TensorBoard would trace it three times to compare.
                 traced = torch.jit.trace(copy.deepcopy(network).eval(), images, check_trace=False)
 
             def record(tracker: Any) -> None:
@@ -120,22 +124,30 @@ class Tracker:
 
 
 def _store(tracker: Any, recipe: Recipe) -> None:
-    if tracker.name == "tensorboard":  # as text: its hparams would fill a folder a start
+    if tracker.name == "tensorboard":  # as text: add_hparams writes a new folder at each start
         tracker.writer.add_text("recipe", f"```\n{dump_recipe(recipe)}```", 0)
     else:
         tracker.store_init_configuration(flatten(recipe))
 
 
 def printable(name: str) -> str:
-    """Return a name as text that any encoding of Unicode can hold.
+    """Return a name without surrogates, which no Unicode encoding can encode.
 
-    A file name that is not UTF-8 holds surrogates, which none can.
+    A file name that is not valid UTF-8 contains them.
     """
     return name.encode(errors="backslashreplace").decode()
 
 
 def image_grid(images: np.ndarray, captions: Sequence[str] | None = None) -> np.ndarray:
-    """Lay out uint8 [N, H, W, 3] in rows of eight, each with its caption; uint8 [H', W', 3]."""
+    """Arrange images in rows of eight.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        captions: text under each image.
+
+    Returns:
+        uint8 [H', W', 3].
+    """
     count, height, width, _ = images.shape
     scale = -(-64 // width)  # small images are shown at 64 pixels or more, so captions fit
     tile_width, tile_height = width * scale, height * scale + (LABEL_HEIGHT if captions else 0)
@@ -151,14 +163,14 @@ def image_grid(images: np.ndarray, captions: Sequence[str] | None = None) -> np.
 
 
 def wrong_images(images: Images, wrong: Sequence[tuple[int, int]]) -> np.ndarray | None:
-    """Show wrongly recognised images as "truth > prediction", or None where there is none.
+    """Draw misclassified images with the caption "truth>prediction"; None if there are none.
 
     Args:
         wrong: (position in `images`, predicted label).
     """
     if not wrong:
         return None
-    wrong = wrong[:: -(-len(wrong) // WRONG)]  # from all over the set, hence of all classes
+    wrong = wrong[:: -(-len(wrong) // WRONG)]  # evenly spaced, so that all classes appear
     positions = np.array([position for position, _ in wrong])
     rows = images.selected[positions]
     names = [printable(name[:6]) for name in images.classes]
@@ -170,11 +182,11 @@ def wrong_images(images: Images, wrong: Sequence[tuple[int, int]]) -> np.ndarray
 
 
 def confusion_picture(confusion: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """Draw a confusion matrix: rows are the truth, darker means more of the row.
+    """Draw a confusion matrix, uint8 [H, W, 3]; rows are true classes, normalised to sum to 1.
 
     Args:
         confusion: int64 [S, S], S up to CONFUSION_SIDE; see `Evaluation.coarse_confusion`.
-        classes: names, shown where there is room for them, and then one a row.
+        classes: names, one per row, drawn if there is room for them.
     """
     count = len(confusion)
     cell = max(1, min(48, CONFUSION_SIDE // count))

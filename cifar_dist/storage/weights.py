@@ -1,4 +1,4 @@
-"""Weights to start from: a safetensors file, or what a run has saved; all that fits, or nothing."""
+"""Load weights from a safetensors file or a checkpoint into a network: all that fit, or none."""
 
 from pathlib import Path
 from typing import Any
@@ -7,14 +7,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from cifar_dist.config import Recipe, from_dict, local_path
-from cifar_dist.errors import UsageError, require
+from cifar_dist.config import local_path
+from cifar_dist.errors import UsageError, one_line, require
 from cifar_dist.models.catalogue import build_network
-from cifar_dist.storage.checkpoint import Checkpoint, Tensors, find_checkpoint, read_tensors
+from cifar_dist.storage.checkpoint import Progress, Tensors, find_weights, read_tensors
 from cifar_dist.user_code import from_object, identity, is_user_code, load_all, require_same
 
 SHOWN = 3  # names of each kind in a message
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # may stand for one another
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # converted to each other
 
 
 def load_weights(network: nn.Module, place: str) -> bool:
@@ -60,7 +60,7 @@ def load_weights(network: nn.Module, place: str) -> bool:
 
 
 def name_some(names: list[str]) -> str:
-    """Name the first few on one line, whatever a file from elsewhere calls its tensors."""
+    """Return the first few tensor names on one line, escaped because they may come from a file."""
     shown = ", ".join(ascii(name)[1:-1][:80] for name in names[:SHOWN])
     return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
@@ -68,8 +68,7 @@ def name_some(names: list[str]) -> str:
 def _read(place: str) -> Tensors:
     path = local_path(place)
     if path.is_dir():
-        tensors = find_checkpoint(place)[1].tensors
-        return tensors.get("ema", tensors["model"])
+        return find_weights(place)[1][1]
     require(
         path.is_file(),
         f"model.weights '{place}' does not exist; name a safetensors file, a run folder or a "
@@ -78,10 +77,9 @@ def _read(place: str) -> Tensors:
     try:
         return read_tensors(path)
     except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"model.weights '{place}' is not a whole safetensors file ({reason}); if torch.save "
-            f"wrote it, run: cifar-dist convert {place} OUT.safetensors"
+            f"model.weights '{place}' is not a whole safetensors file ({one_line(error)}); if "
+            f"torch.save wrote it, run: cifar-dist convert {place} OUT.safetensors"
         ) from error
 
 
@@ -94,13 +92,10 @@ def _describe(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def recipe_of(checkpoint: Checkpoint) -> Recipe:
-    """Return the recipe a checkpoint was trained with."""
-    return from_dict(checkpoint.state["recipe"])
-
-
-def restore_network(checkpoint: Checkpoint, path: Path, model: Any = None) -> nn.Module:
-    """Return the network of a checkpoint, ready to evaluate: averaged weights where it has them.
+def restore_network(
+    progress: Progress, weights: Tensors, path: Path, model: Any = None
+) -> nn.Module:
+    """Return the network of a checkpoint with these weights, ready to evaluate.
 
     Args:
         path: of the checkpoint, for messages.
@@ -111,7 +106,7 @@ def restore_network(checkpoint: Checkpoint, path: Path, model: Any = None) -> nn
         UserCodeError: the user's code raised an exception.
         UsageError: the user's code is not named or has changed, or the weights do not fit.
     """
-    recipe = recipe_of(checkpoint)
+    recipe = progress.recipe
     recorded = recipe.model.name
     if model is None or isinstance(model, str):
         name, codes = model, load_all({"model.name": model})
@@ -125,17 +120,19 @@ def restore_network(checkpoint: Checkpoint, path: Path, model: Any = None) -> nn
             f"the network {own} of {path} is code of its user's; name the code again: "
             f"--model.name {own}",
         )
-        require_same(checkpoint.state.get("code", {}), codes, str(path))
+        require_same(progress.code, codes, str(path))
     require(
         name is None or identity(name) == identity(recorded),
         f"{path} was trained with the network {identity(recorded)}, not {name}",
     )
-    network = build_network(recipe.model, len(checkpoint.state["classes"]), codes.get("model.name"))
+    network = build_network(recipe.model, len(progress.classes), codes.get("model.name"))
     try:
-        network.load_state_dict(checkpoint.tensors.get("ema", checkpoint.tensors["model"]))
+        network.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        require(False, f"the weights do not fit the model {recipe.model.name}: {reason}")
+        reason = one_line(error)
+        raise UsageError(
+            f"the weights do not fit the model {recipe.model.name}: {reason}"
+        ) from error
     if recipe.train.channels_last:
         network = network.to(memory_format=torch.channels_last)
     return network.eval()

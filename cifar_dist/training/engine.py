@@ -1,4 +1,4 @@
-"""The loop: the only place where gradients are computed and where the optimizer steps."""
+"""The training step and the evaluation: the only place that computes gradients."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -37,21 +37,22 @@ VIEWS: dict[str, list[tuple[float, bool, int, int]]] = {
 
 @dataclass
 class TrainState:
-    """What a step changes.
+    """Everything that a training step changes.
 
     Attributes:
-        network: the bare network.
-        model: the network as Accelerate prepared it.
-        optimizer: prepared where fp16's loss scaling needs that, else torch's own: Accelerate's
-            wrapper looks up packages and signatures at each call.
-        average: moving average of the weights, or None.
-        guard: against numbers that are not finite; None where fp16's loss scaling is one itself.
-        tally: loss and accuracy of this epoch so far, on this process.
-        step: optimizer steps done since the start of the run.
+        network: the bare module.
+        model: the module as Accelerate prepared it.
+        optimizer: prepared by Accelerate if fp16's loss scaling needs that. Otherwise it is torch's
+            own, because Accelerate's wrapper looks up packages and signatures at each call.
+        average: exponential moving average of the weights, or None.
+        guard: skips steps with NaN or infinite gradients; None in fp16, where the loss scaling
+            does it.
+        tally: loss and accuracy of this epoch so far, of this process.
+        step: optimizer steps since the start of the run.
         gradient_norm: of the last step, before clipping; float [] on the device.
-        recorded: a whole step, where it can be replayed.
-        host_read: module whose code reads a tensor's value on the host, which a replayed step
-            cannot do; "" if there is none.
+        recorded: the whole step as a CUDA graph, if it can be recorded.
+        host_read: module whose code reads a tensor's value on the host, which a CUDA graph cannot
+            do; "" if there is none.
     """
 
     network: nn.Module
@@ -67,7 +68,7 @@ class TrainState:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network to measure: the average where there is one."""
+        """The network to evaluate: the moving average if there is one."""
         return self.network if self.average is None else self.average.module
 
 
@@ -81,22 +82,23 @@ def train_epoch(
     schedule: Callable[[int], float],
     epoch: int,
 ) -> Iterator[None]:
-    """Train on the batches that are left of an epoch, yielding after each optimizer step.
+    """Train on the remaining batches of an epoch and yield after each optimizer step.
 
     Args:
-        loader: this process's shards of the global micro-batches.
-        schedule: learning rate of a step.
+        loader: this process's slices of the global micro-batches.
+        schedule: returns the learning rate of a step.
     """
-    # DDP averages gradients over processes, so this makes them those of the mean over the batch.
+    # DDP averages gradients over processes. With this factor they are the gradients of the mean
+    # loss over the global batch.
     scale = torch.tensor(accelerator.num_processes / config.batch_size, device=accelerator.device)
     parameters = list(state.network.parameters())
-    # Accelerate's divides by its own number of accumulation steps first, which is 1.
+    # accelerator.backward divides by Accelerate's number of accumulation steps first, which is 1.
     backward = accelerator.backward if accelerator.scaler else torch.Tensor.backward
 
     def add_gradients(images: torch.Tensor, labels: torch.Tensor) -> None:
         logits = state.model(images)
         loss_sum = loss.sum(logits, labels)
-        # Not by `gradient=`, for which torch imports what compares symbolic shapes.
+        # Passing `gradient=` instead would make torch import its symbolic shapes, which is slow.
         backward(loss_sum * scale_showing(loss_sum, scale))
         state.tally.add(loss_sum, logits, labels)
 
@@ -113,11 +115,15 @@ def train_epoch(
         add_gradients(images, labels)
         update()
 
-    if state.recorded is None and not state.host_read and can_record(accelerator, config):
+    if (
+        state.recorded is None
+        and not state.host_read
+        and can_record(accelerator, config, state.guard)
+    ):
         state.recorded = Recorded(whole_step)
-        for group in state.optimizer.param_groups:  # a replayed step finds its rate there
+        for group in state.optimizer.param_groups:  # a CUDA graph reads the rate from a tensor
             group["lr"] = torch.zeros((), device=accelerator.device)
-            group["capturable"] = True  # as AdamW asks to know
+            group["capturable"] = True  # AdamW requires it
     state.model.train()
     for number, batch in enumerate(loader):
         part = number % config.accumulate
@@ -142,17 +148,18 @@ def train_epoch(
         yield
 
 
-def can_record(accelerator: Accelerator, config: TrainConfig) -> bool:
-    """Say whether a step is the same sequence of kernels each time, and of this process alone.
+def can_record(accelerator: Accelerator, config: TrainConfig, guard: Guard | None) -> bool:
+    """Return whether each step is the same sequence of kernels, without other processes.
 
-    Loss scaling in fp16 decides on the host; accumulation has steps of several kinds.
+    A guard that decides on the host, and loss scaling in fp16 (no guard), wait for the device.
+    Gradient accumulation has steps of several kinds.
     """
     alone = accelerator.num_processes == 1 and config.accumulate == 1
-    return alone and accelerator.device.type == "cuda" and accelerator.scaler is None
+    return alone and accelerator.device.type == "cuda" and guard is not None and guard.on_device
 
 
 def set_learning_rate(state: TrainState, rate: float) -> None:
-    """Set the rate of every group: the schedule's times the group's share."""
+    """Set the learning rate of every param group: `rate` times the group's multiplier."""
     for group in state.optimizer.param_groups:
         own = rate * group.get("share", 1.0)
         if isinstance(group["lr"], torch.Tensor):
@@ -162,11 +169,12 @@ def set_learning_rate(state: TrainState, rate: float) -> None:
 
 
 def settle_buckets(state: TrainState, image_size: int) -> None:
-    """Have DDP lay out its gradient buckets for good; every process must call it.
+    """Make DDP rebuild its gradient buckets before the first step; every process must call it.
 
-    It does so after its first backward pass, in the order in which gradients came. From then on
-    gradients of three or more processes are added in another order, so a run that was continued
-    would round otherwise than one that went on. A pass that changes nothing comes first instead.
+    DDP rebuilds them after its first backward pass, in the order in which the gradients arrived.
+    This changes the order in which gradients of three or more processes are added, so a resumed run
+    would round differently from an uninterrupted one. This function runs a forward and backward
+    pass that changes nothing.
     """
     buffers = [buffer.clone() for buffer in state.network.buffers()]
     device = next(state.network.parameters()).device
@@ -179,16 +187,16 @@ def settle_buckets(state: TrainState, image_size: int) -> None:
 
 
 def seed_step(accelerator: Accelerator, config: TrainConfig, step: int, part: int) -> None:
-    """Make dropout a function of the place in the run: nothing to save, nothing to restore."""
+    """Seed dropout from (seed, step, micro-batch, rank), so that no generator is saved."""
     generator_of(accelerator.device).manual_seed(
         mix_integers(config.seed, step, part, accelerator.process_index)
     )
 
 
 def generator_of(device: torch.device) -> torch.Generator:
-    """Return the generator that layers on `device` draw from.
+    """Return the default generator of `device`.
 
-    torch.manual_seed would look for the generators of all kinds of devices at each call.
+    torch.manual_seed would look up the generators of all device types at each call.
     """
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]
@@ -208,10 +216,10 @@ def refuse_bad_numbers(
 ) -> None:
     """End the run if the guard has skipped a step; every process must call it.
 
-    The step is computed once more to find the samples: the weights are still those it met.
+    The skipped step is computed again to find the samples. The weights have not changed since.
 
     Raises:
-        RunError: naming step, ranks and samples.
+        RunError: a loss or gradient is NaN or infinite; names step, ranks and samples.
     """
     skipped = state.guard.skipped() if state.guard else 0
     if not skipped:
@@ -244,14 +252,15 @@ def evaluate(
     pixels: Pixels,
     classes: int,
     tta: str = "none",
-    stop: Callable[[], bool] = lambda: False,
-) -> Evaluation | None:
-    """Measure `network` on every image of `loader` exactly once; every process must call it.
+    between: Callable[[], object] = lambda: None,
+) -> Evaluation:
+    """Evaluate `network` on every image of `loader` exactly once; every process must call it.
 
     Args:
-        network: bare, without DDP, as processes may have different numbers of batches.
+        network: the bare module without DDP, because processes may have different numbers of
+            batches.
         tta: a key of VIEWS; the weighted logits of all views are added.
-        stop: asked after every global batch, by every process; if it says so, the result is None.
+        between: called on every process after each global batch. It may raise to abort.
 
     Raises:
         RuntimeError: not every image was counted once.
@@ -259,11 +268,11 @@ def evaluate(
     network.eval()
     device = accelerator.device
     expected = len(loader.dataset)  # type: ignore[arg-type]
-    # Made at once: small results kept from each batch would lie between the large buffers of the
-    # next ones, which then need new memory every time.
+    # Allocated at once: small tensors kept from each batch would fragment the memory between the
+    # large buffers of the next ones.
     outcome, counted = Outcome.empty(expected, device), 0
     batches = iter(loader)
-    for _ in range(len(loader)):  # some processes may have one batch less
+    for _ in range(len(loader)):  # some processes may have one batch fewer
         batch = next(batches, None)
         if batch is not None:
             images = pixels.for_evaluation(batch.images)
@@ -279,8 +288,7 @@ def evaluate(
             for kept, values in zip(outcome, new, strict=True):
                 kept[counted : counted + len(values)] = values
             counted += len(batch.labels)
-        if stop():
-            return None
+        between()
     mine = Outcome(*(values[:counted].cpu() for values in outcome))
     result = summarise(accelerator, mine, classes)
     if result.totals.count != expected:
@@ -289,7 +297,7 @@ def evaluate(
 
 
 def view(images: torch.Tensor, mirrored: bool, down: int, right: int) -> torch.Tensor:
-    """Mirror and shift float [N, 3, H, W], repeating the border."""
+    """Mirror and shift images, float [N, 3, H, W], and repeat the border."""
     if mirrored:
         images = images.flip(3)
     if not (down or right):
@@ -302,31 +310,49 @@ def view(images: torch.Tensor, mirrored: bool, down: int, right: int) -> torch.T
 
 
 def read_buffers(*networks: nn.Module | None) -> torch.Tensor:
-    """Return BatchNorm's statistics of all networks as one float tensor [n]; a copy."""
+    """Return a copy of the BatchNorm statistics of all networks as one tensor, float [n]."""
     buffers = _statistics(networks)
     return torch.cat([b.flatten() for b in buffers]) if buffers else torch.empty(0)
 
 
 @torch.no_grad()
 def write_buffers(values: torch.Tensor, *networks: nn.Module | None) -> None:
-    """Undo `read_buffers`."""
+    """Set the BatchNorm statistics of all networks, float [n], in the order of `read_buffers`."""
     buffers = _statistics(networks)
     for buffer, part in zip(buffers, values.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(part.view_as(buffer))
 
 
+def copy_states(values: torch.Tensor, *networks: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """Copy the state_dict of each network to the CPU, with other BatchNorm statistics.
+
+    Args:
+        values: the statistics of all networks, float [n], in the order of `read_buffers`.
+    """
+    copies = []
+    for network in networks:
+        state = {n: t.detach().to("cpu", copy=True) for n, t in network.state_dict().items()}
+        for name, buffer in network.named_buffers():
+            if buffer.is_floating_point():
+                part, values = values.tensor_split([buffer.numel()])
+                if name in state:  # else it is not persistent
+                    state[name].copy_(part.view_as(buffer))
+        copies.append(state)
+    return copies
+
+
 def gather_buffers(
     accelerator: Accelerator, *networks: nn.Module | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return BatchNorm's statistics of every process, [processes, n], and their mean, [n]."""
+    """Return the BatchNorm statistics of every rank, float [ranks, n], and their mean, [n]."""
     mine = read_buffers(*networks)[None]
     rows = accelerator.gather(mine) if len(mine[0]) and accelerator.num_processes > 1 else mine
-    # What is equal stays as it is: a mean may be rounded.
+    # Values that are equal on all ranks are kept, because a mean may be rounded.
     return rows, torch.where((rows == rows[0]).all(dim=0), rows[0], rows.mean(dim=0))
 
 
 def average_buffers(accelerator: Accelerator, *networks: nn.Module | None) -> None:
-    """Give every process the mean of all processes' BatchNorm statistics."""
+    """Set the BatchNorm statistics of every rank to their mean; every process must call it."""
     if accelerator.num_processes > 1:
         write_buffers(gather_buffers(accelerator, *networks)[1], *networks)
 

@@ -1,7 +1,7 @@
-"""No silent bad number: what is not finite changes no weights, and a process that drifts is found.
+"""Checks of the numbers: NaN never reaches the weights, and ranks whose weights drift are found.
 
-Neither check makes the host wait for the device at a step: the guard acts on the device, and what
-it saw is read where the host waits anyway.
+With a fused optimizer no step makes the host wait for the device: the device skips the step, and
+the host reads the number of skipped steps where it waits anyway.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,41 +17,44 @@ SHOWN = 8  # samples named in a message
 
 
 class Guard:
-    """Keeps every optimizer step out of the weights from the first number that is not finite on.
+    """Turns every optimizer step into a no-op after the first non-finite gradient norm.
 
-    The fused optimizers skip a step whose `found_inf` is 1, as torch's GradScaler has them do; here
-    it stays 1 once a gradient norm was not finite. Averaging gradients over processes spreads such
-    a number, so all processes skip the same steps.
+    Averaging gradients over processes spreads a NaN, so all processes skip the same steps.
 
     Args:
-        optimizer: fused, and not yet prepared by Accelerate.
+        optimizer: not yet prepared by Accelerate.
         device: of its parameters.
+
+    Attributes:
+        on_device: whether the device skips the step: torch's fused optimizers change nothing while
+            their `found_inf` is 1, as for GradScaler. Other optimizers, and the fused ones of MPS,
+            ignore it, so the host reads the flag before each step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self._poison = torch.zeros((), device=device)  # 0, or not a number for ever
+        self._poison = torch.zeros((), device=device)  # 0, or NaN from the first bad norm on
         self._skip = torch.zeros((), device=device)
         self._skipped = torch.zeros((), device=device)
-        self._by_host = device.type == "mps"  # its fused kernels know no found_inf
-        if not self._by_host:
+        self.on_device = bool(optimizer.defaults.get("fused")) and device.type != "mps"
+        if self.on_device:
             optimizer.found_inf = self._skip  # type: ignore[attr-defined]
 
     def admits(self, norm: torch.Tensor) -> bool:
-        """Look at the norm of a step's gradients and say whether to call the optimizer."""
+        """Take the gradient norm of a step, float [], and return whether to call the optimizer."""
         self._poison.add_(norm, alpha=0)
         torch.ne(self._poison, self._poison, out=self._skip)
         self._skipped.add_(self._skip)
-        return not (self._by_host and self._skip.item())
+        return self.on_device or not self._skip.item()
 
     def skipped(self) -> int:
-        """Return how many of the latest steps changed nothing; waits for the device."""
+        """Return how many of the latest steps were skipped; waits for the device."""
         return int(self._skipped.item())
 
 
 def scale_showing(loss: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return `scale`; if the loss is not finite, not a number, which then shows in the gradients.
+    """Return `scale`, or NaN if the loss is NaN or infinite, so that the gradients become NaN.
 
-    An infinite loss can have finite gradients.
+    Without it an infinite loss could have finite gradients.
     """
     return torch.add(scale, loss.detach(), alpha=0)
 
@@ -59,7 +62,7 @@ def scale_showing(loss: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     """Return the norm of all gradients together, float [].
 
-    As torch.nn.utils.get_total_norm, at half its cost: all are of one device and type.
+    The same as torch.nn.utils.get_total_norm at half its cost, for one device and dtype.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -68,12 +71,12 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
 def bad_samples(
     losses: torch.Tensor, positions: torch.Tensor, gradient_norm: Callable[[torch.Tensor], float]
 ) -> list[str]:
-    """Name the samples of this process that gave a number that is not finite.
+    """Describe the samples of this process that have a NaN or infinite loss or gradient.
 
     Args:
-        losses: float [N], with their graph.
+        losses: loss per sample, float [N], with its autograd graph.
         positions: of the samples in the training set, int64 [N].
-        gradient_norm: of a loss.
+        gradient_norm: returns the norm of the gradients of a loss.
     """
     bad = ~losses.isfinite()
     if bad.any():
@@ -86,7 +89,7 @@ def bad_samples(
     part = torch.arange(len(losses), device=losses.device)
     if not is_bad(part):
         return []
-    while len(part) > 1:  # halve it, keeping a half that shows it; together only: keep both
+    while len(part) > 1:  # bisect; if only the sum of both halves is bad, keep both
         halves = part.tensor_split(2)
         found = next((half for half in halves if is_bad(half)), None)
         if found is None:
@@ -96,7 +99,13 @@ def bad_samples(
 
 
 def describe_bad_step(accelerator: Accelerator, mine: Sequence[str], step: int) -> RunError:
-    """Put together what every process found in the first bad step; every process must call it."""
+    """Return the error about the first bad step, with the samples that every process found.
+
+    Every process must call it.
+
+    Args:
+        mine: what `bad_samples` returned on this process.
+    """
     found = gather_object([(accelerator.process_index, list(mine))])
     where = [
         f"on rank {rank}, training images {', '.join(named[:SHOWN])}"
@@ -115,14 +124,14 @@ def describe_bad_step(accelerator: Accelerator, mine: Sequence[str], step: int) 
 def require_equal_weights(
     accelerator: Accelerator, network: nn.Module, step: int, since: int
 ) -> None:
-    """Compare the bits of all weights over processes; every process must call it.
+    """Compare the bits of all weights across processes; every process must call it.
 
     Args:
-        step: the step now.
-        since: the step of the comparison before.
+        step: current optimizer step.
+        since: step of the previous comparison.
 
     Raises:
-        RunError: naming the ranks that drifted from rank 0, and the first tensor that shows it.
+        RunError: weights differ; names the ranks that differ from rank 0 and the first tensor.
     """
     if accelerator.num_processes == 1:
         return
@@ -142,9 +151,9 @@ def require_equal_weights(
 
 
 def weight_sums(network: nn.Module) -> torch.Tensor:
-    """Return the sum of each weight tensor's bit patterns, int64 [tensors].
+    """Return the sum of the bit patterns of each weight tensor, int64 [tensors].
 
-    One changed element changes its sum.
+    A change of one element always changes the sum.
     """
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return torch.stack(

@@ -1,4 +1,4 @@
-"""Metrics as sums and counts: exact on any number of processes, divided once at the end."""
+"""Metrics as sums and counts, which are exact at any world size and are divided once at the end."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class Totals:
         return self.correct / self.count
 
     def since(self, earlier: "Totals") -> "Totals":
-        """Return what came after `earlier`."""
+        """Return the difference to `earlier` totals of the same samples."""
         return Totals(
             self.loss_sum - earlier.loss_sum,
             self.correct - earlier.correct,
@@ -38,7 +38,7 @@ class Totals:
 
 
 class Tally:
-    """Running sums of one process, kept on its device so that a step waits for nothing.
+    """Running sums of one process, kept on its device so that no step waits for the device.
 
     Attributes:
         sums: float [3]: loss, correct samples, samples.
@@ -50,7 +50,13 @@ class Tally:
         self.sums = torch.zeros(3, dtype=dtype, device=device)
 
     def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch: its summed loss, logits [N, C] and labels int64 [N]."""
+        """Add a batch.
+
+        Args:
+            loss_sum: sum over the samples, float [].
+            logits: float [N, C].
+            labels: int64 [N].
+        """
         correct = (logits.detach().argmax(dim=1) == labels).sum()
         count = torch.full_like(correct, len(labels))
         self.sums += torch.stack([loss_sum.detach().to(self.sums.dtype), correct, count])
@@ -63,7 +69,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Exact result of measuring a set of images once each.
+    """Exact result of evaluating every image of a set once.
 
     Attributes:
         loss_sum: of the cross-entropy over all images.
@@ -71,7 +77,7 @@ class Evaluation:
         pairs: int64 [K, 3], sorted: true label, predicted label, number of images. Pairs without
             an image are left out, so memory grows with the images and not with C squared.
         bins: float64 [3, B] by confidence: images, correct ones, sum of confidences.
-        wrong: (position, predicted label) of images this process got wrong, in order.
+        wrong: (position, predicted label) of the images that this process misclassified.
     """
 
     loss_sum: float
@@ -88,7 +94,7 @@ class Evaluation:
 
     @property
     def per_class(self) -> list[float]:
-        """Share of each class's images that were recognised; nan for a class without images."""
+        """Recall of each class; NaN for a class without images."""
         truth, predicted, images = self.pairs.T
         counts = np.bincount(truth, images, minlength=self.classes)
         recalled = np.bincount(truth, images * (truth == predicted), minlength=self.classes)
@@ -97,13 +103,13 @@ class Evaluation:
 
     @property
     def confusion(self) -> np.ndarray:
-        """int64 [C, C], images of class (row) that were taken for class (column)."""
+        """Confusion matrix, int64 [C, C]: rows are true classes, columns are predicted classes."""
         return self.coarse_confusion(self.classes)
 
     def coarse_confusion(self, most: int) -> np.ndarray:
         """Return the confusion matrix with at most `most` rows; int64 [S, S], S = min(C, most).
 
-        Neighbouring classes share a row and a column where C is larger.
+        If C is larger, neighbouring classes share a row and a column.
         """
         side = min(self.classes, most)
         truth, predicted, images = self.pairs.T
@@ -114,15 +120,15 @@ class Evaluation:
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error over equal bins of confidence (Guo et al., 2017)."""
+        """Expected calibration error over bins of equal width (Guo et al., 2017)."""
         images, correct, confidence = self.bins
         return float(np.abs(correct - confidence).sum() / images.sum())
 
 
 class Outcome(NamedTuple):
-    """What came out for each image: int64 [N] positions, labels, predicted; float [N] the others.
+    """Prediction and loss per image: positions, labels, predicted int64 [N]; others float [N].
 
-    `confidence` is the probability given to the predicted class.
+    `confidence` is the probability of the predicted class.
     """
 
     positions: torch.Tensor
@@ -133,15 +139,16 @@ class Outcome(NamedTuple):
 
     @classmethod
     def empty(cls, images: int, device: torch.device) -> "Outcome":
-        """Return room for the outcome of so many images."""
+        """Allocate the outcome of `images` images."""
         kinds = [torch.long] * 3 + [torch.float] * 2
         return cls(*(torch.empty(images, dtype=kind, device=device) for kind in kinds))
 
 
 def summarise(accelerator: Accelerator, outcome: Outcome, classes: int) -> Evaluation:
-    """Build an Evaluation from the outcome of this process's images, which may be none.
+    """Build the Evaluation of the images of all processes; every process must call it.
 
-    Every process must call it.
+    Args:
+        outcome: of the images of this process, which may be none.
     """
     positions, truth, predicted, confidence, losses = (part.numpy() for part in outcome)
     confidence = confidence.astype(np.float64)
@@ -170,11 +177,15 @@ def summarise(accelerator: Accelerator, outcome: Outcome, classes: int) -> Evalu
 def _count_pairs(
     accelerator: Accelerator, truth: np.ndarray, predicted: np.ndarray, classes: int
 ) -> np.ndarray:
-    """Return `Evaluation.pairs` over the labels of all processes, int64 [N] each."""
+    """Return `Evaluation.pairs` of all processes.
+
+    Args:
+        truth, predicted: labels of this process, int64 [N].
+    """
     codes, images = np.unique(truth * classes + predicted, return_counts=True)
     if accelerator.num_processes > 1:
         mine = torch.from_numpy(np.stack([codes, images], axis=1)).to(accelerator.device)
-        # Padded rows count no image.
+        # Rows added by padding have an image count of 0.
         rows = accelerator.gather(accelerator.pad_across_processes(mine)).cpu().numpy()
         codes, places = np.unique(rows[:, 0], return_inverse=True)
         images = np.zeros(len(codes), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""A step recorded once and then replayed, for GPUs that are faster than the host can launch."""
+"""A step recorded as a CUDA graph, for GPUs that are faster than the host launches kernels."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,15 +6,16 @@ import torch
 
 
 class Recorded:
-    """A function of tensors, recorded as a CUDA graph at its second call and replayed since.
+    """A function of tensors that is captured in a CUDA graph at its second call, then replayed.
 
-    The first call is an ordinary one: libraries choose their algorithms, optimizers make their
-    state. What the function does to tensors outside, each replay does too; what it does in Python,
-    the first two calls do alone. Tensors it leaves behind hold the results of the last replay.
+    The first call runs eagerly, so that libraries choose their algorithms and the optimizer creates
+    its state. Each replay repeats the kernels of the function, including those that change tensors
+    outside of it. Python code runs in the first two calls only. Tensors that the function creates
+    hold the results of the last replay.
 
     Args:
-        function: called with tensors of the same shapes and types each time; never waits for the
-            device.
+        function: called with tensors of the same shapes and dtypes each time; must not wait for
+            the device.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -24,10 +25,11 @@ class Recorded:
         self._inputs: Sequence[torch.Tensor] | None = None
 
     def __call__(self, *inputs: torch.Tensor) -> None:
-        """Do what the function does; returns before the device has done it."""
+        """Run the function or replay it; returns before the device has finished."""
         if self._inputs is None:
             self._inputs = [torch.empty_like(values) for values in inputs]
-            # On the stream that it is recorded on: gradients are added up on that of a first use.
+            # On the stream of the capture, because autograd accumulates each gradient on the stream
+            # of its first use.
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 self._function(*inputs)

@@ -1,11 +1,9 @@
-"""What a run says: banner, metrics.jsonl, trackers, status and the lines on the console."""
+"""Reports on a run: banner, metrics.jsonl, trackers and console. None of them changes the run."""
 
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import psutil
@@ -16,7 +14,6 @@ from cifar_dist.data import Dataset
 from cifar_dist.data.augment import augment
 from cifar_dist.data.batches import Batch
 from cifar_dist.data.listing import HIDDEN, describe, shown
-from cifar_dist.errors import RunError
 from cifar_dist.processes.start import compiler_of_launcher, describe_device, precision_in_force
 from cifar_dist.storage.folder import MetricsLog, describe_run, write_status
 from cifar_dist.storage.tracking import (
@@ -27,7 +24,7 @@ from cifar_dist.storage.tracking import (
     wrong_images,
 )
 from cifar_dist.training.metrics import Evaluation, Totals
-from cifar_dist.training.session import Session
+from cifar_dist.training.session import Session, line_of
 
 CLASS_SCALARS = 100  # classes up to which the accuracy of each is tracked
 
@@ -82,11 +79,11 @@ def announce(session: Session, origin: str) -> None:
     with session.warned.spare("run.json"):
         describe_run(session.out, facts, session.state.step)
     with session.warned.spare("status.json"):
-        write_status(session.out, "running", session.state.step, session.epochs_done)
+        write_status(session.out, "running", session.state.step, session.progress.epoch)
 
 
 def _warn_of_images(dataset: Dataset, identical: Mapping[str, int]) -> None:
-    """Print what was left out of the dataset, and what makes it doubtful."""
+    """Print which files were left out and what makes the accuracy doubtful."""
     for line in describe(dataset.left_out):
         usual = line.startswith(HIDDEN)
         print(f"{'note' if usual else 'warning'}: left out, {line}", flush=True)
@@ -104,13 +101,13 @@ def _warn_of_images(dataset: Dataset, identical: Mapping[str, int]) -> None:
 
 
 def _first(names: Sequence[str], most: int = 10) -> str:
-    """Return the first names in one line, and how many more there are."""
+    """Return the first `most` names in one line, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(shown, names[:most])) + more
 
 
 def show_inputs(session: Session) -> None:
-    """Track the network's graph and a grid of training images as it will see them. On rank 0."""
+    """Track the network's graph and a grid of augmented training images. On rank 0."""
     dataset, pixels, tracker = session.dataset, session.pixels, session.tracker
     if not tracker.active:
         return
@@ -133,7 +130,7 @@ def show_inputs(session: Session) -> None:
 
 
 class ProgressBar:
-    """A bar over the steps of an epoch, shown by rank 0 and on a terminal only."""
+    """A progress bar over the steps of an epoch, shown by rank 0 on a terminal."""
 
     def __init__(self, session: Session, epoch: int) -> None:
         self._warned, self._bar = session.warned, None
@@ -150,64 +147,49 @@ class ProgressBar:
                 leave=False,
             )
 
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the bar from the terminal."""
+        if self._bar is not None:
+            with self._warned.spare("the progress bar"):
+                self._bar.close()
+
     def update(self) -> None:
         """Advance by one step."""
         if self._bar is not None:
             with self._warned.spare("the progress bar"):
                 self._bar.update()
 
-    def close(self) -> None:
-        """Remove the bar from the terminal."""
-        if self._bar is not None:
-            with self._warned.spare("the progress bar"):
-                self._bar.close()
 
-
-def report_window(session: Session, epoch: int) -> None:
-    """Record the training loss since the report before; every process must call it."""
-    state = session.state
-    totals = state.tally.totals(session.accelerator)
-    window, session.reported = totals.since(session.reported), totals
-    seconds, session.clock = time.monotonic() - session.clock, time.monotonic()
-    _refuse_non_finite(window, state.step)
+def report_window(session: Session, epoch: int, window: Totals) -> None:
+    """Record the training loss since the last report. On rank 0."""
     if session.log is None:
         return
-    with session.warned.spare("the report of a window"):
-        values = {
-            "learning_rate": float(state.optimizer.param_groups[0]["lr"]),
-            "gradient_norm": state.gradient_norm.item(),
-            "images_per_second": window.count / seconds,
-        }
-        with session.warned.spare("reading the memory in use"):
-            values["memory_mb"] = _memory_used(session.accelerator)
-        session.log.write(_line("train_window", epoch, state.step, window) | values)
-        session.tracker.scalars({"train_loss": window.loss, **values}, state.step)
+    state = session.state
+    seconds, session.clock = time.monotonic() - session.clock, time.monotonic()
+    values = {
+        "learning_rate": float(state.optimizer.param_groups[0]["lr"]),
+        "gradient_norm": state.gradient_norm.item(),
+        "images_per_second": window.count / seconds,
+    }
+    with session.warned.spare("reading the memory in use"):
+        values["memory_mb"] = _memory_used(session.accelerator)
+    session.log.write(line_of("train_window", epoch, state.step, window) | values)
+    session.tracker.scalars({"train_loss": window.loss, **values}, state.step)
 
 
 def report_epoch(session: Session, epoch: int, results: Mapping[str, Evaluation]) -> None:
-    """Record an epoch and what was measured after it; every process must call it."""
-    state = session.state
-    train = state.tally.totals(session.accelerator)
-    _refuse_non_finite(train, state.step)
-    lines = [_line("train", epoch, state.step, train)]
-    lines += [_line(name, epoch, state.step, result.totals) for name, result in results.items()]
-    session.metrics = {line["split"]: line for line in lines}
-    if "val" in results and session.metrics["val"]["accuracy"] > session.best["accuracy"]:
-        accuracy = session.metrics["val"]["accuracy"]
-        session.best = {"step": state.step, "accuracy": accuracy, "metrics": session.metrics}
-    state.tally.sums.zero_()
-    session.reported = Totals()
-    session.epochs_done = min(epoch + 1, session.recipe.train.epochs)
-    if session.log is None:
-        return
-    with session.warned.spare("the report of an epoch"):
-        _show_epoch(session, session.log, epoch, lines)
+    """Record an epoch and the evaluation after it. On rank 0."""
+    if session.log is not None:
+        _show_epoch(session, session.log, epoch)
         _show_evaluation(session, results)
 
 
-def _show_epoch(session: Session, log: MetricsLog, epoch: int, lines: list[dict[str, Any]]) -> None:
-    """Record the lines of an epoch, one a split, and print them as one."""
-    step = session.state.step
+def _show_epoch(session: Session, log: MetricsLog, epoch: int) -> None:
+    """Record the metrics of an epoch, one line per split, and print them as one line."""
+    step, lines = session.state.step, session.progress.metrics.values()
     for line in lines:
         log.write(line)
         prefix = "train_epoch" if line["split"] == "train" else line["split"]
@@ -226,7 +208,7 @@ def _show_epoch(session: Session, log: MetricsLog, epoch: int, lines: list[dict[
 
 
 def _show_evaluation(session: Session, results: Mapping[str, Evaluation]) -> None:
-    """Track per-class accuracy, the confusion matrix and some wrong images of each split."""
+    """Track per-class accuracy, confusion matrix and misclassified images of each split."""
     step, dataset, tracker = session.state.step, session.dataset, session.tracker
     for name, result in results.items() if tracker.active else ():
         if len(dataset.classes) <= CLASS_SCALARS:
@@ -239,34 +221,12 @@ def _show_evaluation(session: Session, results: Mapping[str, Evaluation]) -> Non
 
 
 def draw_confusion(result: Evaluation, classes: Sequence[str]) -> np.ndarray:
-    """Draw the confusion matrix of a result; above CONFUSION_SIDE classes, neighbours share."""
+    """Draw a confusion matrix; above CONFUSION_SIDE classes, neighbouring classes share a row."""
     return confusion_picture(result.coarse_confusion(CONFUSION_SIDE), classes)
 
 
-def _line(split: str, epoch: int, step: int, totals: Totals) -> dict[str, Any]:
-    """Return a line of metrics.jsonl."""
-    return {
-        "split": split,
-        "epoch": epoch,
-        "step": step,
-        "loss": totals.loss,
-        "accuracy": totals.accuracy,
-        "correct": totals.correct,
-        "count": totals.count,
-    }
-
-
 def _memory_used(accelerator: Accelerator) -> float:
-    """Return the peak of the GPU's memory, else what this process has resident; megabytes."""
+    """Return the peak of allocated GPU memory, or the resident memory on a CPU, in megabytes."""
     if accelerator.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return float(psutil.Process().memory_info().rss) / 1e6
-
-
-def _refuse_non_finite(totals: Totals, step: int) -> None:
-    """With fp16 there is no guard: loss scaling skips a bad step and then tries others."""
-    if not math.isfinite(totals.loss_sum):
-        raise RunError(
-            f"the training loss is {totals.loss_sum} at step {step}; the last checkpoint is from "
-            "before it; try a lower optim.lr, a warm-up or train.clip_norm"
-        )

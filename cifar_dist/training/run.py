@@ -1,8 +1,7 @@
-"""The story of a run, from top to bottom: processes, data, network, start, epochs, result."""
+"""A training run from top to bottom: processes, data, network, checkpoint, epochs, result."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from cifar_dist.processes.environment import asked_world_size, launcher_number
 from cifar_dist.processes.preemption import EXIT_CODE, Preempted, Preemption
 from cifar_dist.processes.start import on_main_process, start_processes
 from cifar_dist.processes.streams import open_streams
-from cifar_dist.storage.checkpoint import checkpoints_in
+from cifar_dist.storage.checkpoint import newest_progress
 from cifar_dist.storage.console import kept
 from cifar_dist.storage.folder import RunLock, check_out, claim, write_status
 from cifar_dist.training.engine import average_buffers, evaluate, refuse_bad_numbers, train_epoch
@@ -39,6 +38,8 @@ from cifar_dist.training.session import (
     Session,
     compare_weights,
     find_start,
+    finish_epoch,
+    finish_window,
     open_session,
     save,
 )
@@ -50,10 +51,10 @@ class Result:
     """How a run ended.
 
     Attributes:
-        state: finished, or preempted: start the same recipe again to continue.
+        state: finished, or preempted (start the same recipe again to resume).
         out: run folder.
-        metrics: of the last epoch: one entry a split, with loss, accuracy, correct and count.
-        best: the same of the epoch with the best validation accuracy; None without validation.
+        metrics: of the last epoch: one entry per split, with loss, accuracy, correct and count.
+        best: metrics of the epoch with the best validation accuracy; None without validation.
         network: the trained network, with averaged weights if the recipe averages them.
     """
 
@@ -64,18 +65,22 @@ class Result:
     network: nn.Module
 
 
+class Stopped(Exception):
+    """All processes have agreed to stop, after one of them received a signal."""
+
+
 def run(recipe: Recipe, origin: str = "Python", model: Any = None) -> Result:
-    """Train `recipe`, or continue the run of it that its `out` holds.
+    """Train `recipe`, or resume the run of it in `out`.
 
     Args:
-        recipe: what to do; every process gets the same.
-        origin: where the recipe came from, for the banner.
+        recipe: the same in every process.
+        origin: name or file of the recipe, for the banner.
         model: class or function of the network, in place of recipe.model.name.
 
     Raises:
         UsageError: the request cannot work; nothing was started.
-        Preempted: a signal came before training had begun; nothing was lost.
-        RunFailed: anything else; status.json holds the same line.
+        Preempted: a signal arrived before training began; nothing was lost.
+        RunFailed: the run failed; status.json holds the same message.
     """
     open_streams()
     preemption = Preemption()
@@ -90,7 +95,7 @@ def run_until_end(
     report: Callable[[Ending], object],
     model: Any = None,
 ) -> Result:
-    """Do the same with the caller's signal handling; `report` prints the cause of a failure."""
+    """Train `recipe` under the caller's signal handlers; `report` prints the cause of a failure."""
     session: Session | None = None
     code = from_object(model) if model is not None else None
     if code:
@@ -104,15 +109,18 @@ def run_until_end(
                 if not session.state.step:
                     with session.warned.spare("showing the inputs"):
                         show_inputs(session)
-                finished = _train(session, preemption)
-                return _finish(session, finished)
+                with suppress(Stopped):
+                    _train(session, preemption)
+                    return _finish(session, "finished")
+                save(session)
+                return _finish(session, "preempted")
         except (Exception, KeyboardInterrupt, Preempted) as error:
             ending = _end(recipe, lock, session, error, report)
             raise ending.to_error() from (error if ending.code == FAILED else None)
 
 
 def _start(recipe: Recipe, lock: RunLock, preemption: Preemption, code: UserCode | None) -> Session:
-    """Check the request against this machine and these data, and prepare everything."""
+    """Check the recipe against this machine and the dataset, and build the session."""
     _check_batch_size(recipe, asked_world_size())
     with preemption.interruptible():
         asked = {key: value for key, value in comparable(recipe).items() if key not in OWN_KEYS}
@@ -135,8 +143,12 @@ def _start(recipe: Recipe, lock: RunLock, preemption: Preemption, code: UserCode
     return session
 
 
-def _train(session: Session, preemption: Preemption) -> bool:
-    """Train the epochs that are left, and say whether that is done; else a signal came."""
+def _train(session: Session, preemption: Preemption) -> None:
+    """Train the remaining epochs.
+
+    Raises:
+        Stopped: a process received a signal; the current step is not saved yet.
+    """
     accelerator, recipe, state = session.accelerator, session.recipe, session.state
     train, steps, pixels = recipe.train, session.steps_per_epoch, session.pixels
     loader, order = build_loader(
@@ -154,95 +166,98 @@ def _train(session: Session, preemption: Preemption) -> bool:
         refuse_bad_numbers(accelerator, state, loader, order, pixels, train, session.loss)
 
     total = total_steps(train.epochs, steps)
-    for epoch in range(math.ceil(session.epochs_done), math.ceil(total / steps)):
+    for epoch in range(math.ceil(session.progress.epoch), math.ceil(total / steps)):
         begin, end = epoch * steps, session.end_of(epoch)
         order.start_at(
             epoch, (state.step - begin) * train.accumulate, (end - begin) * train.accumulate
         )
-        bar = ProgressBar(session, epoch)
         session.clock = time.monotonic()
-        for _ in train_epoch(
-            accelerator, state, loader, pixels, train, session.loss, schedule, epoch
-        ):
-            bar.update()
-            reports = _due(recipe.track.every_steps, state.step)
-            stop = preemption.agreed()
-            saves = stop or _due(recipe.checkpoint.every_steps, state.step)
-            if reports or saves:
-                check_numbers()
-            if reports:
-                report_window(session, epoch)
-            if saves and state.step < end:  # an epoch's last step is saved after evaluation
-                save(session)
+        with ProgressBar(session, epoch) as bar:
+            for _ in train_epoch(
+                accelerator, state, loader, pixels, train, session.loss, schedule, epoch
+            ):
+                bar.update()
+                reports = _due(recipe.track.every_steps, state.step)
+                stop = preemption.agreed()
+                saves = stop or _due(recipe.checkpoint.every_steps, state.step)
+                if reports or saves:
+                    check_numbers()
+                if reports:
+                    window = finish_window(session)
+                    with session.warned.spare("the report of a window"):
+                        report_window(session, epoch, window)
+                if state.step == end:  # saved after the evaluation
+                    continue
                 if stop:
-                    bar.close()
-                    return False
-        bar.close()
+                    raise Stopped
+                if saves:
+                    save(session)
         check_numbers()
         compare_weights(session)
         last = end == total
-        results: dict[str, Evaluation] | None = {}
+        results = {}
         if last or _due(train.evaluate_every, epoch + 1):
             results = _measure(session, preemption)
-        if results is None:
-            save(session)
-            return False
-        report_epoch(session, epoch, results)
-        stop = preemption.agreed()
+        finish_epoch(session, epoch, results)
+        with session.warned.spare("the report of an epoch"):
+            report_epoch(session, epoch, results)
+        if preemption.agreed() and not last:
+            raise Stopped
         if (
-            stop
-            or last
-            or session.best["step"] == state.step
+            last
+            or session.progress.best.step == state.step
             or _due(recipe.checkpoint.every_epochs, epoch + 1)
             or _due(recipe.checkpoint.every_steps, state.step)
         ):
             save(session)
-        if stop and not last:
-            return False
-    return True
 
 
-def _measure(session: Session, preemption: Preemption) -> dict[str, Evaluation] | None:
-    """Measure the network on each part of the dataset held for that; None: a signal came."""
+def _measure(session: Session, preemption: Preemption) -> dict[str, Evaluation]:
+    """Evaluate the network on each evaluation split.
+
+    Raises:
+        Stopped: a process received a signal.
+    """
     accelerator, state = session.accelerator, session.state
+
+    def stop_if_agreed() -> None:
+        if preemption.agreed():
+            raise Stopped
+
     average_buffers(accelerator, state.network, state.average)
-    results = {}
-    for name, images in session.dataset.evaluation.items():
-        result = evaluate(
+    return {
+        name: evaluate(
             accelerator,
             state.evaluated,
             build_evaluation_loader(accelerator, images),
             session.pixels,
             len(session.dataset.classes),
             tta=session.recipe.train.tta,
-            stop=preemption.agreed,
+            between=stop_if_agreed,
         )
-        if result is None:
-            return None
-        results[name] = result
-    return results
+        for name, images in session.dataset.evaluation.items()
+    }
 
 
-def _finish(session: Session, finished: bool) -> Result:
-    """Say how it ended, once the checkpoint is there; nobody leaves before the others."""
-
+def _finish(session: Session, state: str) -> Result:
+    """Write the final status after the checkpoint is saved, and wait for all processes."""
     session.saver.wait(final=True)
     session.tracker.finish()
-    result = "finished" if finished else "preempted"
-    best = session.best["metrics"] if session.best["step"] is not None else None
+    progress, step = session.progress, session.state.step
+    best = progress.best.metrics or None
     if session.accelerator.is_main_process:
         with session.warned.spare("status.json"):
-            write_status(session.out, result, session.state.step, session.epochs_done)
-        if finished and best:
+            write_status(session.out, state, step, progress.epoch)
+        if state == "finished" and best:
             numbers = ", ".join(
                 f"{name} {line['accuracy']:.4f}" for name, line in best.items() if name != "train"
             )
-            print(f"best by validation: step {session.best['step']}, accuracy {numbers}")
-        hint = "" if finished else "; the same command with --out continues it"
-        print(f"{result} at step {session.state.step}: {session.out}{hint}", flush=True)
+            print(f"best by validation: step {progress.best.step}, accuracy {numbers}")
+        hint = "" if state == "finished" else "; the same command with --out continues it"
+        print(f"{state} at step {step}: {session.out}{hint}", flush=True)
     session.peers.leave()
     session.accelerator.wait_for_everyone()
-    return Result(result, session.out, session.metrics, best, session.state.evaluated.eval())
+    return Result(state, session.out, progress.metrics, best, session.state.evaluated.eval())
 
 
 def _end(
@@ -252,11 +267,11 @@ def _end(
     error: BaseException,
     report: Callable[[Ending], object],
 ) -> Ending:
-    """Agree with the other processes on why the run ends, and write it to status.json."""
+    """Agree with the other processes on why the run ends, and write the cause to status.json."""
 
     if session is None:
         ending = agree(error, "at the start", report)
-        # Rank 0 may hold the lock on the folder, so that the process that writes cannot.
+        # Rank 0 may hold the lock on the folder, so it writes too.
         writes = ending.writes or launcher_number("RANK") == 0
         if ending.code == EXIT_CODE and writes and recipe.out:
             _note_preempted(local_path(recipe.out), lock)
@@ -264,28 +279,23 @@ def _end(
     state = session.state
     ending = agree(error, f"at step {state.step}", report, in_training=True)
     if not isinstance(error, KeyboardInterrupt):
-        with suppress(RunError):  # the line is about what came first
+        with suppress(RunError):  # the first failure is reported
             session.saver.wait()
     if ending.writes and ending.code == EXIT_CODE:
         _note_preempted(session.out, lock)
     elif ending.writes:
         with session.warned.spare("status.json"):
-            write_status(session.out, "failed", state.step, session.epochs_done, ending.line)
+            write_status(session.out, "failed", state.step, session.progress.epoch, ending.line)
     return ending
 
 
 def _note_preempted(out: Path, lock: RunLock) -> None:
-    """Say in a run folder that its run was stopped before it had begun, or gone on."""
-
-    with suppress(
-        UsageError, OSError, ValueError, LookupError, TypeError
-    ):  # what is wrong there, the next start will say
+    """Write to a run folder that its run was stopped before it began or resumed."""
+    with suppress(UsageError, OSError):  # the next start reports them
         out.mkdir(parents=True, exist_ok=True)
         lock.take(out)
-        saved = {"step": 0, "epoch": 0}
-        for path in checkpoints_in(out / "checkpoints")[-1:]:
-            saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        write_status(out, "preempted", saved["step"], saved["epoch"])
+        saved = newest_progress(out / "checkpoints")
+        write_status(out, "preempted", saved.step if saved else 0, saved.epoch if saved else 0)
 
 
 def _check_batch_size(recipe: Recipe, world: int) -> None:
@@ -307,7 +317,7 @@ def _check_dataset(recipe: Recipe, dataset: Dataset) -> None:
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
-    """Return what must be the same in all processes about their dataset, as plain values."""
+    """Return the properties of the dataset that all processes must share, as plain values."""
     return {
         "digest": dataset.digest,
         "classes": list(dataset.classes),

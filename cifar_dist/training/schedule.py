@@ -1,12 +1,12 @@
-"""Learning rates: pure functions of the step, so there is no scheduler to save or to restore."""
+"""Learning-rate schedules as pure functions of the step, without a scheduler to save."""
 
 import math
 from collections.abc import Callable
 
 from cifar_dist.config import ScheduleConfig
 
-# Each shape maps progress since the warm-up (0 at its end, 1 at the end of the run) and the number
-# of epochs since the start of the run to a factor between `final` and 1.
+# A shape maps the progress since the warm-up (from 0 to 1 at the end of the run) and the number of
+# epochs since the start of the run to a learning-rate multiplier between `final` and 1.
 Shape = Callable[[ScheduleConfig, float, float], float]
 
 
@@ -33,12 +33,12 @@ SCHEDULES: dict[str, Shape] = {
     "linear": _linear,
     "one_cycle": _cosine,  # Smith and Topin, 2018: a long rise, then the fall
 }
-ONE_CYCLE_RISE = 0.3  # share of the run, where schedule.warmup_epochs is 0
+ONE_CYCLE_RISE = 0.3  # fraction of the run, if schedule.warmup_epochs is 0
 ONE_CYCLE_START = 1 / 25
 
 
 def total_steps(epochs: float, steps_per_epoch: int) -> int:
-    """Return the optimizer steps of a run; of a part of an epoch, the nearest number."""
+    """Return the number of optimizer steps of a run, rounded if `epochs` is fractional."""
     return round(epochs * steps_per_epoch)
 
 
@@ -48,8 +48,8 @@ def learning_rate(
     """Return the learning rate of a step.
 
     Args:
-        config: which schedule.
-        peak: learning rate at the top.
+        config: the schedule and its options.
+        peak: maximum of the learning rate.
         step: optimizer step, from 0.
         steps_per_epoch: optimizer steps in an epoch.
         epochs: length of the run.

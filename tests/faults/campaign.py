@@ -94,7 +94,7 @@ def _look(out: Path, reached: int, tally: Tally) -> int:
     steps = []
     for path in checkpoints_in(out / "checkpoints") if (out / "checkpoints").is_dir() else []:
         try:
-            steps.append(int(load_checkpoint(path).state["step"]))
+            steps.append(load_checkpoint(path).progress.step)
         except (DamagedCheckpoint, UsageError) as error:
             tally.wrong.append(f"a committed checkpoint is damaged: {error}")
     newest = max(steps, default=0)

@@ -137,6 +137,13 @@ def bad_image(position: str, kind: str) -> None:
     session.build_network = build_network  # type: ignore[assignment]
 
 
+def ignores_found_inf() -> None:
+    """Train with an optimizer of torch's that has no fused kernel."""
+    from cifar_dist.training.optim import OPTIMIZERS
+
+    OPTIMIZERS["sgd"] = lambda model, config: torch.optim.RMSprop(model.parameters(), config.lr)
+
+
 def dies_at_write(number: str) -> None:
     """SIGKILL the whole job before the write operation with this number in the checkpoint store."""
     from cifar_dist import files

@@ -92,7 +92,7 @@ def preempt(
         seconds,
         status["state"],
         status["step"],
-        newest[1].state["step"],
+        newest[1].progress.step,
         digest_of(out) == digest_of(whole),
     )
 

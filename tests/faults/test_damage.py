@@ -168,4 +168,4 @@ def test_a_kill_while_one_checkpoint_replaces_another(copy: Path) -> None:
     newest.rename(newest.with_name(f".{newest.name}.old"))  # the moment between two renames
     found = load_newest(copy / "checkpoints")
     assert found is not None
-    assert found[1].state["step"] == 20
+    assert found[1].progress.step == 20

@@ -24,7 +24,13 @@ def first_step_with(position: int, batch: int = 32) -> int:
 
 @pytest.mark.fault(24)
 @pytest.mark.parametrize(
-    ("kind", "shown"), [("nan", "loss nan"), ("loss", "loss inf"), ("gradient", "gradient")]
+    ("kind", "shown"),
+    [
+        ("nan", "loss nan"),
+        ("loss", "loss inf"),
+        ("gradient", "gradient"),
+        ("nan and ignores_found_inf", "loss nan"),
+    ],
 )
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_bad_image_on_one_process_reaches_no_weights(
@@ -46,8 +52,8 @@ def test_a_bad_image_on_one_process_reaches_no_weights(
 
     newest = load_newest(out / "checkpoints")
     assert newest is not None
-    assert newest[1].state["step"] == 4
-    for tensors in newest[1].tensors.values():
+    assert newest[1].progress.step == 4
+    for tensors in newest[1].files().values():
         assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 

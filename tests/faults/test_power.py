@@ -58,7 +58,7 @@ def newest_in(folder: Path) -> Saved | None:
     found = load_newest(folder)
     if found is None:
         return None
-    weights = found[1].tensors["model"]["w"]
+    weights = found[1].model["w"]
     assert (weights == weights[0, 0]).all()
     return int(found[0].name.split("-")[-1].removesuffix(".old")), float(weights[0, 0])
 

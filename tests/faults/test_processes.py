@@ -88,7 +88,7 @@ def test_one_process_fails_and_the_job_ends_with_its_name(
     assert f"error: {status['message']}" == last
     newest = load_newest(out / "checkpoints")
     assert newest is not None
-    assert newest[1].state["step"] == 5
+    assert newest[1].progress.step == 5
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])

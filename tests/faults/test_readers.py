@@ -2,6 +2,7 @@
 
 import multiprocessing
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from cifar_dist import files
 from cifar_dist.errors import UsageError
 from cifar_dist.storage import checkpoint as store
 from cifar_dist.storage.checkpoint import (
+    Best,
     Checkpoint,
     checkpoints_in,
     find_checkpoint,
+    find_weights,
     load_newest,
     prune,
     save_checkpoint,
@@ -29,15 +32,15 @@ Read = Callable[[Path], None]
 
 
 def numbered(step: int) -> Checkpoint:
-    """Return a checkpoint whose every file contains its step, and which is its own best."""
-    tensors, state = sample(float(step)).tensors, sample().state
-    return Checkpoint(tensors, {**state, "step": step, "best": {"step": step}})
+    """Return a checkpoint of which every file holds its step, and which is its own best."""
+    checkpoint = sample(float(step))
+    progress = replace(checkpoint.progress, step=step, best=Best(step))
+    return replace(checkpoint, progress=progress)
 
 
 def require_whole(found: tuple[Path, Checkpoint] | None) -> None:
     assert found is not None
-    weights = found[1].tensors["model"]["w"]
-    assert (weights == found[1].state["step"]).all()
+    assert (found[1].model["w"] == found[1].progress.step).all()
 
 
 def read_newest(run: Path) -> None:
@@ -48,11 +51,16 @@ def read_best(run: Path) -> None:
     require_whole(find_checkpoint(str(run), best=True))
 
 
+def read_weights(run: Path) -> None:
+    progress, weights = find_weights(str(run), best=True)[1]
+    assert (weights["w"] == progress.step).all()
+
+
 def read_all(run: Path) -> None:
     assert verify_main([str(run)]) == 0
 
 
-READS: list[Read] = [read_newest, read_best, read_all]
+READS: list[Read] = [read_newest, read_best, read_weights, read_all]
 
 
 def save_and_prune(folder: Path, step: int) -> None:

@@ -81,7 +81,7 @@ def test_one_signalled_process_is_enough_and_batchnorm_goes_on_as_it_was(
     status = status_of(out)
     newest = load_newest(out / "checkpoints")
     assert newest is not None
-    assert (status["state"], status["step"]) == ("preempted", newest[1].state["step"])
+    assert (status["state"], status["step"]) == ("preempted", newest[1].progress.step)
     if phase == "training":
         assert 3 <= status["step"] < 6
     else:  # the epoch is trained but not evaluated yet
