@@ -361,7 +361,7 @@ def test_one_console_line_an_epoch(tmp_path: Path, capfd: pytest.CaptureFixture[
         "epoch 2/2",
     ]
     assert "1 process on cpu, backend none, precision fp32" in output.out
-    assert "batch 32, 32 per process; 10 steps per epoch (0 images left over)" in output.out
+    assert "batch 32, 32 per process; 10 steps per epoch (0 images dropped)" in output.out
     assert output.err == ""
 
 

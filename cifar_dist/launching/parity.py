@@ -146,7 +146,7 @@ class Comparison:
             self.findings.append(error("failed", f"{number} processes: {failure}", remedy))
             return
         plain = f"{number} processes against 1"
-        name = f"{plain} in {number} parts" if self.normalised else plain
+        name = f"{plain} in {number} micro-batches" if self.normalised else plain
         exact = self._train(1, number) if self.normalised else self.alone
         difference = _differ(exact, together, self.begun)
         self.report[name] = difference.describe()

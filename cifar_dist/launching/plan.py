@@ -173,8 +173,8 @@ def _describe(prediction: Prediction, recipe: Recipe) -> dict[str, str]:
         "processes": str(prediction.processes),
         "batch": f"{train.batch_size}{parts}, {each} per process",
         "images": f"{len(dataset.train)} training, {measured}, {len(dataset.classes)} classes",
-        "steps": f"{prediction.steps_per_epoch} per epoch ({prediction.left_over} images left "
-        f"over), {train.epochs} epochs, {prediction.steps} in total",
+        "steps": f"{prediction.steps_per_epoch} per epoch ({prediction.left_over} images "
+        f"dropped), {train.epochs} epochs, {prediction.steps} in total",
         "learning_rate": ", ".join(
             f"{rate:.4g} at step {step}" for step, rate in prediction.rates.items()
         ),

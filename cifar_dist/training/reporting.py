@@ -25,6 +25,7 @@ from cifar_dist.storage.tracking import (
 )
 from cifar_dist.training.metrics import Evaluation, Totals
 from cifar_dist.training.session import Session, line_of
+from cifar_dist.user_code import identity
 
 CLASS_SCALARS = 100  # classes up to which the accuracy of each is tracked
 
@@ -57,22 +58,28 @@ def announce(session: Session, origin: str) -> None:
     }
     per_process = recipe.train.batch_size // recipe.train.accumulate // world
     compiled = f", compiled by the launcher's dynamo_backend {compiler}" if compiler else ""
-    parts = f" in {recipe.train.accumulate} parts" if recipe.train.accumulate > 1 else ""
+    parts = f" in {recipe.train.accumulate} micro-batches" if recipe.train.accumulate > 1 else ""
     dropped = len(dataset.train) - session.steps_per_epoch * recipe.train.batch_size
     print(
         f"cifar_dist: {origin}; out {session.out}\n"
         f"  {world} {'process' if world == 1 else 'processes'} on {facts['device']}, backend "
         f"{backend}, precision {precision}{compiled}, {facts['threads']} threads each\n"
-        f"  {recipe.model.name} on {recipe.data.name}: {len(dataset.train)} training images, "
+        f"  {identity(recipe.model.name)} on {recipe.data.name}: "
+        f"{len(dataset.train)} training images, "
         + ", ".join(f"{count} {name}" for name, count in facts["evaluation_images"].items())
         + f", {len(dataset.classes)} classes\n"
         f"  classes {_first(dataset.classes)}\n"
         f"  batch {recipe.train.batch_size}{parts}, {per_process} per process; "
-        f"{session.steps_per_epoch} steps per epoch ({dropped} images left over), "
+        f"{session.steps_per_epoch} steps per epoch ({dropped} images dropped), "
         f"{recipe.train.epochs} epochs; {recipe.optim.name} {recipe.optim.lr} "
         f"{recipe.schedule.name}" + (f"\n  {session.beginning}" if session.beginning else ""),
         flush=True,
     )
+    if session.state.host_read and accelerator.device.type == "cuda":
+        print(
+            f"note: no CUDA graph: {session.state.host_read} reads a tensor's value on the host",
+            flush=True,
+        )
     for reason in dataset.skipped:
         print(f"warning: left out, cannot be decoded: {reason}", flush=True)
     _warn_of_images(dataset, facts["identical_images"])

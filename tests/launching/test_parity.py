@@ -45,7 +45,7 @@ def test_every_recipe_on_one_two_and_three(name: str, capsys: pytest.CaptureFixt
     off = any("dropout is off here" in entry["message"] for entry in found["findings"])
     assert off == (name in DROPPING)
     assert len(exact) == (4 if normalised else 2)
-    assert normalised == any("parts" in key for key in exact)
+    assert normalised == any("micro-batches" in key for key in exact)
 
 
 @pytest.mark.slow

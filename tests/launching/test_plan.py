@@ -80,7 +80,7 @@ def test_a_plan_says_what_a_run_records(
     assert expected["rates"] == {step: rates[step] for step in expected["rates"]}
     assert f"batch {parse_recipe(argv)[0].train.batch_size}" in done.stdout
     assert f"{expected['per_process']} per process" in done.stdout
-    assert f"({expected['left_over']} images left over)" in done.stdout
+    assert f"({expected['left_over']} images dropped)" in done.stdout
     saved = sorted((tmp_path / "run/checkpoints").iterdir())
     steps = [int(path.name.removeprefix("step-")) for path in saved]
     best = json.loads((saved[-1] / "state.json").read_text())["best"]["step"]
