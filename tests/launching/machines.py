@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+from tests.helpers import needs
+
 # For JOB: long enough to be met while it trains, and slow to learn, for the sake of equal integers.
 LONG = ("--train.epochs", "40", "--optim.lr", "0.001")
 ROOT = Path(__file__).parent.parent.parent
@@ -52,14 +56,13 @@ SETTINGS = {
 }
 
 
-def missing(*programs: str) -> str:
-    """Return what keeps this machine from being two with these programs, or "" if nothing does."""
-    absent = [name for name in ("ip", "nsenter", "unshare", *programs) if not shutil.which(name)]
-    if absent:
-        return f"{', '.join(absent)} not installed"
+def needs_two_machines(*programs: str) -> None:
+    """Skip the test if this machine cannot play two machines with these programs."""
+    needs("ip", "nsenter", "unshare", *programs)
     probe = ["unshare", "--net", "--uts", "--mount", "ip", "link", "set", "lo", "up"]
     done = subprocess.run(probe, capture_output=True, timeout=30)
-    return "" if done.returncode == 0 else "no right to make network namespaces; run as root"
+    if done.returncode:
+        pytest.skip("making network namespaces is not permitted; run as root")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 
 from cifar_dist.errors import PeersMissing
 from cifar_dist.processes.ending import Ending
-from tests.helpers import JOB, Integers, read_lines, tested
+from tests.helpers import JOB, Integers, needs, read_lines, tested
 from tests.launching.nodes import run_on_nodes
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Nothing of Ray's in the home folder, and nothing sent home."""
-    pytest.importorskip("ray.train", reason="Ray Train is in the package ray[train]")
+    needs("ray")
     with tempfile.TemporaryDirectory(prefix="ray") as short:  # it has sockets there
         yield {
             "HOME": str(tmp_path),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from cifar_dist.config import dump_recipe, parse_recipe
-from tests.helpers import JOB, Integers, free_port, tested
+from tests.helpers import JOB, Integers, free_port, needs, tested
 from tests.launching.nodes import run_on_nodes
 
 FILE = Path(__file__).parents[2] / "launch" / "skypilot.yaml"
@@ -19,7 +19,10 @@ def sky(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The package, without a folder in the real home and without telling anyone of its use."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SKYPILOT_DISABLE_USAGE_COLLECTION", "1")
-    return pytest.importorskip("sky", reason="the loader is in the package skypilot")
+    needs("sky")
+    import sky
+
+    return sky
 
 
 def template() -> dict[str, Any]:
