@@ -221,7 +221,8 @@ def _decode_in_processes(
 
     def start_worker(rows: range) -> None:
         job, log = folder / f"{rows[0]}.json", folder / f"{rows[0]}.log"
-        job.write_text(json.dumps([rows.start, rows.step, [paths[row] for row in rows]]))
+        text = json.dumps([rows.start, rows.step, [paths[row] for row in rows]])
+        job.write_text(text, encoding="utf-8")
         output = stack.enter_context(log.open("w+b"))
         with uninterrupted():
             command = [sys.executable, "-c", code, str(target), str(job), str(log)]
@@ -280,7 +281,7 @@ def main(target: str, job: str, log: str) -> None:
     ignore_signals()
     parent = os.getppid()
     array = np.load(target, mmap_mode="r+")
-    start, step, paths = json.loads(Path(job).read_text())
+    start, step, paths = json.loads(Path(job).read_text(encoding="utf-8"))
     with open(log, "wb", buffering=0) as file:
         for number, path in enumerate(paths):
             reason = _decode_row(array, start + number * step, path)
