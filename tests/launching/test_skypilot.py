@@ -13,6 +13,8 @@ from tests.launching.nodes import run_on_nodes
 
 FILE = Path(__file__).parents[2] / "launch" / "skypilot.yaml"
 
+OWN_WARNINGS = pytest.mark.filterwarnings("ignore")  # SkyPilot's, not ours
+
 
 @pytest.fixture
 def sky(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
@@ -29,6 +31,7 @@ def template() -> dict[str, Any]:
     return dict(yaml.safe_load(FILE.read_text()))
 
 
+@OWN_WARNINGS
 def test_skypilot_reads_it_as_it_is_meant(sky: Any) -> None:
     task = sky.Task.from_yaml(str(FILE))
     written, read = template(), task.to_yaml_config()
@@ -42,6 +45,7 @@ def test_skypilot_reads_it_as_it_is_meant(sky: Any) -> None:
     assert read["file_mounts"]["/runs"].items() >= written["file_mounts"]["/runs"].items()
 
 
+@OWN_WARNINGS
 def test_skypilot_would_refuse_a_misspelt_field(sky: Any) -> None:
     with pytest.raises(ValueError, match="num_node"):
         sky.Task.from_yaml_config({**template(), "num_node": 2})
