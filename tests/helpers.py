@@ -1,8 +1,10 @@
 """Helpers for tests: start real processes, and write small datasets."""
 
 import ctypes
+import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -126,6 +128,22 @@ def obeying_modes() -> Iterator[None]:
         yield
     finally:
         assert libc.capset(header, before) == 0
+
+
+def needs(*names: str) -> None:
+    """Skip the test if one of these programs or packages is not installed.
+
+    With REQUIRE_PROGRAMS in the environment, as in .ci/run, the test fails instead.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    absent = [
+        name
+        for name in names
+        if not (shutil.which(name, path=path) or importlib.util.find_spec(name))
+    ]
+    if absent:
+        end = pytest.fail if os.environ.get("REQUIRE_PROGRAMS") else pytest.skip
+        end(f"not installed: {', '.join(absent)}")
 
 
 def free_port() -> int:

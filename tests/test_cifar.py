@@ -345,7 +345,7 @@ def test_a_pickle_bomb_is_never_executed(
             (root / "cifar-10-python.tar.gz").write_bytes(content)
         message = refusal(root)
         assert f"'{victim}' of CIFAR cannot be unpickled" in message
-        assert "is not allowed in it" in message
+        assert "is not allowed" in message
         assert not marker.exists()
 
 
@@ -360,7 +360,7 @@ def test_only_the_functions_of_a_pickled_array_can_be_named(
     files = {**small_files(), "data_batch_2": b"c" + name.encode() + b"\n."}
     publish(monkeypatch, files)
     unpack(files, tmp_path)
-    assert f"{name.replace(chr(10), '.')} is not allowed in it" in refusal(tmp_path)
+    assert f"{name.replace(chr(10), '.')} is not allowed" in refusal(tmp_path)
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0) -> Any:
@@ -379,10 +379,10 @@ VICTIM = "cifar-10-batches-py/data_batch_1"
         (member("../evil"), f"'{VICTIM}' is not in it"),
         (member("/tmp/cifar-dist-evil"), f"'{VICTIM}' is not in it"),
         (member("cifar-10-batches-py/../data_batch_1"), f"'{VICTIM}' is not in it"),
-        (member(VICTIM, tarfile.SYMTYPE, "/etc/passwd"), f"'{VICTIM}' in it is no plain file"),
-        (member(VICTIM, tarfile.LNKTYPE, "../evil"), f"'{VICTIM}' in it is no plain file"),
-        (member(VICTIM, tarfile.CHRTYPE), f"'{VICTIM}' in it is no plain file"),
-        (member(VICTIM, tarfile.FIFOTYPE), f"'{VICTIM}' in it is no plain file"),
+        (member(VICTIM, tarfile.SYMTYPE, "/etc/passwd"), f"'{VICTIM}' in it is not a regular file"),
+        (member(VICTIM, tarfile.LNKTYPE, "../evil"), f"'{VICTIM}' in it is not a regular file"),
+        (member(VICTIM, tarfile.CHRTYPE), f"'{VICTIM}' in it is not a regular file"),
+        (member(VICTIM, tarfile.FIFOTYPE), f"'{VICTIM}' in it is not a regular file"),
         (member(VICTIM, size=10 << 30), f"'{VICTIM}' in it has 10737418240 bytes"),
         (member("readme.html", size=10 << 30), "'readme.html' in it has 10737418240 bytes"),
     ],

@@ -45,7 +45,9 @@ def test_a_user_without_a_home_has_a_cache_of_its_own(homeless: Path) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
     assert cache_folder(DataConfig()) == folder
     folder.chmod(0o755)
-    with pytest.raises(UsageError, match=r"alone may use; name another with --data\.cache"):
+    with pytest.raises(
+        UsageError, match=r"is not a private folder of user \d+; name another with --data\.cache"
+    ):
         cache_folder(DataConfig())
     folder.rmdir()
     folder.symlink_to("/")

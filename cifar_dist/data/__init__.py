@@ -1,4 +1,4 @@
-"""Datasets by name: `load_dataset` gives the splits to train and to measure on."""
+"""Datasets by name: `load_dataset` returns the splits to train and to evaluate on."""
 
 from dataclasses import dataclass
 
@@ -24,12 +24,12 @@ class Dataset:
 
     Attributes:
         train: the training images.
-        evaluation: what is measured: "val" where a validation share exists, "test" where a test
-            set exists; at least one of them.
-        mean, std: per channel, to normalise with; 0 and 1 if the recipe does not normalise.
-        digest: SHA-256 of the whole dataset as it was found.
+        evaluation: the images to evaluate on: "val" if there is a validation split, "test" if
+            there is a test split; at least one of them.
+        mean, std: per channel, for normalization; 0 and 1 if data.normalize is off.
+        digest: SHA-256 of the whole dataset, before it is split and limited.
         skipped: files left out because they could not be decoded, each with the reason.
-        left_out: number of files that were not taken for images, by reason and suffix.
+        left_out: number of files that do not count as images, by reason and suffix.
     """
 
     train: Images
@@ -47,19 +47,19 @@ class Dataset:
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Load, split and limit a dataset as data.* says.
+    """Load, split and limit a dataset as the options data.* require.
 
     Raises:
-        UsageError: the dataset is missing, damaged, or has no part to train or to measure on.
+        UsageError: the dataset is missing or damaged, or has no split to train or to evaluate on.
     """
     return arrange(DATASETS[config.name](config), config)
 
 
 def arrange(source: Source, config: DataConfig) -> Dataset:
-    """Split and limit what was found as data.* says.
+    """Split and limit a source as the options data.* require.
 
     Raises:
-        UsageError: it has no part to train or to measure on.
+        UsageError: it has no split to train or to evaluate on.
     """
     if "train" not in source.splits:
         others = [path.name for path in find_splits(local_path(config.root)).values()]
@@ -83,8 +83,8 @@ def arrange(source: Source, config: DataConfig) -> Dataset:
         evaluation = {"val": held_out, **evaluation}
     if not evaluation:
         raise UsageError(
-            f"'{config.root}' has no test, val, valid or validation folder to measure on; add one, "
-            "or hold out a share of the images with --data.val_fraction 0.1"
+            f"'{config.root}' has no test, val, valid or validation folder to evaluate on; add "
+            "one, or hold out part of the training images with --data.val_fraction 0.1"
         )
     return Dataset(
         train=train.limited(config.limit_train, config.seed),
@@ -101,10 +101,10 @@ def arrange(source: Source, config: DataConfig) -> Dataset:
 
 
 def load_evaluation(config: DataConfig, split: str | None) -> tuple[str, Images]:
-    """Return what to measure on, with its name: `split`, else test, else val, else all there are.
+    """Return the name and the images of `split`, or by default of test, val or train.
 
     Raises:
-        UsageError: there is no such part.
+        UsageError: the dataset has no such split.
     """
     if config.val_fraction:
         dataset = load_dataset(config)
@@ -118,5 +118,5 @@ def load_evaluation(config: DataConfig, split: str | None) -> tuple[str, Images]
     names = [split] if split else ["test", "val", "train"]
     found = next((name for name in names if name in parts), None)
     if found is None:
-        raise UsageError(f"'{config.root}' has no '{split}' part; it has {', '.join(parts)}")
+        raise UsageError(f"'{config.root}' has no split '{split}'; it has {', '.join(parts)}")
     return found, parts[found]

@@ -1,8 +1,8 @@
-"""Order and shards: which images form each global batch, and which part a process works on.
+"""Shuffling and sharding: the images of each global batch, and the slice that each rank gets.
 
 The order of an epoch is a function of (seed, epoch) alone. Batches are global: Accelerate gives
-each process its contiguous slice of every one, without padding or duplicates, so the number of
-processes does not change what is trained on.
+each process its contiguous slice of every batch, without padding or duplicates, so the world size
+does not change the batches.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cifar_dist.data.images import Images
 
-# Images of CIFAR's size per process and forward pass of an evaluation, of larger ones fewer. On a
-# GPU as many as cifar10-94 trains on: cuDNN measures its algorithms anew for every batch size.
+# Evaluation batch size per process for images of CIFAR's size; larger images get smaller batches.
+# On a GPU it is the batch size of cifar10-94: cuDNN benchmarks its algorithms for every batch size.
 EVALUATION_BATCH, EVALUATION_BATCH_ON_GPU = 256, 2000
-RESIDENT_BYTES = 4 << 30  # datasets up to this size are kept on the accelerator
+RESIDENT_BYTES = 4 << 30  # datasets up to this size are kept in the accelerator's memory
 
 
 class Batch(NamedTuple):
-    """Images uint8 [N, H, W, 3], labels int64 [N], positions in the set int64 [N]."""
+    """Images uint8 [N, H, W, 3], labels int64 [N], positions in the dataset int64 [N]."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 
 
 class ImageDataset(Dataset[Batch]):
-    """Gathers whole batches by position, from the device itself where the images fit there."""
+    """Gathers whole batches by position, on the device if the images fit into its memory."""
 
     def __init__(self, images: Images, device: torch.device) -> None:
         self.rows = torch.from_numpy(images.selected)
@@ -46,7 +46,7 @@ class ImageDataset(Dataset[Batch]):
 
     @property
     def device(self) -> torch.device:
-        """Where the images are; positions must be there too."""
+        """Device of the images; positions must be on it too."""
         return self.rows.device
 
     def __getitems__(self, positions: torch.Tensor) -> Batch:
@@ -57,16 +57,17 @@ class ImageDataset(Dataset[Batch]):
 
 
 class GlobalBatches(Sampler[torch.Tensor]):
-    """Positions of each global batch, int64 [batch_size].
+    """Sampler of the positions in each global batch, int64 [batch_size].
 
     Args:
-        size: images in the set.
+        size: number of images in the dataset.
         batch_size: images per batch, over all processes.
-        seed: shuffles each epoch and drops the tail that does not fill a batch; None keeps the
-            order and the tail.
-        together: batches of an optimizer step; a tail that does not fill a step is dropped too.
-        device: of the positions. They are sent there once an epoch: to send each batch's would have
-            the host wait for the device at every step.
+        seed: shuffles each epoch and drops the last incomplete batch; None keeps the order and
+            that batch.
+        together: micro-batches per optimizer step (gradient accumulation); an incomplete last step
+            is dropped too.
+        device: device of the positions. They are copied once per epoch: a copy per batch would
+            make the host wait for the device at every step.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class GlobalBatches(Sampler[torch.Tensor]):
         self.start_at(0, 0)
 
     def start_at(self, epoch: int, first: int, end: int | None = None) -> None:
-        """Make the next iteration that of `epoch`, from batch `first` to before batch `end`."""
+        """Make the next iteration yield the batches from `first` to before `end` of `epoch`."""
         self.epoch, self.first, self.end = epoch, first, len(self) if end is None else end
 
     def __len__(self) -> int:
@@ -99,7 +100,7 @@ class GlobalBatches(Sampler[torch.Tensor]):
 
 
 def permutation(size: int, seed: int, epoch: int) -> torch.Tensor:
-    """Return the order of an epoch, int64 [size]."""
+    """Return the shuffled order of an epoch, int64 [size]."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(size, generator=generator)
 
@@ -107,7 +108,7 @@ def permutation(size: int, seed: int, epoch: int) -> torch.Tensor:
 def build_loader(
     accelerator: Accelerator, images: Images, batch_size: int, seed: int | None, together: int = 1
 ) -> tuple[DataLoader, GlobalBatches]:
-    """Return the loader of this process's shards, and the sampler that says where it starts."""
+    """Return the loader of this process's slices, and the sampler that sets where it starts."""
     dataset = ImageDataset(images, accelerator.device)
     sampler = GlobalBatches(len(images), batch_size, seed, together, dataset.device)
     loader: DataLoader = DataLoader(
@@ -119,7 +120,7 @@ def build_loader(
 
 
 def build_evaluation_loader(accelerator: Accelerator, images: Images) -> DataLoader:
-    """Return a loader over every image exactly once, over all processes."""
+    """Return a loader that yields every image exactly once across all processes."""
     most = EVALUATION_BATCH if accelerator.device.type == "cpu" else EVALUATION_BATCH_ON_GPU
     height, width = images.images.shape[1:3]
     each = max(1, min(most, most * 32 * 32 // (height * width)))

@@ -1,8 +1,9 @@
-"""Decode once: datasets as arrays on disk that every process of a machine maps into its memory.
+"""Cache of decoded datasets: arrays on disk that all processes of a machine memory-map.
 
-An entry of the cache is a folder: the images, labels and digests of each split as .npy files, and
-meta.json with the rest and with the size, SHA-256 and stamp of every file. It is used only if all
-of them are as they were written, else it is built again. Other files in the folder are ignored.
+A cache entry is a folder: the images, labels and digests of each split as .npy files, and meta.json
+with the class names and statistics and with the size, SHA-256 and stamp of every file. An entry is
+used only if all its files are unchanged; otherwise it is built again. Other files in the folder are
+ignored.
 """
 
 import errno
@@ -31,14 +32,14 @@ from cifar_dist.data.images import Images, Source
 from cifar_dist.errors import UsageError, require
 from cifar_dist.files import local_path, put_in_place, replace_file, sha256_of, sync, user_id
 
-FORMAT = 2  # of an entry
+FORMAT = 2  # version of the layout of an entry
 META = "meta.json"
-ATTEMPTS = 50  # at opening an entry that other machines build too
-CHUNK = 512  # images handled at a time when measuring: few enough to stay in a core's cache
+ATTEMPTS = 50  # to open an entry that other machines build too
+CHUNK = 512  # images hashed at a time: few enough for the cache of a core
 
 
 class Damaged(Exception):
-    """An entry that is not as it was written; names the file."""
+    """A cache entry differs from what was written; names the file."""
 
 
 class CacheWriter:
@@ -50,10 +51,10 @@ class CacheWriter:
         self.skipped: list[str] = []
 
     def create(self, split: str, labels: Sequence[int], image_size: int) -> Path:
-        """Store the labels and return the file of the images' array, uint8 [N, size, size, 3].
+        """Store the labels, create the image array uint8 [N, size, size, 3] and return its file.
 
         Raises:
-            UsageError: there is no room for it.
+            UsageError: the disk has not enough free space.
         """
         np.save(self.folder / f"{split}-labels.npy", np.asarray(labels, dtype=np.int64))
         path = self.folder / f"{split}-images.npy"
@@ -66,13 +67,13 @@ class CacheWriter:
             "--data.cache",
         )
         np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # else a disk that fills up ends a mapping by SIGBUS
+        if hasattr(os, "posix_fallocate"):  # otherwise writing to a full disk raises SIGBUS
             with path.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         return path
 
     def drop(self, split: str, rows: Sequence[int]) -> None:
-        """Remove `rows` from a split written before."""
+        """Remove `rows` from a split that has been written."""
         for part in ("images", "labels"):
             path = self.folder / f"{split}-{part}.npy"
             kept = np.delete(np.load(path), list(rows), axis=0)
@@ -82,8 +83,9 @@ class CacheWriter:
 def load_or_build(folder: Path, key: str, build: Callable[[CacheWriter], None]) -> Source:
     """Open the dataset cached as `folder`/`key`. If it is absent or damaged, build it first.
 
-    Under a lock: one process of the machine builds, the others wait and open the result. The
-    build happens in a temporary folder that is renamed at the end, so a killed one leaves nothing.
+    Runs under a file lock: one process of the machine builds, the others wait and open the result.
+    The entry is built in a temporary folder that is renamed at the end, so a killed process leaves
+    no partial entry.
 
     Raises:
         UsageError: the folder cannot be written, or this user may not read the entry.
@@ -131,8 +133,8 @@ def _place(folder: Path, key: str) -> Path:
 
 def _build(folder: Path, key: str, build: Callable[[CacheWriter], None]) -> None:
     place, own = _place(folder, key), f".{key}-{platform.node()}-"
-    for work in folder.glob(f".{key}-*"):  # of a process that was killed
-        # A lock may not reach other machines: what one of them builds is left alone for a day.
+    for work in folder.glob(f".{key}-*"):  # left by killed processes
+        # The lock may not work across machines, so their builds are kept for a day.
         if work.name.startswith(own) or time.time() - work.stat().st_mtime > 86400:
             shutil.rmtree(work, ignore_errors=True)
     work = folder / f"{own}{secrets.token_hex(4)}"
@@ -141,17 +143,17 @@ def _build(folder: Path, key: str, build: Callable[[CacheWriter], None]) -> None
         writer = CacheWriter(work / "new")
         build(writer)
         _write_meta(writer.folder, _describe(writer, place.name))
-        if open_cached(folder, key) is None:  # else another machine was faster
+        if open_cached(folder, key) is None:  # otherwise another machine was faster
             put_in_place(writer.folder, place, aside=work / "damaged")
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another machine was faster
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another machine was faster
             raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _open_built(folder: Path, key: str) -> Source:
-    """Open an entry that exists, although another machine may be putting its own in its place."""
+    """Open an existing entry, although another machine may be replacing it."""
     for _ in range(ATTEMPTS):
         with suppress(Damaged, FileNotFoundError):
             return _open(folder, key)
@@ -160,10 +162,10 @@ def _open_built(folder: Path, key: str) -> Source:
 
 
 def _describe(writer: CacheWriter, name: str) -> dict[str, Any]:
-    """Return what meta.json holds, once all arrays are on disk and no longer change."""
+    """Return the content of meta.json; the arrays must be complete and not change any more."""
     files, measured = {}, _measure(writer.folder)
     for path in sorted(writer.folder.glob("*.npy")):
-        sync(path)  # before its times are taken: a mapping is written back late
+        sync(path)  # before its timestamps are read: memory-mapped writes arrive late
         with path.open("rb") as file:
             sha256, status = sha256_of(file), os.fstat(file.fileno())
         files[path.name] = {
@@ -214,9 +216,9 @@ def _open(folder: Path, key: str) -> Source:
 def _open_array(
     path: Path, known: dict[str, Any], written: int
 ) -> tuple[np.ndarray, os.stat_result]:
-    """Return an array that is as it was `written`, and the status of its file.
+    """Return an array and the status of its file, unless it has changed since it was `written`.
 
-    Images are read and hashed only if their stamp differs, labels and digests always.
+    Images are read and hashed only if their stamp differs; labels and digests always are.
     """
     try:
         with path.open("rb") as file:
@@ -231,7 +233,7 @@ def _open_array(
             if is_small:
                 return np.load(file), status
             shape = tuple(known["shape"])
-            # "c": writes stay private; torch warns about arrays that are mapped read-only.
+            # "c" keeps writes private; for read-only memory maps torch issues a warning.
             start = known["size"] - math.prod(shape)
             return np.memmap(file, np.uint8, "c", start, shape), status
     except PermissionError:
@@ -241,20 +243,20 @@ def _open_array(
 
 
 def _stamp(status: os.stat_result) -> list[int]:
-    """Return what a write to a file changes; no program can set ctime back."""
+    """Return inode, mtime and ctime, which every write changes; no program can set ctime."""
     return [status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _is_same(known: dict[str, Any], status: os.stat_result, written: int) -> bool:
-    """Return whether a file is certainly the one that was hashed, by the rule of git's index.
+    """Return True if a file is certainly unchanged since it was hashed, by the rule of git's index.
 
-    A write in the same tick of the clock as `written`, when the stamp was stored, may not show.
+    A write within the clock tick of `written`, when the stamp was stored, may not change the stamp.
     """
     return _stamp(status) == known["stamp"] and status.st_ctime_ns < written
 
 
 def _renew_stamps(place: Path, entry: dict[str, Any], statuses: dict[str, os.stat_result]) -> None:
-    """Store the stamps of files that were copied or restored, if the cache can be written."""
+    """Store new stamps for files that were copied or restored, if the cache is writable."""
     files = {n: {**known, "stamp": _stamp(statuses[n])} for n, known in entry["files"].items()}
     with suppress(OSError):
         for name in files:
@@ -268,7 +270,7 @@ def _write_meta(folder: Path, entry: dict[str, Any]) -> None:
 
 
 def _read_meta(place: Path) -> tuple[dict[str, Any], int]:
-    """Return what meta.json holds, and when it was written, in nanoseconds of the file system."""
+    """Return the entry in meta.json, and when the file was written (ctime in nanoseconds)."""
     try:
         with (place / META).open(encoding="utf-8") as file:
             content = json.load(file)
@@ -277,7 +279,7 @@ def _read_meta(place: Path) -> tuple[dict[str, Any], int]:
         if content["sha256"] != _checksum(entry):
             raise Damaged(f"{META}: the SHA-256 differs")
         if entry["name"] != place.name:
-            raise Damaged(f"{META}: it is of {entry['name']}")
+            raise Damaged(f"{META}: it belongs to {entry['name']}")
     except PermissionError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -290,9 +292,9 @@ def _checksum(entry: dict[str, Any]) -> str:
 
 
 def _measure(folder: Path) -> dict[str, Any]:
-    """Hash all arrays, and take mean and deviation of the training images from exact counts.
+    """Hash all arrays, and compute mean and standard deviation of the training images.
 
-    Each image is hashed by itself too, into an array of its own: see `Images.digests`.
+    Each image is also hashed alone, into a separate array: see `Images.digests`.
     """
     digest = hashlib.sha256()
     counts = np.zeros((3, 256), dtype=np.int64)
@@ -315,13 +317,13 @@ def _measure(folder: Path) -> dict[str, Any]:
 
 
 def count_levels(images: np.ndarray) -> np.ndarray:
-    """Count how often each channel of uint8 [N, H, W, 3] has each level; int64 [3, 256].
+    """Return the histogram of each channel of uint8 [N, H, W, 3], as int64 [3, 256].
 
-    By Pillow, which is three times as fast as three calls of numpy.bincount.
+    Uses Pillow, which is three times as fast as numpy.bincount per channel.
     """
     height, width = images.shape[1:3]
     counts = np.zeros(3 * 256, dtype=np.int64)
-    step = max(1, (1 << 20) // (height * width))  # Pillow copies: a few megabytes at a time
+    step = max(1, (1 << 20) // (height * width))  # Pillow copies a few megabytes at a time
     for start in range(0, len(images), step):
         rows = images[start : start + step].reshape(-1, width, 3)
         counts += np.array(Image.fromarray(rows).histogram())
@@ -329,9 +331,9 @@ def count_levels(images: np.ndarray) -> np.ndarray:
 
 
 def channel_statistics(counts: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and deviation per channel, in [0, 1], from `count_levels`.
+    """Return mean and standard deviation per channel, for values in [0, 1], from `count_levels`.
 
-    A channel without variation, or no images at all, gets deviation 1: it is then only centred.
+    A constant channel, or an empty dataset, gets standard deviation 1: it is then only centred.
     """
     levels = np.arange(256) / 255
     total = np.maximum(counts.sum(axis=1), 1)
@@ -344,10 +346,10 @@ def channel_statistics(counts: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 def cache_folder(config: DataConfig) -> Path:
     """Return the folder of decoded datasets: data.cache, else XDG_CACHE_HOME, else ~/.cache.
 
-    A user without a home folder, as in a container, gets one in the folder of temporary files.
+    A user without a home folder, as in a container, gets a folder in the temporary directory.
 
     Raises:
-        UsageError: that one belongs to somebody else.
+        UsageError: that folder belongs to another user, or others may access it.
     """
     if config.cache:
         return local_path(config.cache)
@@ -360,7 +362,6 @@ def cache_folder(config: DataConfig) -> Path:
     found = folder.lstat()
     require(
         stat.S_ISDIR(found.st_mode) and (found.st_uid, found.st_mode & 0o77) == (user_id(), 0),
-        f"'{folder}' is not a folder that user {user_id()} alone may use; name another with "
-        "--data.cache",
+        f"'{folder}' is not a private folder of user {user_id()}; name another with --data.cache",
     )
     return folder

@@ -38,15 +38,15 @@ PICKLED_ARRAY = {
 
 @dataclass(frozen=True)
 class Archive:
-    """A published archive and what is in it.
+    """A published archive and its content.
 
     Attributes:
-        url: where it is published.
-        sha256: of the archive.
-        folder: that all its files are in.
+        url: address of the archive.
+        sha256: SHA-256 of the archive.
+        folder: folder in the archive that holds all files.
         train, test: names of the files with the images of each split.
         meta: name of the file with the class names.
-        md5: of each of these files, by name.
+        md5: MD5 of each of these files, by name.
         labels: key of the labels in the batches.
         names: key of the class names in the meta file.
     """
@@ -108,7 +108,7 @@ SIZES = {"train": 50_000, "test": 10_000}  # images of each split
 
 
 def load_cifar(config: DataConfig) -> Source:
-    """Return the dataset, downloading it into data.root if neither cache nor root holds it.
+    """Load the dataset; download it into data.root if neither cache nor root holds it.
 
     Raises:
         UsageError: it is absent and cannot be downloaded, or its files are not the published ones.
@@ -138,9 +138,10 @@ def load_cifar(config: DataConfig) -> Source:
 def _read_files(root: Path, dataset: str) -> dict[str, bytes]:
     """Return the content of the files inside the archive, by name.
 
-    1. The archive in `root` is used, whoever put it there; else
-    2. the folder that it unpacks to; else
-    3. the archive is downloaded into `root`.
+    They are read from the first of these that exists:
+    1. the archive in `root`;
+    2. the unpacked folder in `root`;
+    3. the archive, which is then downloaded into `root`.
     """
     archive = ARCHIVES[dataset]
     path, folder = root / archive.name, root / archive.folder
@@ -184,10 +185,10 @@ def _read_archive(path: Path, archive: Archive) -> dict[str, bytes]:
 
 
 def _read_members(tar: tarfile.TarFile, archive: Archive) -> dict[str, bytes]:
-    """Return the content of the expected members, whatever else there may be.
+    """Return the content of the expected members; other members are ignored.
 
     Raises:
-        ValueError: one is missing or no plain file, or any member is too large.
+        ValueError: one is missing or not a regular file, or any member is too large.
     """
     contents = {}
     for member in tar:
@@ -197,7 +198,7 @@ def _read_members(tar: tarfile.TarFile, archive: Archive) -> dict[str, bytes]:
         if folder == archive.folder and name in archive.md5:
             stream = tar.extractfile(member) if member.isreg() else None
             if stream is None:
-                raise ValueError(f"{member.name!r} in it is no plain file")
+                raise ValueError(f"{member.name!r} in it is not a regular file")
             contents[name] = stream.read()
     for name in archive.md5:
         if name not in contents:
@@ -215,7 +216,7 @@ def _read_folder(folder: Path, archive: Archive) -> dict[str, bytes]:
             f"{path} is missing, or not a file of at most {LARGEST_MEMBER} bytes; {remedy}",
         )
         contents[name] = path.read_bytes()
-        # Weak against forgery, but what was published; reading the file does no harm in any case.
+        # MD5 is weak against forgery, but no better hash is published; unpickling is safe anyway.
         found = hashlib.md5(contents[name], usedforsecurity=False).hexdigest()
         require(found == expected, f"{path} has MD5 {found}, expected {expected}; {remedy}")
     return contents
@@ -226,7 +227,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in PICKLED_ARRAY:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
         return super().find_class(module, name)
 
 

@@ -1,12 +1,13 @@
-"""Decode image files to arrays: one here, many in processes of their own, one a core.
+"""Decode image files to arrays: a few in this process, many in one process per core.
 
-Every image ends as RGB of size x size pixels, in this order: turned as its EXIF tag says;
-transparent parts laid on white; grey, palette, CMYK and 16-bit pixels converted to 8-bit RGB; the
-largest centred square cut out and scaled (bicubic). Of an animation the first frame is used.
+Every image becomes RGB of size x size pixels in these steps: rotate as the EXIF orientation
+requires; composite transparent pixels on white; convert grey, palette, CMYK and 16-bit pixels to
+8-bit RGB; crop the largest centred square; resize (bicubic). Of an animation the first frame is
+used.
 
-The content of a file decides which decoder reads it, never its suffix.
+The content of a file selects the decoder, never its suffix.
 
-Threads would not do: for small images Pillow spends more time in Python than in its decoders.
+Processes, not threads: for small images Pillow spends more time in Python than in its decoders.
 """
 
 import functools
@@ -32,10 +33,10 @@ from cifar_dist.errors import UsageError
 from cifar_dist.processes.environment import usable_cores
 from cifar_dist.processes.preemption import ignore_signals, uninterrupted
 
-LEAST = 2000  # images for which a process is worth its start
+LEAST = 2000  # images per process that justify starting it
 
-# The raster formats that Pillow decodes itself. Absent are those for which it starts a program
-# (EPS: Ghostscript), draws through the system (WMF), opens whatever is embedded (IPTC), needs
+# The raster formats that Pillow decodes itself. Excluded are those for which it starts a program
+# (EPS: Ghostscript), draws with the operating system (WMF), opens any embedded file (IPTC), needs
 # another package (FPX, MIC), or has no decoder (BUFR, GRIB, HDF5, MPEG).
 # fmt: off
 FORMATS = {
@@ -63,15 +64,15 @@ CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
 
 def decode_image(path: str | Path, size: int) -> np.ndarray:
-    """Return one image file as uint8 [size, size, 3], converted as this module's docstring says.
+    """Return one image file as uint8 [size, size, 3]; see the module's docstring for the steps.
 
     Raises:
-        ValueError: the file is no image that can be decoded; the message says why, in one line.
+        ValueError: the file cannot be decoded; the message gives the reason in one line.
     """
     try:
         with open(path, "rb", opener=_open_without_waiting) as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of metadata, without the file's name
-            # Pillow only warns between its limit and twice that; this refuses the image.
+            warnings.simplefilter("ignore")  # about metadata; they do not name the file
+            # Between its pixel limit and twice that Pillow only warns; refuse these images too.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                 raise ValueError("not a regular file")
@@ -81,7 +82,7 @@ def decode_image(path: str | Path, size: int) -> np.ndarray:
                 stream.seek(0)
                 raise ValueError(_name_format(stream.read(16))) from None
             return _decode(file, size)
-    except Exception as error:  # a decoder may raise anything at a damaged file
+    except Exception as error:  # a damaged file may make a decoder raise anything
         reason = " ".join(str(error).split())
         if not isinstance(error, (OSError, SyntaxError, ValueError)):
             reason = f"{type(error).__name__}: {reason}"
@@ -89,19 +90,19 @@ def decode_image(path: str | Path, size: int) -> np.ndarray:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Open a file; a FIFO is opened at once too, instead of when somebody writes to it."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # which Windows lacks
+    """Open a file without blocking, even a FIFO that nobody writes to."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # absent on Windows
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Return those of FORMATS that this Pillow knows, in its own order."""
+    """Return those of FORMATS that this Pillow supports, in its own order."""
     Image.init()
     return tuple(name for name in Image.ID if name in FORMATS)
 
 
 def _name_format(head: bytes) -> str:
-    """Return why no decoder took a file, from its first 16 bytes."""
+    """Return why no decoder accepted a file, from its first 16 bytes."""
     if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
         return "HEIC images are not decoded; convert them to JPEG or PNG"
     if head.startswith((b"%!PS", EPS_BINARY)):
@@ -126,15 +127,15 @@ def _decode(file: Image.Image, size: int) -> np.ndarray:
     if isinstance(file, TiffImagePlugin.TiffImageFile):
         bits = file.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))[0]
         signed = file.tag_v2.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0] == 2
-        # At the end Pillow would turn the image and read all metadata; any may be damaged.
+        # Pillow would then rotate the image and read all metadata, any of which may be damaged.
         file.load_end = lambda: None  # type: ignore[method-assign]
         with suppress(Exception):
-            file.getexif()  # kept by Pillow; later it could no longer read the file
+            file.getexif()  # cached by Pillow, which cannot read it after the pixels
     file.load()
     turn = _find_turn(file)
     image: Image.Image = file if turn is None else file.transpose(turn)
     if image.mode == "I" or image.mode.startswith("I;16"):
-        if bits > 16 or file.format == "FITS":  # which has its scale in its header
+        if bits > 16 or file.format == "FITS":  # FITS stores its scale in the header
             raise ValueError(f"pixels are {bits}-bit integers without a known range")
         image = Image.fromarray(_scale(np.asarray(image), bits, signed))
     image = _to_rgb(image)
@@ -144,10 +145,10 @@ def _decode(file: Image.Image, size: int) -> np.ndarray:
 
 
 def _scale(levels: np.ndarray, bits: int, signed: bool) -> np.ndarray:
-    """Return the 8 highest of the `bits` of each pixel, as uint8; Pillow would clip."""
+    """Return the 8 most significant bits of each pixel, as uint8; Pillow would clip instead."""
     levels = levels.astype(np.uint16)
     if signed:
-        levels ^= 0x8000  # from the lowest negative number on
+        levels ^= 0x8000  # maps the lowest negative number to 0
     return (levels >> (bits - 8)).astype(np.uint8)
 
 
@@ -167,14 +168,14 @@ def _find_turn(file: Image.Image) -> Image.Transpose | None:
         if value is None:
             value = file.getexif().get(ORIENTATION, 1)
         return TURNS.get(value[0] if isinstance(value, (tuple, bytes)) else value)
-    except Exception:  # the pixels are whole, whatever the EXIF block is
+    except Exception:  # a damaged EXIF block does not affect the pixels
         return None
 
 
 def _read_orientation(exif: bytes) -> int | None:
-    """Return the orientation of an EXIF block if it is an integer, and read no other entry.
+    """Return the orientation in an EXIF block if it is an integer; read no other entry.
 
-    Pillow gives up at the first entry whose value lies outside of the block, as in one cut short.
+    Pillow stops at the first entry whose value lies outside the block, as in a truncated block.
     """
     block = exif.removeprefix(b"Exif\0\0")
     order = "<" if block.startswith(b"II") else ">"
@@ -229,7 +230,8 @@ def _decode_in_processes(
 
     def start_worker(rows: range) -> None:
         job, log = folder / f"{rows[0]}.json", folder / f"{rows[0]}.log"
-        job.write_text(json.dumps([rows.start, rows.step, [paths[row] for row in rows]]))
+        text = json.dumps([rows.start, rows.step, [paths[row] for row in rows]])
+        job.write_text(text, encoding="utf-8")
         output = stack.enter_context(log.open("w+b"))
         with uninterrupted():
             command = [sys.executable, "-c", code, str(target), str(job), str(log)]
@@ -288,7 +290,7 @@ def main(target: str, job: str, log: str) -> None:
     ignore_signals()
     parent = os.getppid()
     array = np.load(target, mmap_mode="r+")
-    start, step, paths = json.loads(Path(job).read_text())
+    start, step, paths = json.loads(Path(job).read_text(encoding="utf-8"))
     with open(log, "wb", buffering=0) as file:
         for number, path in enumerate(paths):
             reason = _decode_row(array, start + number * step, path)

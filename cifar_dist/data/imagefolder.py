@@ -1,4 +1,4 @@
-"""A folder of class folders: found, checked, and decoded once into the cache."""
+"""Load a folder of class folders: list its images, check them, decode them into the cache."""
 
 import os
 from dataclasses import replace
@@ -12,18 +12,18 @@ from cifar_dist.data.images import Source
 from cifar_dist.data.listing import Listing, find_images, labels_of, shown
 from cifar_dist.errors import RunError, require
 
-ATTEMPTS = 3  # at decoding a folder that changes meanwhile
+ATTEMPTS = 3  # to decode a folder that changes in the meantime
 
 
 class _Changed(Exception):
-    """The folder is no longer as it was listed."""
+    """The folder has changed since it was listed."""
 
 
 def load_imagefolder(config: DataConfig) -> Source:
-    """Return the images below data.root, decoded into the cache on the first use.
+    """Return the images below data.root, decoded into the cache on first use.
 
     Raises:
-        UsageError: a folder is missing, a class is empty or missing in one part, or a file cannot
+        UsageError: a folder is missing, a class is empty or missing in one split, or a file cannot
             be decoded and data.bad_images is stop.
     """
     cache = cache_folder(config)
@@ -61,7 +61,7 @@ def _decode(writer: CacheWriter, config: DataConfig, root: Path, listing: Listin
         require(
             config.bad_images == "skip",
             f"{len(failures)} of the {split} images cannot be decoded, the first {reasons[0]}; "
-            "mend or remove them, or leave them out with --data.bad_images skip",
+            "fix or remove them, or leave them out with --data.bad_images skip",
         )
         left = {label for row, label in enumerate(labels) if row not in failures}
         for label, name in enumerate(listing.classes):

@@ -1,4 +1,4 @@
-"""Images in memory: what every source of images gives, and how a part of it is chosen."""
+"""Decoded images in memory, and the choice of subsets."""
 
 from dataclasses import dataclass, field, replace
 
@@ -15,9 +15,9 @@ class Images:
         images: uint8 [N, H, W, 3], usually memory-mapped and shared by all processes.
         labels: int64 [N], indices into `classes`.
         classes: names, in label order.
-        rows: int64 [M], the rows of the two arrays that belong to this set; None is all of them.
-            A subset refers to the arrays of the whole and copies nothing.
-        digests: uint64 [N], the same for images of the same pixels; None if not computed.
+        rows: int64 [M], the rows of the arrays that belong to this set; None means all of them.
+            A subset shares the arrays of the whole set and copies nothing.
+        digests: uint64 [N], equal for images with equal pixels; None if not computed.
     """
 
     images: np.ndarray
@@ -56,7 +56,7 @@ class Images:
         return self.take(np.sort(chosen))
 
     def identical_to(self, other: "Images") -> int:
-        """Return the number of images whose pixels are those of an image in `other`."""
+        """Return the number of images whose pixels equal those of an image in `other`."""
         if self.digests is None or other.digests is None:
             return 0
         known = other.digests[other.selected]
@@ -70,10 +70,11 @@ class Images:
     def split(self, fraction: float, seed: int) -> tuple["Images", "Images"]:
         """Hold out `fraction` of every class, chosen by `seed`.
 
-        At least one image of each class is held out, and at least one stays; an only one stays.
+        At least one image of each class is held out, and at least one stays. The only image of a
+        class stays.
 
         Returns:
-            What stays, and what is held out.
+            The remaining images and the held-out images.
         """
         labels = self.labels[self.selected]
         order = np.random.default_rng(seed).permutation(len(labels))
@@ -87,14 +88,14 @@ class Images:
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset as it was found.
+    """A dataset before it is split and limited.
 
     Attributes:
         splits: "train", "test" and "val", those that exist.
         mean, std: per channel, of the training images scaled to [0, 1].
         digest: SHA-256 of all pixels, labels and class names.
         skipped: files left out because they could not be decoded, each with the reason.
-        left_out: number of files that were not taken for images, by reason and suffix.
+        left_out: number of files that do not count as images, by reason and suffix.
     """
 
     splits: dict[str, Images]

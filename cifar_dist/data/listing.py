@@ -1,4 +1,4 @@
-"""The image files of a folder, and the name that their decoded pixels have in the cache."""
+"""List the image files of a folder, and derive the cache key of their decoded pixels."""
 
 import hashlib
 import os
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from cifar_dist.errors import UsageError, require
 
-# Those that Pillow registers for the raster formats it reads itself. A file's content, not its
-# suffix, chooses the decoder; the suffix only decides whether the file is meant to be an image.
+# Suffixes that Pillow registers for the raster formats that it decodes itself. The suffix decides
+# only whether a file counts as an image; its content selects the decoder.
 SUFFIXES = {
     *(".apng", ".avif", ".avifs", ".blp", ".bmp", ".bw", ".cur", ".dcx", ".dds", ".dib", ".fit"),
     *(".fits", ".flc", ".fli", ".ftc", ".ftu", ".gbr", ".gif", ".icb", ".icns", ".ico", ".im"),
@@ -33,10 +33,10 @@ SYSTEM = {
 }
 USUAL_SUFFIX = re.compile(r"\.[a-z][a-z0-9_]{0,9}")
 NO_SUFFIX = "without suffix"
-FORMAT = "2"  # change it whenever decode_image gives other pixels for the same file
+FORMAT = "2"  # change it whenever decode_image returns other pixels for the same file
 UNSIGNED = (1 << 64) - 1
 
-# Why files are left out; keys of "left_out" in run.json.
+# Reasons for leaving files out; keys of "left_out" in run.json.
 HIDDEN = "hidden or system files"
 OUTSIDE = "in no class folder"
 OTHER = "not named as images"
@@ -49,15 +49,15 @@ LeftOut = dict[str, dict[str, int]]
 
 
 class Listing(NamedTuple):
-    """The image files of a folder, always in the same order.
+    """The image files of a folder, in a fixed order.
 
     Attributes:
-        root: the folder without symbolic links in its path.
-        files: of each part, "train", "test" or "val", the paths below the folder, a list a class.
+        root: the folder, with symbolic links resolved.
+        files: for each split ("train", "test", "val") one list per class of paths below the folder.
         classes: names, sorted.
-        stamps: bytes, time of modification, time of change (nanoseconds) and inode of every file in
-            turn, modulo 2^64. An array, as so many tuples would occupy the garbage collector.
-        left_out: number of all other files by the reason and their suffix.
+        stamps: size in bytes, mtime and ctime in nanoseconds, and inode of every file in turn,
+            modulo 2^64. An array, because so many tuples would slow down the garbage collector.
+        left_out: number of all other files, by reason and suffix.
     """
 
     root: str
@@ -67,10 +67,10 @@ class Listing(NamedTuple):
     left_out: LeftOut
 
     def key(self, image_size: int, bad_images: str) -> str:
-        """Return the name of the pixels in the cache.
+        """Return the cache key of the decoded pixels.
 
-        The inode and the time of change, which nobody can set back, tell apart files that have the
-        same name, size and time of modification.
+        Inode and ctime, which no program can set, distinguish files that have the same name, size
+        and mtime.
         """
         what = repr((FORMAT, self.root, image_size, bad_images, self.files))
         digest = hashlib.blake2b(what.encode(), digest_size=16)
@@ -79,19 +79,21 @@ class Listing(NamedTuple):
 
 
 def find_images(root: Path, bad_images: str) -> Listing:
-    """List the image files of each part by class. With one of test and val only, it is "test".
+    """List the image files of each split by class.
+
+    If only one of test and val exists, it is called "test".
 
     Hidden and system files, links to folders, and whatever is not a regular file are never images.
 
     Args:
         root: holds train and test (or val, valid, validation) with class folders in each, or
             class folders directly, which are then all "train". See `find_splits`.
-        bad_images: "stop" refuses images that are not decoded for their format or for want of a
-            suffix, "skip" leaves them out.
+        bad_images: "stop" refuses images that have no suffix or a format that is not decoded,
+            "skip" leaves them out.
 
     Raises:
-        UsageError: a folder is missing, unreadable or means the same as another; a class is empty,
-            or missing in one part; or there is an image that is refused.
+        UsageError: a folder is missing or unreadable; two folders name the same split; a class is
+            empty, or missing in one split; or an image is refused.
     """
     parts, walk = find_splits(root), _Walk()
     if parts:
@@ -144,10 +146,10 @@ def find_images(root: Path, bad_images: str) -> Listing:
 
 
 def find_splits(root: Path) -> dict[str, Path]:
-    """Return the folders of "train", "test" and "val", those that exist, whatever their case.
+    """Return the existing folders of "train", "test" and "val", in upper or lower case.
 
     Raises:
-        UsageError: `root` is not a readable folder, or two folders mean the same split.
+        UsageError: `root` is not a readable folder, or two folders name the same split.
     """
     found: dict[str, Path] = {}
     for entry in _entries(root):
@@ -166,12 +168,12 @@ def find_splits(root: Path) -> dict[str, Path]:
 
 
 def labels_of(found: list[list[str]]) -> list[int]:
-    """Return the label of each file of a part."""
+    """Return the label of each file of a split."""
     return [label for label, images in enumerate(found) for _ in images]
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the image files in and below a folder, sorted, those that are not decoded among them.
+    """Return the image files in and below a folder, sorted, including formats not decoded.
 
     Raises:
         UsageError: a folder is unreadable.
@@ -182,13 +184,13 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def shown(path: str | Path) -> str:
-    """Return a path for a message of one line: escaped if it has newlines, or bytes not UTF-8."""
+    """Return a path for a one-line message: escaped if it has newlines or is not UTF-8."""
     text = os.fspath(path)
     return text if text.isprintable() else ascii(text)
 
 
 def describe(left_out: LeftOut) -> list[str]:
-    """Return one line a reason: "not regular files: 2 .jpg, 1 without suffix"."""
+    """Return one line per reason: "not regular files: 2 .jpg, 1 without suffix"."""
     return [f"{reason}: {_in_words(counts)}" for reason, counts in left_out.items()]
 
 
@@ -213,11 +215,11 @@ def _without_images(folder: Path) -> str:
 
 
 class _Walk:
-    """Looks through folders of images, and counts what it leaves out.
+    """Walks through folders of images, and counts the files that it leaves out.
 
     Attributes:
         stamps, left_out: see `Listing`.
-        undecoded: paths of the images that would need another format or a suffix.
+        undecoded: paths of the images that need another format or a suffix.
     """
 
     def __init__(self) -> None:
@@ -226,9 +228,9 @@ class _Walk:
         self.undecoded: list[str] = []
 
     def enter(self, folder: Path, belongs: Callable[["os.DirEntry[str]"], bool]) -> list[str]:
-        """Return the names in a folder that belong there, sorted, and leave out all others.
+        """Return the sorted names of the entries that `belongs` accepts; leave out all others.
 
-        A folder among the others counts as one, by its name: what it holds may be anything.
+        A folder that is left out counts as one file, whatever it contains.
         """
         names = []
         for entry in _entries(folder):
@@ -241,7 +243,7 @@ class _Walk:
         return names
 
     def images(self, folder: str, prefix: str) -> list[str]:
-        """Return the image files in and below a folder, sorted. At each start: be quick.
+        """Return the image files in and below a folder, sorted. Fast: every start calls it.
 
         Raises:
             UsageError: a folder is unreadable.
@@ -295,7 +297,7 @@ class _Walk:
         counts[suffix] = counts.get(suffix, 0) + 1
 
     def _leave_out_other(self, path: str) -> None:
-        """Leave out a regular file that is not named as an image which is decoded."""
+        """Leave out a regular file whose suffix is not in SUFFIXES."""
         suffix, reason = _suffix(path), OTHER
         if suffix in NOT_DECODED:
             reason = UNDECODED
@@ -341,7 +343,7 @@ def _unreadable(folder: str | Path, error: Exception) -> UsageError:
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads in a circle, or where this user may not look
+    except OSError:  # a link that forms a loop, or a target that this user may not access
         return False
 
 
@@ -350,13 +352,13 @@ def _is_hidden(name: str) -> bool:
 
 
 def _suffix(name: str) -> str:
-    """Return the suffix of a file in lower case, or NO_SUFFIX for what is not like one."""
+    """Return the suffix of a file in lower case, or NO_SUFFIX if it has none or an odd one."""
     suffix = os.path.splitext(name)[1].lower()
     return suffix if USUAL_SUFFIX.fullmatch(suffix) else NO_SUFFIX
 
 
 def _is_image(path: str) -> bool:
-    """Whether a file begins as the usual image formats do."""
+    """Return True if a file begins like one of the usual image formats."""
     try:
         with open(path, "rb", buffering=0) as file:
             head = file.read(12)

@@ -1,8 +1,8 @@
-"""Ten classes of drawn shapes: a dataset that is generated in a moment and needs no files.
+"""A synthetic dataset of ten classes of drawn shapes; needs no files and little time.
 
-Each image has one shape of random colour, place, scale and tilt on a background of another random
-colour, with noise. Colour and place say nothing about the class, so a linear model stays near
-chance, while a small convolutional network learns it within seconds.
+Each image has one shape of random colour, position, scale and rotation on a background of another
+random colour, with noise. Colour and position carry no information about the class, so a linear
+model stays near chance level, while a small convolutional network learns it within seconds.
 """
 
 import hashlib
@@ -33,11 +33,11 @@ SHAPES: dict[str, Shape] = {
     "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.75 - np.hypot(x - 0.45, y)),
     "four dots": lambda x, y: np.hypot(np.abs(x) - 0.6, np.abs(y) - 0.6) - 0.33,
 }
-SIZES = {"train": 8000, "test": 2000}  # images drawn where data.limit_* says nothing
+SIZES = {"train": 8000, "test": 2000}  # images drawn unless data.limit_* is set
 
 
 def load_synthetic(config: DataConfig) -> Source:
-    """Draw the dataset; data.limit_train and data.limit_test say how many images to use of it."""
+    """Draw the dataset; data.limit_train and data.limit_test set the number of images."""
     size = config.side
     splits = {
         split: draw(count, size, seed=(config.seed, number))
@@ -51,19 +51,19 @@ def load_synthetic(config: DataConfig) -> Source:
 
 
 def counts(config: DataConfig) -> dict[str, int]:
-    """Return how many images of each split are drawn."""
+    """Return the number of images to draw for each split."""
     train = config.limit_train or SIZES["train"]
-    if config.limit_train and config.val_fraction:  # what will be held out comes on top
+    if config.limit_train and config.val_fraction:  # plus the images to hold out
         train = math.ceil(train / (1 - config.val_fraction)) + len(SHAPES)
     return {"train": train, "test": config.limit_test or SIZES["test"]}
 
 
 def draw(count: int, size: int, seed: tuple[int, ...]) -> Images:
-    """Draw `count` images of `size` pixels; as many of each class as possible, in turn."""
+    """Draw `count` images of `size` x `size` pixels; the classes alternate."""
     random = np.random.default_rng(seed)
     labels = np.arange(count) % len(SHAPES)
     scale = random.uniform(0.5, 0.8, (count, 1, 1)).astype(np.float32)
-    room = 1 - scale  # keeps the shape inside the picture, apart from corners
+    room = 1 - scale  # keeps the shape inside the image, apart from corners
     centre_x, centre_y = (random.uniform(-1, 1, (2, count, 1, 1)) * room).astype(np.float32)
     tilt = random.uniform(-0.4, 0.4, (count, 1, 1)).astype(np.float32)
     background, colour = _two_colours(random, count)

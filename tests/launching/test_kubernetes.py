@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helpers import JOB, Integers, free_port, status_of, tested
+from tests.helpers import JOB, Integers, free_port, needs, status_of, tested
 from tests.launching.nodes import run_on_nodes
 
 FOLDER = Path(__file__).parents[2] / "launch" / "kubernetes"
-REASON = "the models of the Kubernetes API are in the package kubeflow-trainer-api"
 
 
 def documents() -> dict[str, dict[str, Any]]:
@@ -23,7 +22,9 @@ def documents() -> dict[str, dict[str, Any]]:
 
 def understood(document: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a document that the API knows; its models drop all others."""
-    models = pytest.importorskip("kubeflow_trainer_api.models", reason=REASON)
+    needs("kubeflow_trainer_api")
+    from kubeflow_trainer_api import models
+
     name = {
         "PersistentVolumeClaim": "IoK8sApiCoreV1PersistentVolumeClaim",
         "TrainingRuntime": "TrainerV1alpha1TrainingRuntime",

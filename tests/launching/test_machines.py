@@ -23,7 +23,7 @@ from tests.launching.machines import (
     SETTINGS,
     Machine,
     cut_cable,
-    missing,
+    needs_two_machines,
     ssh_servers,
     two_machines,
     wait_until,
@@ -35,8 +35,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def machines() -> Iterator[tuple[Machine, Machine]]:
-    if reason := missing("sshd", "ssh", "ssh-keygen"):
-        pytest.skip(f"no two machines here: {reason}")
+    needs_two_machines("sshd", "ssh", "ssh-keygen")
     with two_machines() as both:
         yield both
 

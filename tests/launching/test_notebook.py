@@ -5,20 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import JOB, Integers, free_port, tested
+from tests.helpers import JOB, Integers, free_port, needs, tested
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docs" / "notebook.ipynb"
-REASON = "the packages nbclient and ipykernel are needed to run notebooks"
 
 
 @pytest.mark.slow
 def test_the_notebook_trains_on_several_processes_and_on_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: Callable[..., Integers]
 ) -> None:
-    nbclient = pytest.importorskip("nbclient", reason=REASON)
-    pytest.importorskip("ipykernel", reason=REASON)
-    nbformat = pytest.importorskip("nbformat", reason=REASON)
+    needs("nbclient", "ipykernel", "nbformat")
+    import nbclient
+    import nbformat
+
     notebook = nbformat.read(FILE, as_version=4)
     cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", [])]
     assert len(cells) == len(notebook.cells) - 1
@@ -43,7 +43,9 @@ def test_the_notebook_trains_on_several_processes_and_on_one(
 
 
 def test_the_notebook_is_committed_without_its_outputs() -> None:
-    nbformat = pytest.importorskip("nbformat", reason=REASON)
+    needs("nbformat")
+    import nbformat
+
     notebook = nbformat.read(FILE, as_version=4)
     nbformat.validate(notebook)
     for cell in notebook.cells:

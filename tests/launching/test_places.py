@@ -1,7 +1,6 @@
 """The same job started by every launcher of one machine gives the same test integers."""
 
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import JOB, Integers, by_mpi, command, free_port, run_command, tested
+from tests.helpers import JOB, Integers, by_mpi, command, free_port, needs, run_command, tested
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 
@@ -21,8 +20,7 @@ def c10d() -> list[str]:
 
 def accelerate_by_mpirun() -> list[str]:
     """Return the command with which `accelerate launch` calls mpirun."""
-    if shutil.which("mpirun") is None:
-        pytest.skip("no mpirun")
+    needs("mpirun")
     hosts = Path(tempfile.mkdtemp()) / "hostfile"
     hosts.write_text("localhost slots=2\n")
     launch = [str(Path(TORCHRUN).with_name("accelerate")), "launch", "--cpu"]

