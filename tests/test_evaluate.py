@@ -18,7 +18,7 @@ from cifar_dist.data import load_dataset
 from cifar_dist.data.synthetic import draw
 from cifar_dist.errors import UsageError
 from cifar_dist.evaluate import evaluate_checkpoint
-from cifar_dist.models import build_model
+from cifar_dist.models.catalogue import build_network
 from cifar_dist.storage.checkpoint import find_checkpoint, find_weights, save_checkpoint
 from cifar_dist.storage.weights import load_weights, restore_network
 from cifar_dist.training.run import Result
@@ -95,7 +95,7 @@ def test_of_a_checkpoint_the_weights_alone_are_read_and_once(
     monkeypatch.setattr(files, "sha256_of", sha256_of)
     for path in run.glob("checkpoints/*/optim.safetensors"):
         path.chmod(0)
-    network = build_model(ModelConfig(name="tutorial-relu", dropout=0), classes=10)
+    network = build_network(ModelConfig(name="tutorial-relu", dropout=0), classes=10)
     with obeying_modes():
         for use in (
             lambda: evaluate.main(["--checkpoint", str(run), "--best"]),
