@@ -95,7 +95,7 @@ def test_of_a_checkpoint_the_weights_alone_are_read_and_once(
     monkeypatch.setattr(files, "sha256_of", sha256_of)
     for path in run.glob("checkpoints/*/optim.safetensors"):
         path.chmod(0)
-    network = build_network(ModelConfig(name="tutorial-relu", dropout=0), classes=10)
+    network = build_network(ModelConfig(name="tutorial-relu", dropout=0), 10)
     with obeying_modes():
         for use in (
             lambda: evaluate.main(["--checkpoint", str(run), "--best"]),

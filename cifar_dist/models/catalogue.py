@@ -81,6 +81,8 @@ def _set_dropout(network: nn.Module, probability: float) -> None:
     for layer in network.modules():
         if isinstance(layer, _DropoutNd):
             layer.p = probability
+        elif isinstance(layer, nn.MultiheadAttention):
+            layer.dropout = probability
         elif not probability and type(layer).__name__ == "StochasticDepth":  # of torchvision
             layer.p = 0.0  # type: ignore[assignment]
         elif not probability and type(layer).__name__ == "DropPath":  # of timm
