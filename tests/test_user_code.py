@@ -255,7 +255,7 @@ def test_processes_with_different_code_refuse(here: Path) -> None:
         ("missing.py:Net", "there is no file 'missing.py' in "),
         (
             "missing:Net",
-            "there is no module 'missing'; write a file's name with .py: missing.py:Ne",
+            "there is no module 'missing'; a file needs the suffix .py: missing.py:Ne",
         ),
         ("resnet19", "unknown network 'resnet19'; did you mean 'resnet18'"),
         ("torchvision/resnet19", "torchvision has no network 'resnet19'; did you mean 'resnet"),
