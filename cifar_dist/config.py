@@ -1,7 +1,7 @@
 """The recipe: every option of a run, as frozen dataclasses read from YAML and dotted overrides.
 
-Nothing else in the package reads options, and this file imports neither torch nor the models:
-a misspelt key is refused in a fraction of a second.
+Nothing else in the package reads options. This file imports neither torch nor the models, so a
+misspelt key is an error within a fraction of a second.
 """
 
 import dataclasses
@@ -21,28 +21,30 @@ from cifar_dist.errors import UsageError, require, suggest
 from cifar_dist.files import local_path
 
 RECIPES = Path(__file__).parent / "recipes"
-LARGEST_IMAGE = 2048  # pixels; a checkpoint from elsewhere must not ask for all memory there is
+LARGEST_IMAGE = 2048  # pixels; limits the memory that an untrusted checkpoint can allocate
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train and test on.
+    """The dataset.
 
     Attributes:
-        name: cifar10 and cifar100 are downloaded into `root` when absent; imagefolder reads
-            `root`/train and `root`/test (or val, valid, validation), or one folder of class folders
-            split by `val_fraction`; synthetic draws ten classes of shapes and needs no files.
+        name: cifar10 and cifar100 are downloaded into `root` if missing. imagefolder reads
+            `root`/train and `root`/test (or val, valid, validation), or class folders directly in
+            `root`, split by `val_fraction`. synthetic draws ten classes of shapes, without files.
         root: folder of the dataset.
-        image_size: side in pixels of the square images the model sees; null means 32.
-        limit_train: use only this many training images, chosen by `seed`.
-        limit_test: use only this many test images, chosen by `seed`.
-        val_fraction: share of each training class held out to choose the best epoch by.
-        seed: chooses the held-out share and the limited subsets; apart from train.seed, so that
-            runs with different seeds share one split.
-        normalize: subtract the mean and divide by the deviation of each channel; false leaves
-            pixels in [0, 1].
-        bad_images: imagefolder: stop at a file that cannot be decoded, or skip and report it.
-        cache: folder of decoded datasets; null means the user's cache folder.
+        image_size: height and width of the images in pixels; null means 32.
+        limit_train: number of training images, a random subset; null means all.
+        limit_test: number of test images, a random subset; null means all.
+        val_fraction: fraction of each training class held out as validation set. The validation
+            accuracy selects the best epoch.
+        seed: random seed of the validation split and of the subsets. It is separate from
+            train.seed, so that runs with different seeds have the same split.
+        normalize: subtract the mean of each channel and divide by its standard deviation; false
+            leaves pixels in [0, 1].
+        bad_images: for imagefolder; stop at an image that cannot be decoded, or skip and report it.
+        cache: folder of the cache of decoded images; null means ~/.cache/cifar-dist, or
+            cifar-dist in XDG_CACHE_HOME.
     """
 
     name: Literal["cifar10", "cifar100", "imagefolder", "synthetic"] = "cifar10"
@@ -68,21 +70,22 @@ class DataConfig:
 
     @property
     def side(self) -> int:
-        """Side of the images, in pixels."""
+        """Height and width of the images, in pixels."""
         return self.image_size or 32
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes to training images, each a function of (seed, epoch, sample).
+    """Augmentation of training images. Random choices are functions of (seed, epoch, sample).
 
     Attributes:
-        flip: mirror left to right: at random, or at random in epoch 0 and the other way round in
-            every second epoch (alternating).
-        translate: shift by up to this many pixels along each axis.
-        padding: what a shift uncovers: the image reflected, or black.
-        cutout: side in pixels of one square replaced by the mean colour; 0 is off.
-        grayscale: probability of removing the colour.
+        flip: horizontal flip. random flips with probability 0.5. alternating flips each image in
+            every second epoch, a random half of them in even epochs.
+        translate: random translation by up to this many pixels along each axis; 0 is off.
+        padding: fills pixels that a translation uncovers, by reflection or with zeros (black).
+        cutout: height and width in pixels of one square cutout mask, filled with the mean colour;
+            0 is off.
+        grayscale: probability of converting an image to grayscale.
     """
 
     flip: Literal["none", "random", "alternating"] = "none"
@@ -96,7 +99,7 @@ class AugmentConfig:
         require(0 <= self.grayscale <= 1, f"augment.grayscale is {self.grayscale}; give 0 to 1")
 
 
-OF_ITS_OWN = "begin with another recipe, such as --config tutorial, or set them to null"
+OF_ITS_OWN = "start from another recipe, such as --config tutorial, or set both to null"
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,14 @@ class ModelConfig:
     """The network.
 
     Attributes:
-        name: a shipped network, torchvision/NAME, timm/NAME, or a class or function of your own as
+        name: a shipped network, torchvision/NAME, timm/NAME, or your own class or function as
             FILE.py:NAME or package.module:NAME.
-        options: passed to the network by keyword, such as --model.options.width 64; num_classes is
-            passed if the network takes it.
-        dropout: probability of dropout; null keeps the network's own.
-        weights: safetensors file (see cifar-dist convert), run folder or checkpoint to start from;
-            a head for another number of classes keeps its random weights. null starts from random
-            weights.
+        options: keyword arguments of the network, such as --model.options.width 64. num_classes is
+            passed if the network accepts it.
+        dropout: dropout probability; null means the network's own.
+        weights: initial weights from a safetensors file (see cifar-dist convert), a run folder or a
+            checkpoint. A head for another number of classes keeps its random weights. null means
+            random weights.
     """
 
     name: str = "resnet18"
@@ -131,14 +134,17 @@ class OptimConfig:
     """The optimizer.
 
     Attributes:
-        name: sgd, adamw, or muon, which trains convolution filters by orthogonal updates and all
-            else by sgd.
-        lr: learning rate for the global batch; the schedule scales it.
-        bias_lr: of muon and speednet: for biases; null means lr. The schedule scales it too.
-        head_lr: of muon and speednet: for the head; null means lr. The schedule scales it too.
-        momentum: of sgd, and of muon for the filters.
-        nesterov: look-ahead momentum, of sgd; muon always has it.
-        weight_decay: as the optimizer defines it, on every parameter; with muon on all but filters.
+        name: sgd, adamw or muon. muon orthogonalises the updates of convolution filters and trains
+            all other parameters with SGD.
+        lr: learning rate for the global batch size; follows the schedule.
+        bias_lr: learning rate for biases (Muon with speednet only); null means `lr`. Follows the
+            schedule.
+        head_lr: learning rate for the head (Muon with speednet only); null means `lr`. Follows the
+            schedule.
+        momentum: momentum of sgd; with muon, momentum of the convolution filters.
+        nesterov: Nesterov momentum for sgd. Muon always uses it.
+        weight_decay: L2 penalty with sgd and muon, decoupled weight decay with adamw. With muon,
+            convolution filters have none.
     """
 
     name: Literal["sgd", "adamw", "muon"] = "sgd"
@@ -158,12 +164,12 @@ class OptimConfig:
             )
         require(
             self.name == "muon" or (self.bias_lr is None and self.head_lr is None),
-            f"optim.bias_lr and optim.head_lr are of muon; optim.name is {self.name}: {OF_ITS_OWN}",
+            f"optim.bias_lr and optim.head_lr need optim.name muon, not {self.name}; {OF_ITS_OWN}",
         )
         require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; give 0 to 0.99")
         require(
             0 <= self.weight_decay < math.inf,
-            f"optim.weight_decay is {self.weight_decay}; give >= 0",
+            f"optim.weight_decay is {self.weight_decay}; give 0 or more",
         )
         require(
             not self.nesterov or self.momentum > 0, "optim.nesterov needs optim.momentum above 0"
@@ -175,12 +181,12 @@ class ScheduleConfig:
     """The learning rate as a function of the step.
 
     Attributes:
-        name: shape after the warm-up.
-        warmup_epochs: linear rise from 0 over this many epochs; one_cycle rises from lr/25 over
-            30 % of the run when it is 0.
-        step_epochs: of step: epochs between two drops.
-        gamma: of step: factor of each drop.
-        final: of cosine, linear and one_cycle: learning rate at the end, as a share of optim.lr.
+        name: shape of the schedule after the warm-up.
+        warmup_epochs: length of the linear warm-up from 0, in epochs. one_cycle warms up from
+            lr/25; if this is 0, over the first 30 % of the run.
+        step_epochs: for step; epochs between two drops of the learning rate.
+        gamma: for step; factor of each drop.
+        final: for cosine, linear and one_cycle; final learning rate as a fraction of optim.lr.
     """
 
     name: Literal["constant", "step", "cosine", "linear", "one_cycle"] = "constant"
@@ -196,32 +202,35 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. Sizes are global: they mean the same on any number of processes.
+    """The training loop. The batch size does not depend on the number of processes.
 
     Attributes:
-        epochs: passes over the training images; 8.5 ends in the middle of the ninth.
-        batch_size: images per optimizer step, over all processes and accumulation.
-        accumulate: split each batch into this many parts, to save memory; the result is the same.
-        precision: auto is bf16 where the GPU has it natively, fp16 on other NVIDIA GPUs, else no;
-            a precision chosen with the launcher stands in for auto.
-        seed: of initial weights, order, augmentation and dropout.
-        clip_norm: largest gradient norm; 0 is off.
-        label_smoothing: share of each target spread over all classes.
-        loss: training loss of your own as FILE.py:NAME: a function, or a class without arguments,
-            that maps logits [N, classes] and targets [N] to the loss per image [N]; null is
-            cross-entropy. Evaluation reports cross-entropy.
-        ema: decay of a moving average of the weights, used for evaluation; 0 is off.
-        evaluate_every: measure the network after every so many epochs, and after the last.
-        tta: test-time augmentation: views of an image that are averaged when the network is
-            measured: itself alone, its mirror image too, or both also shifted by a pixel.
-        channels_last: memory layout of images and filters; faster on most devices.
-        compile: have torch.compile fuse operations: faster steps for a slower start.
-        compress_gradients: send gradients between processes in bfloat16, half the bytes, where the
-            network is slow; with it the number of processes does change the result.
-        sync_batchnorm: BatchNorm over the batches of all processes; GPUs only.
-        deterministic: only algorithms that give the same bits each time, on a GPU too; slower.
-        timeout: seconds that processes wait for each other before the run ends, naming those that
-            did not arrive.
+        epochs: passes over the training set; 8.5 ends in the middle of the ninth epoch.
+        batch_size: global batch size. Images per optimizer step, over all processes and
+            micro-batches.
+        accumulate: gradient accumulation. Split each batch into this many micro-batches to save
+            memory; the result is the same.
+        precision: mixed precision. auto means bf16 on GPUs that compute it natively, fp16 on other
+            NVIDIA GPUs, else no (float32). A precision set in the launcher replaces auto.
+        seed: random seed of initial weights, sample order, augmentation and dropout.
+        clip_norm: maximum gradient norm for gradient clipping; 0 is off.
+        label_smoothing: fraction of each target that is spread over all classes.
+        loss: your own training loss as FILE.py:NAME, a function or a class without arguments. It
+            maps logits [N, classes] and targets [N] to the loss per image [N]. null means
+            cross-entropy. Evaluation always reports cross-entropy.
+        ema: decay of an exponential moving average of the weights, used for evaluation; 0 is off.
+        evaluate_every: epochs between evaluations. The last epoch is always evaluated.
+        tta: test-time augmentation. Evaluation averages the logits of several views; flip adds the
+            mirror image, flip_shift also shifts both by one pixel.
+        channels_last: use the channels_last memory format; faster on most devices.
+        compile: use torch.compile; faster steps, slower start.
+        compress_gradients: all-reduce gradients in bfloat16, half the bytes, for slow networks. The
+            result then depends on the number of processes.
+        sync_batchnorm: SyncBatchNorm, with statistics over the batches of all processes; GPUs only.
+        deterministic: use only deterministic algorithms, for bit-identical results on a GPU too;
+            slower.
+        timeout: seconds that processes wait for each other. The run then ends with an error that
+            names the missing ranks.
     """
 
     epochs: int | float = 10
@@ -248,22 +257,24 @@ class TrainConfig:
         _at_least(self, "train", 0, "seed", "clip_norm")
         for name in ("label_smoothing", "ema"):
             value = getattr(self, name)
-            require(0 <= value < 1, f"train.{name} is {value}; give 0 up to, not including, 1")
+            require(0 <= value < 1, f"train.{name} is {value}; give 0 or more, and less than 1")
         require(
             self.batch_size % self.accumulate == 0,
             f"train.batch_size {self.batch_size} does not divide into train.accumulate "
-            f"{self.accumulate} equal parts; {nearest_multiples(self.batch_size, self.accumulate)}",
+            f"{self.accumulate} micro-batches; "
+            f"{nearest_multiples(self.batch_size, self.accumulate)}",
         )
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, and what to keep.
+    """When to save checkpoints, and how many to keep.
 
     Attributes:
-        every_epochs: save after every so many epochs, and after the last.
-        every_steps: save after every so many steps too, also within an epoch; 0 is off.
-        keep: how many of the newest to keep; the best by validation accuracy stays in any case.
+        every_epochs: epochs between checkpoints. One is always saved after the last epoch.
+        every_steps: optimizer steps between additional checkpoints within an epoch; 0 is off.
+        keep: number of newest checkpoints to keep. The checkpoint with the best validation accuracy
+            is kept as well.
     """
 
     every_epochs: int = 1
@@ -277,11 +288,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackConfig:
-    """What is recorded besides metrics.jsonl.
+    """Experiment tracking, besides metrics.jsonl.
 
     Attributes:
-        log_with: trackers by Accelerate's names (tensorboard, wandb, ...); [] for none.
-        every_steps: record the training loss after every so many steps; 0 is per epoch only.
+        log_with: trackers by Accelerate's names (tensorboard, wandb, ...); [] means none.
+        every_steps: optimizer steps between records of the training loss; 0 means once per epoch.
     """
 
     log_with: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -293,13 +304,13 @@ class TrackConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that defines a run.
+    """All options of a run.
 
     Attributes:
-        name: used for the run folder.
+        name: name of the recipe, part of the default `out`.
         out: run folder; null means runs/<name>-<time>.
-        resume: auto continues the run of the same recipe that `out` holds and otherwise starts
-            anew; never refuses a folder that holds a run; a path continues from that checkpoint.
+        resume: auto resumes the run in `out`, or starts from scratch if `out` holds none. never
+            refuses an `out` that holds a run. A path resumes from that run or checkpoint.
     """
 
     name: str = "custom"
@@ -318,30 +329,31 @@ class Recipe:
         own_rates = self.optim.bias_lr or self.optim.head_lr
         require(
             self.model.name == "speednet" or not own_rates,
-            "optim.bias_lr and optim.head_lr are of speednet, whose head divides by its width; "
-            f"model.name is {self.model.name}: {OF_ITS_OWN}",
+            "optim.bias_lr and optim.head_lr are for speednet, whose head divides by its width, "
+            f"not for {self.model.name}; {OF_ITS_OWN}",
         )
 
 
-# Keys that may differ between a run and its continuation: they say where files are and what is
-# recorded, not what is computed. The dataset's digest is compared instead of its place.
+# Keys that may differ when a run is resumed, because they do not change the weights. The dataset is
+# compared by its digest instead of its path.
 FREE_KEYS = (
     *("name", "out", "resume", "data.root", "data.cache"),
     *("train.accumulate", "train.timeout"),
 )
 FREE_SECTIONS = ("checkpoint.", "track.")
 CODE_KEYS = ("model.name", "train.loss")  # may name the user's own code
-OPTIONS = "model.options."  # of keys that the network chooses
-# Keys of earlier versions, which recipes and run folders may hold, and what they are now.
+OPTIONS = "model.options."  # prefix of keys that the network defines
+# Keys of earlier versions, in old recipes and run folders, and their new names.
 RENAMED = {f"model.{name}": f"{OPTIONS}{name}" for name in ("widths", "depth", "stride")}
-# Keys that may differ between the machines of a launch: they say where files are.
+# Paths, which may differ between the machines of a launch.
 OWN_KEYS = ("out", "data.root", "data.cache")
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Say what `new` would compute otherwise than `old`, a line a key.
+    """Return one message for each key that would change the result of the run.
 
-    train.epochs may grow, but not from the middle of an epoch, which has been reported as it was.
+    train.epochs may grow, but not from the middle of an epoch, because the incomplete epoch has
+    been reported already.
     """
     before, after = comparable(old), comparable(new)
     if after["train.epochs"] >= before["train.epochs"] and before["train.epochs"] % 1 == 0:
@@ -376,11 +388,11 @@ def from_dict(values: dict[str, Any]) -> Recipe:
             }
         )
     except (TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"a recipe of another version of cifar_dist: {error}") from error
+        raise UsageError(f"the recipe is of another version of cifar_dist: {error}") from error
 
 
 def _rename_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the sections of a recipe with the keys of earlier versions under their new names."""
+    """Return the sections of a recipe with keys of earlier versions renamed."""
     for old, new in RENAMED.items():
         section, name = old.split(".")
         held = dict(values.get(section) or {})
@@ -398,7 +410,7 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 
 
 def comparable(recipe: Recipe) -> dict[str, Any]:
-    """Return `flatten` without the folders of source files, whose hashes are compared instead."""
+    """Return `flatten` without the folders of source files, which are compared by their hashes."""
     values = flatten(recipe)
     for key in CODE_KEYS:
         values[key] = values[key] and user_code.identity(values[key])
@@ -414,26 +426,26 @@ def load_recipe(path: Path) -> Recipe:
     """Read a recipe written by `dump_recipe`.
 
     Raises:
-        UsageError: as of `read_recipe`, it is cut short, or a value is out of range.
+        UsageError: as `read_recipe`; also if the file is truncated or a value is out of range.
     """
     values = read_recipe(path)
     sections = [name for name, value in vars(Recipe()).items() if dataclasses.is_dataclass(value)]
     whole = path.read_bytes().endswith(b"\n") and set(sections) <= set(values)
-    require(whole, f"'{path}' is not a whole recipe")
+    require(whole, f"recipe '{path}' is incomplete")
     return from_dict(values)
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Reads YAML in which each key stands once and a number is what it looks like.
+    """YAML loader that refuses duplicate keys and reads numbers as decimal.
 
-    PyYAML's own loader keeps the last of several equal keys, and reads numbers as YAML 1.1 does:
-    010 as 8, 1:30 as 90, and 1e-3 as text.
+    PyYAML's own loader keeps the last of several equal keys. It reads numbers by YAML 1.1: 010 as
+    8, 1:30 as 90, and 1e-3 as text.
     """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # as PyYAML declares it
 
     def compose_mapping_node(self, anchor: Any) -> Any:
-        """Compose a mapping, and refuse one with a key that is given twice."""
+        """Compose a mapping, and refuse duplicate keys."""
         node = super().compose_mapping_node(anchor)
         lines: dict[Any, int] = {}
         for key, _ in node.value:
@@ -449,7 +461,7 @@ class RecipeLoader(yaml.SafeLoader):
 
 
 class RecipeDumper(yaml.SafeDumper):
-    """Quotes every text that RecipeLoader would read as something else."""
+    """YAML dumper that quotes every string that RecipeLoader would not read as a string."""
 
 
 CORE = "tag:yaml.org,2002:"
@@ -459,7 +471,7 @@ FLOAT = re.compile(
     r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
 )
 WORDS = "yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF"
-SCALARS = {  # in the order in which they are tried, with the first letters they may have
+SCALARS = {  # in the order in which they are tried, with their possible first characters
     "null": (re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
     "bool": (re.compile(f"(?:{WORDS})$"), list("yYnNtTfFoO")),
     "int": (re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")),
@@ -482,8 +494,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Read a recipe file into plain values: {key: value} and {section: {key: value}}.
 
     Raises:
-        UsageError: it is not readable, a key is unknown or given twice, or a value is not of the
-            kind that its key takes.
+        UsageError: the file is not readable, a key is unknown or duplicate, or a value has the
+            wrong type.
     """
     try:
         with path.open("rb") as file:
@@ -491,7 +503,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
             root = loader.get_single_node()
         require(
             isinstance(root, yaml.MappingNode),
-            f"recipe {path} holds no keys; see the shipped recipes",
+            f"recipe {path} contains no keys; see the shipped recipes",
         )
         return _read_keys(loader, root, path)
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
@@ -500,7 +512,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _read_keys(loader: RecipeLoader, root: Any, path: Path) -> dict[str, Any]:
-    """Return what a recipe file holds, from the node of its mapping."""
+    """Return the values of a recipe file from its root node, a mapping."""
     types = _types()
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
@@ -509,7 +521,7 @@ def _read_keys(loader: RecipeLoader, root: Any, path: Path) -> dict[str, Any]:
         if any(known.startswith(f"{key}.") for known in types):  # a section
             require(
                 node.tag == f"{CORE}null",
-                f"{key} is a section with no keys of its own in {place}; write them below it",
+                f"{key} is a section, but has a value in {place}; write its keys below it",
             )
             continue
         key = RENAMED.get(key, key)
@@ -517,7 +529,7 @@ def _read_keys(loader: RecipeLoader, root: Any, path: Path) -> dict[str, Any]:
             key in types or key.startswith(OPTIONS),
             f"unknown key '{key}' in {path}{suggest(key, sorted(types))}",
         )
-        # One of the two may be the key `train.epochs` outside of the section `train`.
+        # `train.epochs` may also be written outside of the section `train`.
         require(
             key not in lines, f"{key} is given twice in {path}, lines {lines.get(key)} and {line}"
         )
@@ -533,7 +545,7 @@ def _read_keys(loader: RecipeLoader, root: Any, path: Path) -> dict[str, Any]:
 
 
 def _leaves(root: Any) -> Iterator[tuple[str, int, Any]]:
-    """Yield key, line and node of everything in a recipe but sections that hold something."""
+    """Yield (key, line, node) for each value in a recipe, and for each section without keys."""
     for name, node in root.value:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
@@ -548,7 +560,7 @@ def _leaves(root: Any) -> Iterator[tuple[str, int, Any]]:
 
 
 def _read_value(loader: RecipeLoader, node: Any, types: Sequence[Any], key: str, place: str) -> Any:
-    """Return the value of a key, which takes any of `types`, from its node."""
+    """Return the value of a YAML node; `types` are the types that its key accepts."""
     items = next((get_args(kind) for kind in types if get_origin(kind) is list), None)
     if items and isinstance(node, yaml.SequenceNode):
         return [_read_value(loader, item, items, key, place) for item in node.value]
@@ -556,7 +568,7 @@ def _read_value(loader: RecipeLoader, node: Any, types: Sequence[Any], key: str,
     text, plain = node.value, node.style is None
     require(
         node.tag in (f"{CORE}str", loader.resolve(yaml.ScalarNode, text, (plain, not plain))),
-        f"{key} has the tag {node.tag} in {place}; leave the tag out",
+        f"{key} has the tag {node.tag} in {place}; remove the tag",
     )
     value = loader.construct_object(node)
     if value is None:
@@ -584,7 +596,7 @@ def _read_value(loader: RecipeLoader, node: Any, types: Sequence[Any], key: str,
 
 
 def _require_number(text: str, types: Sequence[Any], name: str) -> None:
-    """Refuse a value that is not a decimal number; jsonargparse would read it by YAML 1.1."""
+    """Refuse a number that is not decimal; jsonargparse would read it by YAML 1.1."""
     if {int, float} & set(types):
         tag = RecipeLoader("").resolve(yaml.ScalarNode, text.strip(), (True, False))
         allowed = ("int", "float", *["null"] * (NoneType in types))
@@ -595,7 +607,7 @@ def _require_number(text: str, types: Sequence[Any], name: str) -> None:
 
 
 def _require_numbers(argv: Sequence[str]) -> None:
-    """Do the same for the numbers on a command line."""
+    """Refuse numbers on the command line that are not decimal."""
     types = _types()
     for arg, following in zip(argv, [*argv[1:], ""], strict=False):
         name, equals, value = arg.partition("=")
@@ -610,7 +622,7 @@ def _require_numbers(argv: Sequence[str]) -> None:
 
 @cache
 def _types() -> dict[str, tuple[Any, ...]]:
-    """Return {"section.key": types}, of which a value has any one."""
+    """Return {"section.key": types}; a value has one of the types."""
     found: dict[str, Any] = {}
     for name, kind in get_type_hints(Recipe).items():
         if dataclasses.is_dataclass(kind):
@@ -633,10 +645,10 @@ def parse_recipe(argv: Sequence[str]) -> tuple[Recipe, str]:
         argv: `[--config RECIPE] [--section.key value ...]`; RECIPE is a file or a shipped name.
 
     Returns:
-        The recipe, and where it came from, for the banner.
+        The recipe, and a description of its origin for the banner.
 
     Raises:
-        UsageError: an unknown recipe or key, or a value of the wrong type.
+        UsageError: the recipe or a key is unknown, or a value has the wrong type.
     """
     argv, path = _resolve_config([_rename_option(arg) for arg in argv])
     content = read_recipe(path)
@@ -657,7 +669,7 @@ def parse_recipe(argv: Sequence[str]) -> tuple[Recipe, str]:
 
 
 def _find_code(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe with source files that lie beside the recipe file instead of here."""
+    """Look up source files in the recipe's folder if the working directory has none."""
 
     def find(place: str) -> str:
         file, _, name = place.rpartition(":")
@@ -679,11 +691,11 @@ def make_recipe(recipe: "str | Path | Recipe", options: Mapping[str, Any]) -> Re
     """Return a recipe with some keys changed.
 
     Args:
-        recipe: a shipped name, a file or a recipe.
+        recipe: a shipped name, a file or a Recipe.
         options: {"section.key": value}.
 
     Raises:
-        UsageError: an unknown recipe or key, or a value of the wrong type.
+        UsageError: the recipe or a key is unknown, or a value has the wrong type.
     """
     if isinstance(recipe, Recipe):
         content = to_dict(recipe)
@@ -705,7 +717,7 @@ def make_recipe(recipe: "str | Path | Recipe", options: Mapping[str, Any]) -> Re
 
 
 def new_parser(prog: str) -> Any:
-    """Return a jsonargparse parser that reads values as RecipeLoader does."""
+    """Return a jsonargparse parser that reads values with RecipeLoader."""
     import jsonargparse
 
     jsonargparse.set_loader("recipe", _load, exceptions=(yaml.YAMLError,))
@@ -719,12 +731,12 @@ def parse_strictly(parser: Any, argv: Sequence[str], content: dict[str, Any] | N
     """Parse with a jsonargparse parser and return its instantiated values.
 
     Args:
-        parser: as of `new_parser`.
+        parser: result of `new_parser`.
         argv: the command line.
-        content: what a file holds, which the command line overrides.
+        content: values of a recipe file, which the command line overrides.
 
     Raises:
-        UsageError: with jsonargparse's several lines folded into one.
+        UsageError: a value has the wrong type; jsonargparse's message is folded into one line.
     """
     import argparse
 
@@ -738,10 +750,10 @@ def parse_strictly(parser: Any, argv: Sequence[str], content: dict[str, Any] | N
 
 
 def refuse_unknown_options(parser: Any, argv: Sequence[str]) -> None:
-    """Refuse the first option that a jsonargparse parser does not have, naming the nearest.
+    """Refuse options that a jsonargparse parser does not have.
 
     Raises:
-        UsageError: there is one.
+        UsageError: names the first unknown option and the nearest known one.
     """
     known = {
         option[2:].rstrip("+")
@@ -749,7 +761,7 @@ def refuse_unknown_options(parser: Any, argv: Sequence[str]) -> None:
         for option in action.option_strings
         if option.startswith("--")
     }
-    # A section, such as --train, would read another file, past the checks of `read_recipe`.
+    # A section, such as --train, would read another file without the checks of `read_recipe`.
     known -= {key.partition(".")[0] for key in known if "." in key}
     for arg in argv:
         key = arg[2:].partition("=")[0].rstrip("+")
@@ -758,10 +770,10 @@ def refuse_unknown_options(parser: Any, argv: Sequence[str]) -> None:
 
 
 def nearest_multiples(value: int, step: int) -> str:
-    """Name the positive multiples of `step` around `value`: "the nearest that work: 60, 66"."""
+    """Name the nearest positive multiples of `step`: "the nearest valid sizes: 60, 66"."""
     below, above = value // step * step, -(-value // step) * step
     near = sorted({size for size in (below, above) if size > 0})
-    return f"the nearest that work: {', '.join(map(str, near))}"
+    return f"the nearest valid sizes: {', '.join(map(str, near))}"
 
 
 def _at_least(section: Any, prefix: str, least: float, *names: str) -> None:
@@ -777,10 +789,10 @@ def _resolve_config(argv: list[str]) -> tuple[list[str], Path]:
     """Return the command line without `--config RECIPE`, and the path of the recipe."""
     asked, own = "cifar10", list(argv)
     places = [n for n, arg in enumerate(argv) if arg.partition("=")[0] == "--config"]
-    require(len(places) < 2, "--config is given twice; give one recipe, and override single keys")
+    require(len(places) < 2, "--config is given twice; give one recipe, and override its keys")
     for place in places:
         end = place + 1 if "=" in argv[place] else place + 2
-        require(end <= len(argv), "--config names no recipe; give a file or a shipped name")
+        require(end <= len(argv), "--config has no value; give a file or a shipped recipe")
         asked = argv[end - 1].removeprefix("--config=")
         del own[place:end]
     path = RECIPES / f"{asked}.yaml"

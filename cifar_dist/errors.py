@@ -1,22 +1,22 @@
-"""The exceptions that end a command with one line, and the check that raises one."""
+"""The exceptions that end a command with a one-line message."""
 
 import difflib
 from collections.abc import Sequence
 
 
 class UsageError(Exception):
-    """A request that cannot work; one line says what was found, what was expected, what to do."""
+    """A request that cannot work. One line reports the problem, the expectation and the remedy."""
 
 
 class RunError(Exception):
-    """A run that cannot go on for a known reason; one line, as of UsageError, says all."""
+    """A run that cannot continue, for a known reason. The message is one line, as of UsageError."""
 
 
 class UserCodeError(UsageError):
     """An exception raised by the user's own code.
 
     Attributes:
-        traceback: its traceback, cut to the user's files.
+        traceback: traceback of the exception, cut to the user's files.
     """
 
     def __init__(self, line: str, traceback: str) -> None:
@@ -36,18 +36,18 @@ def one_line(error: object, limit: int = 200) -> str:
 
 
 class PeerLost(Exception):
-    """Another process, or the store of the launch, has ended while this one waited for it."""
+    """Another rank, or the store of the launch, exited while this process waited for it."""
 
 
 class RunFailed(Exception):
-    """A run that failed; the message is the line that names the cause."""
+    """A run that failed. The message is the one line that names the cause."""
 
 
 class PeersMissing(UsageError):
-    """Some processes did not arrive, or this process cannot reach the others."""
+    """Some ranks did not arrive, or this process cannot reach the others."""
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
-    """Return the end of a message about an unknown name: the nearest known one, else all."""
+    """Return the end of a message about an unknown name: the nearest known name, or else all."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written beside their place, synced, then renamed."""
+"""Atomic writes: a file or folder is written beside its place, synced, and then renamed."""
 
 import errno
 import hashlib
@@ -14,10 +14,10 @@ from cifar_dist.errors import require
 def put_in_place(written: Path, target: Path, aside: Path | None = None) -> None:
     """Sync a file, or a folder with the files in it, and rename it to `target`.
 
-    After a power cut `target` is what it was, or all of the new, or absent where `aside` was used.
+    After a power cut `target` is either old or new and complete. With `aside` it may be missing.
 
     Args:
-        aside: where an existing `target` is moved; a folder cannot be replaced in one step.
+        aside: an existing `target` is moved here first, because rename cannot replace a folder.
     """
     if written.is_dir():
         for path in written.iterdir():
@@ -31,7 +31,7 @@ def put_in_place(written: Path, target: Path, aside: Path | None = None) -> None
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file atomically: a reader sees either the old or the new content."""
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{os.getpid()}.{threading.get_ident()}.tmp")
     try:
@@ -43,14 +43,13 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk.
+    """Force a file, or the entries of a folder, to disk with fsync.
 
-    Folders that cannot be opened (on Windows none can) or synced (on some file systems) are left
-    to the operating system.
+    A folder is skipped if it cannot be opened (on Windows) or synced (on some file systems).
     """
     is_folder = path.is_dir()
     try:
-        # Windows syncs only what is open for writing.
+        # Windows syncs only files that are open for writing.
         descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     except PermissionError:
         if is_folder:
@@ -66,7 +65,7 @@ def sync(path: Path) -> None:
 
 
 def sha256_of(file: IO[bytes]) -> str:
-    """Return the SHA-256 of what is left to read of a file, in hexadecimal."""
+    """Return the SHA-256 of a file from its current position on, in hexadecimal."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)
@@ -74,12 +73,12 @@ def sha256_of(file: IO[bytes]) -> str:
 
 
 def local_path(place: str) -> Path:
-    """Return a path as the user means it: ~ and ~USER at its beginning are home folders.
+    """Return a path with a leading ~ or ~USER replaced by the home folder, as in a shell.
 
-    As in a shell, a name such as ~new that is no user's is an ordinary name.
+    ~NAME is an ordinary file name if there is no user NAME.
 
     Raises:
-        UsageError: it begins with ~, and this user has no home folder.
+        UsageError: the path begins with ~, and this user has no home folder.
     """
     path = Path(os.path.expanduser(place))
     require(
@@ -91,4 +90,4 @@ def local_path(place: str) -> Path:
 
 
 def user_id() -> int:
-    return os.getuid() if hasattr(os, "getuid") else 0  # Windows has none
+    return os.getuid() if hasattr(os, "getuid") else 0  # Windows has no getuid

@@ -1,7 +1,7 @@
 """The user's own networks and losses: `FILE.py:NAME` or `package.module:NAME`.
 
-Code is imported only from a name that the command line, the recipe or a Python caller gives, never
-from a name that a checkpoint holds.
+Code is imported only if the command line, the recipe or a Python caller names it, never because a
+checkpoint names it.
 """
 
 import ast
@@ -31,8 +31,8 @@ class UserCode:
     Attributes:
         place: `FILE.py:NAME` or `package.module:NAME`.
         object: the class or function.
-        module: name of its module, in `sys.modules`.
-        root: folder of the file, or of the package, that holds it.
+        module: name of its module in `sys.modules`.
+        root: folder of its file or top-level package.
         package: name of the top-level package; "" for a file.
     """
 
@@ -43,7 +43,7 @@ class UserCode:
     package: str = ""
 
     def files(self) -> list[Path]:
-        """Return the source file and every file of `root` that it imports, directly or not."""
+        """Return the source file and all files of `root` that it imports, also indirectly."""
         file = getattr(sys.modules.get(self.module), "__file__", None)
         base = self.root.parent if self.package else self.root
         waiting, found = [Path(file).resolve()] if file else [], set[Path]()
@@ -58,10 +58,10 @@ class UserCode:
         return sorted(path for path in found if not path.is_relative_to(PACKAGE))
 
     def hashes(self) -> dict[str, str]:
-        """Return the SHA-256 of each file by its name below `root`.
+        """Return {path relative to `root`: SHA-256} of the files.
 
-        A class or function that was typed into a notebook or a terminal has no file: its own source
-        is hashed, if Python still has it.
+        A class or function defined in a notebook or an interactive session has no file. Its source
+        is hashed instead, if Python has it.
         """
         files = self.files()
         if files:
@@ -78,17 +78,18 @@ class UserCode:
         return {self.place: hashlib.sha256(source.encode()).hexdigest()}
 
     def fail(self, option: str, error: BaseException) -> UserCodeError:
-        """Return an error of this code as the exception that shows it."""
+        """Return a UserCodeError for an exception that this code raised."""
         return own_error(option, self.place, self.root, error)
 
 
 def _imported_names(path: Path, base: Path) -> set[str]:
-    """Return the absolute names of everything that a source file imports, and of its packages.
+    """Return the absolute names of all modules that a source file imports, and of their packages.
 
-    Of `from a import b`, b may be a module or a name in one, so both a and a.b are returned.
+    In `from a import b`, b may be a module or an attribute, so both a and a.b are returned.
 
     Args:
-        base: folder in which top-level names are found.
+        path: the source file, below `base`.
+        base: folder of the top-level modules.
     """
     here = path.relative_to(base).with_suffix("").parts
     names = {".".join(here)}
@@ -104,18 +105,18 @@ def _imported_names(path: Path, base: Path) -> set[str]:
 
 
 def is_user_code(name: str) -> bool:
-    """Return whether the name of a network means code of the user's own."""
+    """Return whether `model.name` names the user's own code."""
     return ":" in name
 
 
 def identity(name: str) -> str:
-    """Return the name without the folder of its file, which may differ from start to start."""
+    """Return the name without the folder of its file, which may change between starts."""
     file, colon, attribute = name.rpartition(":")
     return f"{Path(file).name}{colon}{attribute}" if file.endswith(".py") else name
 
 
 def from_object(found: Callable[..., Any]) -> UserCode:
-    """Return a class or function of the calling Python program."""
+    """Return the UserCode of a class or function that a Python caller passes."""
     name = getattr(found, "__qualname__", type(found).__qualname__)
     module = found.__module__
     file = getattr(sys.modules.get(module), "__file__", None)
@@ -132,9 +133,9 @@ def load(place: str, option: str) -> UserCode:
     """Import `FILE.py:NAME` or `package.module:NAME`.
 
     Args:
-        place: FILE is relative to the working directory; its folder is added to sys.path, as if
-            Python had been started with it.
-        option: the recipe key that names it, for messages.
+        place: FILE is relative to the working directory. Its folder is added to sys.path, as
+            `python FILE` does.
+        option: the recipe key, for messages.
 
     Raises:
         UserCodeError: the import raised an exception.
@@ -175,7 +176,7 @@ def _import_file(path: Path, option: str, place: str) -> ModuleType:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     loaded = getattr(sys.modules.get(path.stem), "__file__", None)
-    # A file may have the name of a module that is loaded, such as types.py.
+    # The file may have the name of a loaded module, such as types.py.
     free = path.stem not in sys.modules or (loaded and Path(loaded).resolve() == path)
     name = path.stem if free else f"{path.stem}_of_user"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -192,7 +193,7 @@ def _import_file(path: Path, option: str, place: str) -> ModuleType:
 
 
 def _find_package(name: str, option: str, place: str) -> Path:
-    """Return the folder of a top-level package, or that of a module which is a single file."""
+    """Return the folder of a top-level package, or the folder of a top-level module's file."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -201,7 +202,7 @@ def _find_package(name: str, option: str, place: str) -> Path:
         spec = None
     if spec is None:
         raise UsageError(
-            f"{option} is {place}, but there is no module '{name}'; write a file's name with .py: "
+            f"{option} is {place}, but there is no module '{name}'; a file needs the suffix .py: "
             f"{name}.py:{place.rpartition(':')[2]}"
         )
     folders = list(spec.submodule_search_locations or [])
@@ -209,7 +210,7 @@ def _find_package(name: str, option: str, place: str) -> Path:
 
 
 def own_error(option: str, place: str, root: Path, error: BaseException) -> UserCodeError:
-    """Return an exception of the user's code with its traceback, cut to the user's files."""
+    """Return a UserCodeError for an exception, with its traceback cut to the user's files."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -226,7 +227,7 @@ def own_error(option: str, place: str, root: Path, error: BaseException) -> User
 
 
 def load_all(places: Mapping[str, str | None]) -> dict[str, UserCode]:
-    """Import the user's code among the values of recipe keys: {key: value} to {key: code}."""
+    """Import the values of recipe keys that name the user's code; return {key: code}."""
     return {
         option: load(place, option) for option, place in places.items() if place and ":" in place
     }
@@ -238,7 +239,7 @@ def hashes_of(codes: Mapping[str, UserCode]) -> dict[str, dict[str, str]]:
 
 
 def copy_files(codes: Mapping[str, UserCode], target: Path) -> None:
-    """Copy the user's files below `target`, for reading; nothing executes the copies."""
+    """Copy the user's files into `target` as a record. The copies are never executed."""
     for code in codes.values():
         for path in code.files():
             copy = target / path.relative_to(code.root)
@@ -249,14 +250,15 @@ def copy_files(codes: Mapping[str, UserCode], target: Path) -> None:
 def require_same(
     recorded: Mapping[str, Mapping[str, str]], codes: Mapping[str, UserCode], place: str
 ) -> None:
-    """Refuse code that differs from that of a checkpoint.
+    """Refuse source code that differs from the code of a checkpoint.
 
     Args:
-        recorded: `hashes_of` when the checkpoint was saved.
-        place: the checkpoint, for the message.
+        recorded: result of `hashes_of` when the checkpoint was saved.
+        codes: the code now.
+        place: path of the checkpoint, for the message.
 
     Raises:
-        UsageError: naming the first file that differs.
+        UsageError: names the first file that differs.
     """
     for option, code in codes.items():
         before, now = recorded.get(option, {}), code.hashes()

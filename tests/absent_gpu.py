@@ -1,7 +1,7 @@
 """Compile every kernel for a GPU that is absent: `python -m tests.absent_gpu CAPABILITY`.
 
-Takes steps and evaluations of speednet without running a kernel, and prints how often each was
-compiled for a GPU of that capability (90 is an H100).
+Runs training steps and evaluations of speednet without executing a kernel. Prints how often each
+kernel was compiled for a GPU of that compute capability (90 is an H100).
 """
 
 import sys
@@ -23,10 +23,10 @@ from cifar_dist.training.engine import VIEWS, view
 
 
 class AbsentGPU:
-    """The driver that Triton queries before it compiles."""
+    """Triton's driver for a GPU that only exists for the compiler."""
 
     def get_current_target(self) -> GPUTarget:
-        """Return the GPU to compile for."""
+        """Return the GPU that kernels are compiled for."""
         return GPUTarget("cuda", int(sys.argv[1]), 32)
 
     def get_current_device(self) -> int:
@@ -39,7 +39,7 @@ class AbsentGPU:
 
 
 def main() -> None:
-    """See the module's docstring."""
+    """Compile the kernels and print the counts."""
     driver.set_active(AbsentGPU())
     run, compiled = JITFunction.run, set()
 

@@ -1,4 +1,4 @@
-"""Augmentation against slow, obvious references; randomness as a function of the sample."""
+"""Augmentation: comparison with slow references, and random numbers as functions of the sample."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def batch_of(count: int, size: int = 8, first: int = 0) -> Batch:
     return Batch(images, torch.zeros(count, dtype=torch.long), torch.arange(first, first + count))
 
 
-def test_draws_are_uniform_and_unrelated() -> None:
+def test_random_numbers_are_uniform_and_uncorrelated() -> None:
     positions = torch.arange(100_000)
     draws = {
         key: uniform(*key[:2], positions)[key[2]]
@@ -34,14 +34,14 @@ def test_draws_are_uniform_and_unrelated() -> None:
         assert values.max() < 1
         counts = torch.histc(values, bins=20, min=0, max=1)
         chi_square = ((counts - 5000) ** 2 / 5000).sum()
-        assert chi_square < 43.8  # 0.1 % of a chi-square distribution with 19 degrees of freedom
+        assert chi_square < 43.8  # 99.9th percentile of chi-square with 19 degrees of freedom
         neighbours = torch.corrcoef(torch.stack([values[:-1], values[1:]]))[0, 1]
         assert abs(neighbours) < 0.015
     correlations = torch.corrcoef(torch.stack(list(draws.values())))
     assert (correlations - torch.eye(len(draws))).abs().max() < 0.015
 
 
-def test_draws_do_not_depend_on_the_batch() -> None:
+def test_random_numbers_do_not_depend_on_the_batch() -> None:
     whole = uniform(3, 2, torch.arange(64))
     parts = [uniform(3, 2, torch.arange(start, start + 16)) for start in range(0, 64, 16)]
     assert torch.equal(whole, torch.cat(parts, dim=1))
@@ -82,7 +82,7 @@ def test_flips_alternate_between_epochs() -> None:
     assert 0.4 < mirrored < 0.6
 
 
-def test_shifts_reach_everywhere_and_change_with_the_epoch() -> None:
+def test_all_shifts_occur_and_change_with_epoch_and_seed() -> None:
     index = torch.arange(81, dtype=torch.uint8).reshape(1, 9, 9, 1).expand(500, 9, 9, 3)
     batch = Batch(index, torch.zeros(500), torch.arange(500))
     config = AugmentConfig(translate=2)
@@ -100,14 +100,14 @@ def test_cutout_is_one_square_of_the_mean_colour() -> None:
     assert hole is not None
     sizes = hole.flatten(1).sum(1)
     assert sizes.max() == 36
-    assert sizes.min() >= 9  # at a corner a quarter of it lies inside
+    assert sizes.min() >= 9  # at a corner a quarter of the square is inside
     rows, columns = hole.any(2).flatten(1), hole.any(1).flatten(1)
-    assert (rows == columns).all(1).float().mean() < 0.2  # along each axis at another place
+    assert (rows == columns).all(1).float().mean() < 0.2  # the axes are independent
     pixels = normalise(images, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), hole).permute(0, 2, 3, 1)
     assert torch.equal(pixels.eq(0).all(-1, keepdim=True), hole)
 
 
-def test_grey_and_its_probability() -> None:
+def test_grayscale_and_its_probability() -> None:
     batch = batch_of(1000)
     grey = to_grey(batch.images)
     reference = (batch.images.double() @ torch.tensor([0.299, 0.587, 0.114]).double()).round()
@@ -118,7 +118,7 @@ def test_grey_and_its_probability() -> None:
     assert torch.equal(images[changed], grey[changed])
 
 
-def test_what_is_drawn_for_an_image_is_unrelated() -> None:
+def test_the_random_choices_for_an_image_are_independent() -> None:
     batch = batch_of(1000)
     config = AugmentConfig(flip="random", grayscale=0.5)
     images, _ = augment(batch, config, 0, 0)
@@ -129,7 +129,7 @@ def test_what_is_drawn_for_an_image_is_unrelated() -> None:
         assert 0.2 < chosen.float().mean() < 0.3
 
 
-def test_without_augmentation_images_stay_as_they_are() -> None:
+def test_without_augmentation_images_are_unchanged() -> None:
     batch = batch_of(5)
     images, hole = augment(batch, AugmentConfig(), 0, 0)
     assert torch.equal(images, batch.images)

@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, what is refused, and how fast."""
+"""Recipes: accepted and refused keys and values, and light imports."""
 
 import copy
 import os
@@ -62,7 +62,7 @@ def test_default_recipe_and_overrides() -> None:
         (SCHEDULES, ScheduleConfig),
     ],
 )
-def test_names_in_recipes_are_those_that_exist(choices: dict, section: type) -> None:
+def test_names_in_the_recipe_types_are_those_implemented(choices: dict, section: type) -> None:
     assert set(get_args(get_type_hints(section)["name"])) == set(choices)
 
 
@@ -72,18 +72,18 @@ def test_names_in_recipes_are_those_that_exist(choices: dict, section: type) -> 
         (["--train.epoch", "3"], "unknown option '--train.epoch'; did you mean 'train.epochs'?"),
         (["--config", "tutorail"], "did you mean 'tutorial'?"),
         (["--config", "/nowhere/x.yaml"], "neither a file nor a shipped recipe"),
-        (["--config"], "names no recipe"),
+        (["--config"], "--config has no value"),
         (["--train.epochs", "many"], "train.epochs"),
         (["--train.epochs", "0"], "train.epochs is 0; give 1 or more"),
-        (["--train.batch_size", "63", "--train.accumulate", "2"], "that work: 62, 64"),
+        (["--train.batch_size", "63", "--train.accumulate", "2"], "valid sizes: 62, 64"),
         (["--data.val_fraction", "1"], "data.val_fraction is 1"),
         (["--optim.lr", "0"], "optim.lr"),
         (
             ["--config", "tutorial", "--optim.head_lr", "2"],
-            "optim.bias_lr and optim.head_lr are of muon; optim.name is sgd: begin with",
+            "optim.bias_lr and optim.head_lr need optim.name muon, not sgd; start from",
         ),
-        (["--config", "cifar10-94", "--model.name", "deep"], "of speednet, whose head divides"),
-        (["--config", "quick", "--model.name", "deep"], "model.name is deep: begin with another"),
+        (["--config", "cifar10-94", "--model.name", "deep"], "for speednet, whose head divides"),
+        (["--config", "quick", "--model.name", "deep"], "not for deep; start from another"),
         (["--optim.name", "muon", "--optim.bias_lr", "0"], "optim.bias_lr is 0"),
         (["--optim.nesterov", "true", "--optim.momentum", "0"], "needs optim.momentum"),
         (["--train.ema", "1"], "train.ema"),
@@ -111,7 +111,7 @@ def test_bad_options_are_one_line(arguments: list[str], message: str) -> None:
     [
         ("train: {epoch: 3}", "unknown key 'train.epoch'"),
         ("trian: {epochs: 3}", "unknown key 'trian.epochs'"),
-        ("- a\n- b", "holds no keys"),
+        ("- a\n- b", "contains no keys"),
         ("train: {epochs: [", "not readable as YAML"),
         ("train: {epochs: x}", "epochs"),
         ("name: a\ntrain:\n  epochs: 3\ntrain:\n  seed: 1", "train is given twice in"),
@@ -139,7 +139,7 @@ def test_bad_options_are_one_line(arguments: list[str], message: str) -> None:
         ("train: {epochs: !!float x}", "has the tag tag:yaml.org,2002:float"),
         (f"train: {{seed: {'9' * 5000}}}", "not readable as YAML: Exceeds the limit"),
         ("train:\n  epochs:", "train.epochs has no value in"),
-        ("train: 5", "train is a section with no keys of its own in"),
+        ("train: 5", "train is a section, but has a value in"),
         ("train: {<<: {epochs: 3}}", "unknown key 'train.<<'"),
         ("train: {epochs: {a: 3}}", "train.epochs is not a single value in"),
         ("track: {log_with: &a [*a]}", "track.log_with is not a single value in"),
@@ -150,7 +150,7 @@ def test_bad_options_are_one_line(arguments: list[str], message: str) -> None:
         ("[" * 1500, "not readable as YAML"),
         (b"name: caf\xe9", "not readable as YAML"),
         (b"\x00\x01", "not readable as YAML"),
-        ("", "holds no keys"),
+        ("", "contains no keys"),
     ],
 )
 def test_bad_recipe_files_are_one_line(text: str | bytes, message: str, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_bad_recipe_files_are_one_line(text: str | bytes, message: str, tmp_path
 
 
 @pytest.mark.fault(55)
-def test_what_is_given_twice_is_named_with_its_lines(tmp_path: Path) -> None:
+def test_duplicate_keys_are_named_with_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("name: mine\ntrain: {epochs: 3}\noptim: {lr: 0.05}\ntrain: {seed: 1}\n")
     with pytest.raises(UsageError) as refused:
@@ -186,7 +186,7 @@ def test_what_is_given_twice_is_named_with_its_lines(tmp_path: Path) -> None:
         ("\ufeffname: =\nout: 1:30", {"name": "=", "out": "1:30"}),
     ],
 )
-def test_a_recipe_means_what_it_looks_like(
+def test_yaml_values_are_read_as_written(
     text: str, values: dict[str, object], tmp_path: Path
 ) -> None:
     (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
@@ -194,7 +194,7 @@ def test_a_recipe_means_what_it_looks_like(
     assert {key: found[key] for key in values} == values
 
 
-def test_any_text_survives_in_a_recipe(tmp_path: Path) -> None:
+def test_any_string_survives_a_round_trip(tmp_path: Path) -> None:
     words = ["no", "1e3", "-.5E-1", "010", "1:30", "~", "", "null", "0x1f", "2026-11-29", "=", "<<"]
     words += [".inf", "1_000", "*a", "&a", "- a", "a: b", "#a", "\ta", "caf\u00e9", "\udcff", "'\""]
     for text in words:
@@ -206,14 +206,14 @@ def test_any_text_survives_in_a_recipe(tmp_path: Path) -> None:
     assert parse_recipe(["--config", str(tmp_path / "copy.yaml")])[0] == recipe
 
 
-def test_a_folder_or_a_pipe_is_no_recipe(tmp_path: Path) -> None:
+def test_a_folder_or_a_pipe_is_refused_as_recipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", "."):
         with pytest.raises(UsageError, match="is neither a file nor a shipped recipe"):
             parse_recipe(["--config", str(tmp_path / name)])
 
 
-def test_what_may_differ_between_a_run_and_its_continuation() -> None:
+def test_keys_that_may_differ_in_a_resumed_run() -> None:
     recipe = parse_recipe(["--config", "smoke"])[0]
 
     def changed(*arguments: str) -> list[str]:
@@ -225,8 +225,8 @@ def test_what_may_differ_between_a_run_and_its_continuation() -> None:
     assert changed("--optim.lr", "1") == ["optim.lr is 0.003 there and 1.0 here"]
 
 
-def test_no_other_key_may_differ() -> None:
-    """Places, what is recorded, and how a batch is divided; everything else changes the result."""
+def test_no_other_key_may_differ_in_a_resumed_run() -> None:
+    """Only paths, records and micro-batches may differ; all other keys change the result."""
     free = {"name", "out", "resume", "data.root", "data.cache", "train.accumulate", "train.timeout"}
     free |= {"checkpoint.every_epochs", "checkpoint.every_steps", "checkpoint.keep"}
     free |= {"track.log_with", "track.every_steps"}
@@ -242,7 +242,7 @@ def test_no_other_key_may_differ() -> None:
     assert ignored == free
 
 
-def test_the_name_of_a_network_may_not_differ_but_the_folder_of_its_file_may() -> None:
+def test_a_resumed_run_needs_the_same_network_in_any_folder() -> None:
     def named(name: str, **options: int) -> Recipe:
         return Recipe(model=ModelConfig(name=name, options=options))
 
@@ -284,7 +284,7 @@ def test_options_of_the_network(
 
 
 def test_the_set_of_options_is_deliberate() -> None:
-    """A new option needs a reason: who sets it, and why no constant would do."""
+    """A new option needs a reason: who sets it, and why a constant does not suffice."""
     sections = {key.partition(".")[0] for key in flatten(Recipe())}
     counts = {s: sum(key.startswith(f"{s}.") for key in flatten(Recipe())) for s in sections}
     assert counts == {

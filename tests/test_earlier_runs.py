@@ -1,7 +1,7 @@
 """Runs of earlier versions resume, and their checkpoints evaluate and predict.
 
-fixtures/earlier-run was interrupted at step 14 of 18; earlier-run-metrics.jsonl is what the version
-that wrote it ended with.
+fixtures/earlier-run was interrupted at step 14 of 18. earlier-run-metrics.jsonl is metrics.jsonl
+of the finished run, by the version that wrote it.
 """
 
 import json
@@ -20,16 +20,16 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A copy of the run folder of an earlier version."""
+    """Copy the run folder of an earlier version."""
     return shutil.copytree(FIXTURES / "earlier-run", tmp_path / "run")
 
 
-def test_an_earlier_run_resumes_and_ends_as_it_would_have(run: Path) -> None:
+def test_an_earlier_run_resumes_with_the_same_metrics(run: Path) -> None:
     assert main(["--config", str(run / "recipe.yaml"), "--out", str(run)]) == 0
     lines = (FIXTURES / "earlier-run-metrics.jsonl").read_text().splitlines()
     for found, line in zip(read_lines(run), lines, strict=True):
         expected = json.loads(line)
-        # Another processor may round otherwise.
+        # Other processors may round differently.
         assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-4)
         assert found == expected
     assert verify.main([str(run)]) == 0

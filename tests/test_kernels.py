@@ -1,4 +1,4 @@
-"""Fused kernels against plain torch, in Triton's interpreter if there is no GPU."""
+"""Fused kernels compared with plain torch, in Triton's interpreter if there is no GPU."""
 
 import copy
 import dataclasses
@@ -40,7 +40,7 @@ def one_by_one(features: torch.Tensor, layer: nn.BatchNorm2d, pool: bool) -> tor
     return functional.gelu(layer(functional.max_pool2d(features, 2) if pool else features))
 
 
-CASES = [  # shape, pool: even and odd sides, channels that fill no tile, one that fills several
+CASES = [  # shape, pool: even and odd sizes, channels for less than one tile and for several
     ((3, 24, 8, 8), True),
     ((3, 24, 7, 5), True),
     ((2, 96, 4, 4), False),
@@ -53,7 +53,7 @@ CASES = [  # shape, pool: even and odd sides, channels that fill no tile, one th
 def test_training_equals_the_layers(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], pool: bool
 ) -> None:
-    monkeypatch.setattr(speednet_kernels, "PROGRAMS", 5)  # so that programs add up several tiles
+    monkeypatch.setattr(speednet_kernels, "PROGRAMS", 5)  # so that each program adds several tiles
     torch.manual_seed(0)
     features = (2 * torch.randn(shape, device=DEVICE) + 3).contiguous(
         memory_format=torch.channels_last
@@ -78,7 +78,7 @@ def test_evaluation_equals_the_layers(shape: tuple[int, ...], pool: bool) -> Non
     torch.testing.assert_close(ours, one_by_one(features, layer, pool), rtol=1e-5, atol=1e-5)
 
 
-def test_a_mean_far_from_zero_cancels_nothing() -> None:
+def test_a_mean_far_from_zero_does_not_lose_precision() -> None:
     features = torch.randn(16, 8, 6, 6, device=DEVICE) + 1000
     layer, reference = norm_of(8), norm_of(8).double()
     ours = speednet_kernels.pool_normalise_activate(features, layer, False)
@@ -118,7 +118,7 @@ PIXELS = Pixels((0.5,) * 3, (0.25,) * 3, AugmentConfig(), seed=0)
 
 
 class OwnNetwork(nn.Module):
-    """A network of the user's that contains a block of speednet."""
+    """A user's network that contains a block of speednet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class OwnNetwork(nn.Module):
 def plain_and_fast(
     network: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[nn.Module, nn.Module]:
-    """Return a network as it is, and a copy with kernels."""
+    """Return the network unchanged, and a copy with kernels."""
     monkeypatch.setattr(speedups, "runs_triton", lambda _: True)
     plain = network.to(DEVICE, memory_format=torch.channels_last)
     return plain, speedups.speed_up(copy.deepcopy(plain), PIXELS)[0]
@@ -147,11 +147,11 @@ def gradients(network: nn.Module, images: torch.Tensor) -> dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("network", [SpeedNet(10, (4, 8), depth=3), OwnNetwork()])
-def test_a_network_with_kernels_computes_the_same(
+def test_a_network_with_kernels_gives_the_same_results(
     network: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, fast = plain_and_fast(network, monkeypatch)
-    average = copy.deepcopy(fast)  # as AveragedModel makes it
+    average = copy.deepcopy(fast)  # as AveragedModel does
     images, error = torch.randn(4, 3, 8, 8, device=DEVICE), {"rtol": 1e-3, "atol": 1e-4}
 
     def evaluate(network: nn.Module) -> torch.Tensor:
@@ -169,18 +169,18 @@ def test_a_network_with_kernels_computes_the_same(
 
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_of_images_are_not_lost(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attribution needs them, and fine-tuning those of layers in evaluation mode."""
+    """Attribution needs them; fine-tuning with layers in evaluation mode does, too."""
     plain, fast = plain_and_fast(SpeedNet(10, (4, 8)).train(training), monkeypatch)
     images = torch.randn(4, 3, 8, 8, device=DEVICE)
     found = [gradients(network, images.clone().requires_grad_()) for network in (plain, fast)]
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
 
 
-def test_a_network_that_is_captured_is_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracing_and_compiling_capture_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, fast = plain_and_fast(SpeedNet(10, (4, 8)).eval(), monkeypatch)
     images = torch.randn(2, 3, 8, 8, device=DEVICE)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TensorBoard has no other tracer than torch.jit
+        warnings.simplefilter("ignore")  # torch.jit, which TensorBoard uses, is deprecated
         traced = torch.jit.trace(fast, images)
         compiled = torch.compile(fast, backend="eager")
         expected = plain(images)
@@ -216,7 +216,7 @@ SOME = {int: (2,), float: (0.5,), bool: (True,)}
 
 
 def one_at_a_time() -> list[AugmentConfig]:
-    """Return a config for each value of each choice, and for some value of each number."""
+    """Return a config for each value of each choice, and for one value of each number."""
     types, configs = get_type_hints(AugmentConfig), []
     for field in dataclasses.fields(AugmentConfig):
         values = get_args(types[field.name]) or SOME[types[field.name]]
@@ -226,7 +226,7 @@ def one_at_a_time() -> list[AugmentConfig]:
 
 
 def training_batches(config: AugmentConfig) -> list[torch.Tensor]:
-    """Return a batch as training sees it in three epochs."""
+    """Return the augmented pixels of a batch in three epochs."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (20, 9, 9, 3), dtype=torch.uint8, generator=generator)
     positions = torch.randint(0, 2**33, (20,), generator=generator)
@@ -247,13 +247,13 @@ def compare_augmentation(config: AugmentConfig, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("config", [*one_at_a_time(), *COMBINED])
-def test_augmentation_is_the_same_to_the_bit(
+def test_augmentation_is_bit_identical(
     config: AugmentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare_augmentation(config, monkeypatch)
 
 
-def test_an_augmentation_without_a_kernel_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_augmentation_without_a_kernel_is_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclasses.dataclass(frozen=True)
     class WithInversion(AugmentConfig):
         invert: bool = False

@@ -1,4 +1,4 @@
-"""Architectures: their sizes, and that any image size and class count works."""
+"""Shipped networks: parameter counts, image sizes, numbers of classes, and references."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from cifar_dist.models.speednet import SpeedNet
 from cifar_dist.train import main as train
 from tests.helpers import TINY
 
-# Weights and biases counted from the papers' and tutorials' tables.
+# Weights and biases, counted from the tables in the papers and tutorials.
 PARAMETERS = {
     "tutorial": 145_578,
     "tutorial-wide": 637_610,
@@ -49,7 +49,7 @@ def test_any_image_size_and_class_count(name: str, size: int) -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_the_tutorial_network_is_the_tutorials() -> None:
+def test_the_tutorial_network_equals_that_of_the_tutorials() -> None:
     reference = torch.nn.Sequential(
         *(torch.nn.Conv2d(3, 32, 5, padding=2), torch.nn.MaxPool2d(2)),
         *(torch.nn.Conv2d(32, 32, 5, padding=2), torch.nn.MaxPool2d(2)),
@@ -64,8 +64,8 @@ def test_the_tutorial_network_is_the_tutorials() -> None:
     torch.testing.assert_close(model(images), reference(images))
 
 
-def test_speednet_is_the_network_of_its_paper() -> None:
-    """Of airbench94, but for the trained bias of its first layer."""
+def test_speednet_equals_the_network_of_its_paper() -> None:
+    """Compare with airbench94, except for the trained bias of its first layer."""
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
         def normalise() -> nn.Module:
@@ -95,7 +95,7 @@ def test_speednet_is_the_network_of_its_paper() -> None:
         torch.testing.assert_close(model.train(training)(images), logits(images))
 
 
-def test_dropout_can_be_chosen_or_left_to_the_architecture() -> None:
+def test_dropout_can_be_set_or_left_to_the_network() -> None:
     def probabilities(config: ModelConfig) -> set[float]:
         modules = build_network(config, 10).modules()
         return {m.p for m in modules if isinstance(m, torch.nn.Dropout)}
@@ -108,16 +108,16 @@ def test_dropout_can_be_chosen_or_left_to_the_architecture() -> None:
 
 @pytest.mark.parametrize("size", [2, 4, 5, 8, 9])
 @pytest.mark.parametrize("side", [1, 2, 4])
-def test_average_pooling_is_torchs(size: int, side: int) -> None:
+def test_average_pooling_equals_torch(size: int, side: int) -> None:
     images = torch.randn(2, 3, size, size + 4)
     pooled = AveragePool(side)(images)
     torch.testing.assert_close(pooled, nn.AdaptiveAvgPool2d(side)(images))
 
 
-def test_whitened_outputs_are_uncorrelated_over_all_images_given() -> None:
+def test_whitened_outputs_are_uncorrelated_over_all_images() -> None:
     torch.manual_seed(0)
-    images = torch.randn(1200, 3, 8, 8).cumsum(dim=3)  # neighbours alike
-    images[500:] *= torch.tensor([3.0, 1.0, 0.5])[:, None, None]  # later images are others
+    images = torch.randn(1200, 3, 8, 8).cumsum(dim=3)  # correlated neighbours
+    images[500:] *= torch.tensor([3.0, 1.0, 0.5])[:, None, None]  # other statistics
     network = SpeedNet(10)
     network.initialise_from(images)
     filters, stride = network.whitening.weight, network.whitening.stride

@@ -1,4 +1,4 @@
-"""Optimizers: torch's steps, Muon's directions and lengths, and a step that is skipped."""
+"""Optimizers: steps equal to torch's, Muon's definition, and skipped steps."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def give_gradients(network: nn.Module, seed: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "nesterov"), [("sgd", False), ("sgd", True), ("adamw", False)])
-def test_steps_are_those_of_torch(name: str, nesterov: bool) -> None:
+def test_steps_equal_those_of_torch(name: str, nesterov: bool) -> None:
     config = OptimConfig(name=name, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
     ours, theirs = small_network(), small_network()
     optimizer = build_optimizer(ours, config)
@@ -63,7 +63,9 @@ def test_a_run_imports_no_compiler(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 32), (2, 32, 8), (1, 16, 16)])
-def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, ...]) -> None:
+def test_orthogonalise_moves_singular_values_to_one_and_keeps_the_vectors(
+    shape: tuple[int, ...],
+) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
     values = left.mT @ torch.stack(orthogonalise(matrices, steps=5)) @ right.mT
@@ -74,7 +76,7 @@ def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 32), (2, 32, 8)])
-def test_iterating_on_the_gram_matrix_ends_where_the_definition_does(
+def test_iterating_on_the_gram_matrix_equals_the_definition(
     shape: tuple[int, ...],
 ) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
@@ -86,8 +88,8 @@ def test_iterating_on_the_gram_matrix_ends_where_the_definition_does(
     assert torch.allclose(torch.stack(orthogonalise(matrices)).double(), expected, atol=1e-5)
 
 
-def test_steps_follow_the_definition() -> None:
-    """Against the published rule written out one filter bank at a time."""
+def test_muon_steps_equal_the_definition() -> None:
+    """Compare with the published rule, one convolution at a time."""
     network = small_network()
     optimizer = build_optimizer(network, CONFIG)
     expected = {name: p.detach().clone() for name, p in network.named_parameters()}
@@ -116,7 +118,7 @@ def test_steps_follow_the_definition() -> None:
             torch.testing.assert_close(parameter.detach(), expected[name], msg=name)
 
 
-def test_a_network_without_filters_takes_steps_too() -> None:
+def test_muon_trains_a_network_without_convolutions() -> None:
     network = nn.Linear(3, 2)
     optimizer = build_optimizer(network, CONFIG)
     give_gradients(network, 0)
@@ -125,7 +127,7 @@ def test_a_network_without_filters_takes_steps_too() -> None:
     assert not torch.equal(network.weight, before)
 
 
-def test_a_step_that_is_not_finite_changes_nothing() -> None:
+def test_a_non_finite_step_changes_nothing() -> None:
     network = small_network()
     optimizer = build_optimizer(network, CONFIG)
     optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
@@ -143,7 +145,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     assert all(map(torch.equal, states, [v for s in optimizer.state.values() for v in s.values()]))
 
 
-def test_frozen_weights_belong_to_no_group() -> None:
+def test_frozen_weights_are_in_no_param_group() -> None:
     network = small_network()
     optimizer = build_optimizer(network, CONFIG)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

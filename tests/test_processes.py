@@ -180,7 +180,7 @@ def test_a_batch_that_does_not_divide_names_those_that_do(tmp_path: Path) -> Non
         [*command(2), *TINY, "--out", str(tmp_path / "out"), "--train.batch_size", "33"]
     )
     assert done.returncode != 0
-    assert "does not divide among 2 processes; the nearest that work: 32, 34" in done.stderr
+    assert "does not divide among 2 processes; the nearest valid sizes: 32, 34" in done.stderr
     assert done.stderr.count("error: ") == 1
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Steps that are replayed against steps that are taken, on a GPU."""
+"""Steps replayed as a CUDA graph, compared with eager steps, on a GPU."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def weights_of(out: Path, *options: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_replayed_step_is_the_step(
+def test_a_replayed_step_equals_an_eager_step(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replayed = weights_of(tmp_path / "replayed", *CASES[case], "--train.epochs", "3")
@@ -42,7 +42,7 @@ def test_a_replayed_step_is_the_step(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_was_continued_replays_the_same(case: str, tmp_path: Path) -> None:
+def test_a_resumed_run_replays_the_same_steps(case: str, tmp_path: Path) -> None:
     whole = weights_of(tmp_path / "whole", *CASES[case], "--train.epochs", "3")
     weights_of(tmp_path / "parts", *CASES[case], "--train.epochs", "1")
     parts = weights_of(tmp_path / "parts", *CASES[case], "--train.epochs", "3")

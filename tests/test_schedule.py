@@ -1,4 +1,4 @@
-"""Learning rates at the points that matter."""
+"""Learning rate schedules: values at selected steps."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def curve(**options: object) -> list[float]:
     return [learning_rate(config, 2.0, step, steps_per_epoch=10, epochs=10) for step in range(100)]
 
 
-def test_constant_and_its_warm_up() -> None:
+def test_constant_with_and_without_warm_up() -> None:
     assert curve(name="constant") == [2.0] * 100
     rates = curve(name="constant", warmup_epochs=2)
     assert rates[:20] == pytest.approx([0.1 * (step + 1) for step in range(20)])
@@ -25,7 +25,7 @@ def test_step_drops_by_gamma() -> None:
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
-def test_falling_shapes(name: str) -> None:
+def test_cosine_and_linear_decay(name: str) -> None:
     rates = curve(name=name, final=0.1, warmup_epochs=1)
     assert rates[9] == pytest.approx(2.0)
     assert rates[9:] == sorted(rates[9:], reverse=True)
@@ -46,7 +46,7 @@ def test_one_cycle_rises_then_falls() -> None:
     ("epochs", "steps"),
     [(2, 200), (0.29, 29), (0.57, 57), (1.1, 110), (9.95, 995), (0.294, 29), (0.296, 30)],
 )
-def test_a_part_of_an_epoch_has_the_nearest_number_of_steps(epochs: float, steps: int) -> None:
+def test_a_fraction_of_an_epoch_is_rounded_to_steps(epochs: float, steps: int) -> None:
     assert total_steps(epochs, 100) == steps  # 0.29 * 100 is 28.999999999999996
 
 

@@ -1,4 +1,4 @@
-"""Networks and losses of the user's own, and those of torchvision and timm."""
+"""The user's own networks and losses, and networks of torchvision and timm."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ from cifar_dist.user_code import identity
 from tests.forked import start
 from tests.helpers import TINY, command, digest_of, read_lines, run_command
 
-# The file of the tutorials, with the layers of the shipped network `tutorial`.
+# The tutorials' file, with the layers of the shipped network `tutorial`.
 TUTORIAL = """
 import torch
 from torch import nn
@@ -138,7 +138,7 @@ WIDER = ["--model.name", "wide.py:Wide", "--model.options.width", "6"]
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The working directory, which holds SOURCES."""
+    """The working directory, which contains SOURCES."""
     for name, text in SOURCES.items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -150,7 +150,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[name]
 
 
-def test_the_tutorials_file_trains_as_the_shipped_network(here: Path) -> None:
+def test_the_tutorials_file_trains_like_the_shipped_network(here: Path) -> None:
     assert main([*TINY, "--model.name", "model.py:MyModel", "--out", "own"]) == 0
     assert main([*TINY, "--out", "shipped"]) == 0
     own, shipped = (
@@ -161,7 +161,7 @@ def test_the_tutorials_file_trains_as_the_shipped_network(here: Path) -> None:
     assert (here / "own" / "code" / "model.py").read_text() == TUTORIAL
 
 
-def test_a_network_with_options_and_modules_beside_it(here: Path) -> None:
+def test_a_network_with_options_that_imports_a_file_beside_it(here: Path) -> None:
     whole = [*TINY, *WIDER, "--train.batch_size", "16", "--checkpoint.every_steps", "7"]
     with start([*whole, "--out", "whole"], 2, folder=here / "log") as job:
         assert job.wait() == [0, 0], job.text()
@@ -174,7 +174,7 @@ def test_a_network_with_options_and_modules_beside_it(here: Path) -> None:
     assert load("cut", model="wide.py:Wide").network.head.in_features == 24
 
 
-def test_a_checkpoint_needs_its_code_again_and_unchanged(
+def test_a_checkpoint_requires_the_same_code_to_be_named_again(
     here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = [*TINY, *WIDER, "--out", "run"]
@@ -190,7 +190,7 @@ def test_a_checkpoint_needs_its_code_again_and_unchanged(
     for verb, arguments in commands.items():
         assert verb(arguments) == 2
         assert "name the code again: --model.name wide.py:Wide" in capfd.readouterr().err
-    assert not Path("executed").exists()  # a checkpoint's name imports nothing
+    assert not Path("executed").exists()  # the name in a checkpoint is not imported
     for verb, arguments in commands.items():
         assert verb([*arguments, *named]) == 2
         assert "other source code: wide.py changed" in capfd.readouterr().err
@@ -255,7 +255,7 @@ def test_processes_with_different_code_refuse(here: Path) -> None:
         ("missing.py:Net", "there is no file 'missing.py' in "),
         (
             "missing:Net",
-            "there is no module 'missing'; write a file's name with .py: missing.py:Ne",
+            "there is no module 'missing'; a file needs the suffix .py: missing.py:Ne",
         ),
         ("resnet19", "unknown network 'resnet19'; did you mean 'resnet18'"),
         ("torchvision/resnet19", "torchvision has no network 'resnet19'; did you mean 'resnet"),
@@ -288,7 +288,7 @@ def test_a_network_that_cannot_be_trained_is_refused(
         ("syntax.py:Net", "SyntaxError: invalid syntax", "def f(:"),
     ],
 )
-def test_an_error_of_the_users_code_is_shown_with_its_line(
+def test_an_error_in_the_users_code_is_shown_with_its_line(
     name: str, line: str, source: str, here: Path
 ) -> None:
     with pytest.raises(UserCodeError, match=f"model.name {name} raised {line}") as caught:
@@ -297,7 +297,9 @@ def test_an_error_of_the_users_code_is_shown_with_its_line(
     assert "cifar_dist" not in caught.value.traceback
 
 
-def test_the_traceback_comes_before_the_line(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_traceback_is_printed_before_the_error_line(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main([*TINY, "--model.name", "faulty.py:Undefined", "--out", "run"]) == 2
     lines = capfd.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
@@ -320,7 +322,7 @@ def test_options_are_checked_against_the_signature(
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/test_resnet"])
-def test_weights_of_a_library_are_not_loaded_by_an_option(name: str) -> None:
+def test_options_cannot_load_weights_of_a_library(name: str) -> None:
     for option in ("weights", "pretrained", "checkpoint_path"):
         with pytest.raises(UsageError, match=f"model.options.{option} loads weights"):
             build_network(ModelConfig(name=name, options={option: "x"}), 10)
@@ -336,7 +338,7 @@ def test_networks_of_torchvision_and_timm_are_trained(name: str, here: Path) -> 
     assert evaluate.main(["--checkpoint", "run"]) == 0
 
 
-def test_a_missing_timm_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_timm_is_reported_with_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(
         UsageError, match=r"needs timm; install it: pip install 'cifar-dist\[timm\]'"
@@ -353,7 +355,7 @@ def test_dropout_is_set_in_any_network(here: Path) -> None:
     assert all(layer.p == 0 for layer in random)
 
 
-def test_the_trial_changes_nothing_and_finds_reads_on_the_host() -> None:
+def test_the_trial_changes_nothing_and_finds_host_synchronisation() -> None:
     class Reads(nn.Module):
         def forward(self, values: torch.Tensor) -> torch.Tensor:
             return values * values.abs().mean().item()
@@ -468,7 +470,7 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 
 @pytest.mark.slow
-def test_it_works_under_accelerate_launch_from_another_folder(here: Path) -> None:
+def test_own_network_under_accelerate_launch_from_another_folder(here: Path) -> None:
     (here / "elsewhere").mkdir()
     os.chdir("elsewhere")
     launch = [*command(2, "accelerate"), *TINY, *WIDER[2:], "--model.name", "../wide.py:Wide"]

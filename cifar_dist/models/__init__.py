@@ -1,1 +1,1 @@
-"""Networks in plain torch, one family a file; `catalogue` finds them by name."""
+"""Networks in plain torch, one family per file. `catalogue` builds them by name."""

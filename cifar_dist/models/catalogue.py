@@ -1,4 +1,4 @@
-"""Networks by name: shipped, of torchvision or timm, or of the user's own."""
+"""Build a network by name: shipped, torchvision, timm, or the user's own."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -29,21 +29,23 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet50": resnet50,
     "speednet": SpeedNet,
 }
-# Options of torchvision and timm that load weights; some of them read pickles.
+# Options of torchvision and timm that load weights. Some of them unpickle files.
 LOADING = ("weights", "weights_backbone", "pretrained", "checkpoint_path", "pretrained_cfg")
 
 
 def build_network(config: ModelConfig, num_classes: int, code: UserCode | None = None) -> nn.Module:
-    """Return a new network with random weights from torch's global generator.
+    """Return a new network that maps float [N, 3, H, W] to logits [N, num_classes].
 
-    It maps float [N, 3, H, W] to logits [N, num_classes].
+    Its weights are random, from torch's global generator.
 
     Args:
-        code: the user's network, if it is loaded already.
+        config: name, options and dropout of the network.
+        num_classes: number of outputs.
+        code: the user's network, if it has been imported already.
 
     Raises:
         UserCodeError: the user's class or function raised an exception.
-        UsageError: an unknown name, or options that the network does not take.
+        UsageError: the name is unknown, or the network does not accept an option.
     """
     if is_user_code(config.name) and code is None:
         code = load(config.name, "model.name")
@@ -77,15 +79,15 @@ def build_network(config: ModelConfig, num_classes: int, code: UserCode | None =
 
 
 def _set_dropout(network: nn.Module, probability: float) -> None:
-    """Set the probability of every dropout layer; 0 also turns off stochastic depth."""
+    """Set the probability of every dropout layer. 0 also turns off stochastic depth."""
     for layer in network.modules():
         if isinstance(layer, _DropoutNd):
             layer.p = probability
         elif isinstance(layer, nn.MultiheadAttention):
             layer.dropout = probability
-        elif not probability and type(layer).__name__ == "StochasticDepth":  # of torchvision
+        elif not probability and type(layer).__name__ == "StochasticDepth":  # torchvision
             layer.p = 0.0  # type: ignore[assignment]
-        elif not probability and type(layer).__name__ == "DropPath":  # of timm
+        elif not probability and type(layer).__name__ == "DropPath":  # timm
             layer.drop_prob = 0.0  # type: ignore[assignment]
 
 
@@ -94,7 +96,7 @@ def _check_options(
 ) -> None:
     for option in options:
         known = [key for key in parameters if key != "num_classes"]
-        hint = suggest(option, known) if known else "; it takes none"
+        hint = suggest(option, known) if known else "; it has no options"
         require(option in parameters, f"unknown option model.options.{option} of {name}{hint}")
     for key, parameter in parameters.items():
         needed = parameter.default is inspect.Parameter.empty and parameter.kind not in (
@@ -152,13 +154,13 @@ def _timm(name: str) -> Callable[..., nn.Module]:
 
 
 def _without_weights(build: Callable[..., nn.Module], library: str) -> Callable[..., nn.Module]:
-    """Refuse the options with which a library loads weights."""
+    """Return a builder that refuses the options by which a library loads weights."""
 
     def checked(**options: Any) -> nn.Module:
         for name in LOADING:
             require(
                 options.get(name) in (None, False),
-                f"model.options.{name} loads weights of {library}; leave it out, and use "
+                f"model.options.{name} loads weights of {library}; remove it, and use "
                 "model.weights",
             )
         return build(**options)

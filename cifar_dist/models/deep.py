@@ -8,9 +8,10 @@ from cifar_dist.models.layers import convolution, half_size, linear_head
 
 
 def deep(num_classes: int, dropout: float = 0.0) -> nn.Module:
-    """Pairs of 3x3 convolutions of 64, 128, 256, 512 channels, then linear 2048-256-64-classes.
+    """Build pairs of 3x3 convolutions of 64, 128, 256 and 512 channels, and a linear head.
 
-    In each pair BatchNorm follows both convolutions, and ReLU and 2x2 pooling follow the pair.
+    BatchNorm follows each convolution. ReLU and 2x2 max pooling follow each pair. The head has
+    2048-256-64-classes units.
     """
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise([3, 64, 128, 256, 512]):

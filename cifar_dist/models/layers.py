@@ -1,4 +1,4 @@
-"""Pieces that several architectures share."""
+"""Layers that several networks share."""
 
 import torch
 from torch import nn
@@ -8,8 +8,8 @@ from torch.nn import functional
 class AveragePool(nn.Module):
     """Average pooling to `side` x `side`, as nn.AdaptiveAvgPool2d.
 
-    Where the sizes divide, as they do but for odd image sizes, its gradient is repeatable on a GPU
-    too, which torch's is not.
+    The gradient of torch's version is not deterministic on a GPU. This one is deterministic if
+    `side` divides the size of the feature map, which holds for all but odd image sizes.
     """
 
     def __init__(self, side: int) -> None:
@@ -27,7 +27,7 @@ class AveragePool(nn.Module):
 
 
 def convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequential:
-    """Return a convolution that keeps the image size at stride 1, with BatchNorm."""
+    """Return a convolution and BatchNorm. At stride 1 the image size is kept."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False),
         nn.BatchNorm2d(outputs),
@@ -35,14 +35,14 @@ def convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Seq
 
 
 def half_size() -> nn.MaxPool2d:
-    """Return 2x2 max pooling that keeps the last row of an odd size, so that any size works."""
+    """Return 2x2 max pooling that rounds odd sizes up, so that any image size works."""
     return nn.MaxPool2d(2, ceil_mode=True)
 
 
 def linear_head(num_classes: int, dropout: float) -> nn.Sequential:
-    """Return the head 2048-256-64-classes for feature maps of 512 channels, at 32 pixels 2x2."""
+    """Return the head 2048-256-64-classes for feature maps [N, 512, H, W], pooled to 2x2."""
     return nn.Sequential(
-        AveragePool(2),  # changes nothing at 32 pixels
+        AveragePool(2),  # the identity for 32x32 images
         nn.Flatten(),
         nn.Dropout(dropout),
         nn.Linear(2048, 256),

@@ -9,13 +9,16 @@ from cifar_dist.models.layers import convolution, half_size, linear_head
 
 
 def residual(num_classes: int, dropout: float = 0.4) -> nn.Module:
-    """Blocks of 64, 128, 256, 512 channels, 2x2 pooling after each, linear 2048-256-64-classes."""
+    """Build residual blocks of 64, 128, 256 and 512 channels, and a linear head.
+
+    2x2 max pooling follows each block. The head has 2048-256-64-classes units.
+    """
     blocks = [_Block(inputs, outputs) for inputs, outputs in pairwise([3, 64, 128, 256, 512])]
     return nn.Sequential(*blocks, linear_head(num_classes, dropout))
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions with BatchNorm beside a 1x1 shortcut, then ReLU and pooling."""
+    """Two 3x3 convolutions with BatchNorm and a 1x1 shortcut, then ReLU and 2x2 max pooling."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

@@ -7,22 +7,22 @@ from cifar_dist.models.layers import AveragePool, convolution
 
 
 def resnet18(num_classes: int, dropout: float = 0.0) -> nn.Module:
-    """Basic blocks, 2 in each stage: 11.2 million parameters."""
+    """Build ResNet-18: 2 basic blocks per stage, 11.2 million parameters."""
     return _resnet(_Basic, [2, 2, 2, 2], num_classes, dropout)
 
 
 def resnet34(num_classes: int, dropout: float = 0.0) -> nn.Module:
-    """Basic blocks, 3, 4, 6 and 3: 21.3 million parameters."""
+    """Build ResNet-34: 3, 4, 6 and 3 basic blocks, 21.3 million parameters."""
     return _resnet(_Basic, [3, 4, 6, 3], num_classes, dropout)
 
 
 def resnet50(num_classes: int, dropout: float = 0.0) -> nn.Module:
-    """Bottleneck blocks, 3, 4, 6 and 3: 23.5 million parameters."""
+    """Build ResNet-50: 3, 4, 6 and 3 bottleneck blocks, 23.5 million parameters."""
     return _resnet(_Bottleneck, [3, 4, 6, 3], num_classes, dropout)
 
 
 class _Residual(nn.Module):
-    """ReLU(body(x) + shortcut(x)); the shortcut is 1x1 where the shape changes."""
+    """ReLU(body(x) + shortcut(x)). The shortcut is a 1x1 convolution if the shape changes."""
 
     def __init__(self, body: nn.Sequential, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The small networks of the CIFAR-10 speed records.
 
 A fixed first layer whitens patches. Stages of convolution, pooling, normalisation and activation
-follow, then a scaled linear head. After airbench (Jordan, 2024, "94% on CIFAR-10 in 3.29 Seconds on
+follow, then a scaled linear head. From airbench (Jordan, 2024, "94% on CIFAR-10 in 3.29 Seconds on
 a Single GPU"), which is based on hlb-CIFAR10 (Balsam, 2023) and on Page's ResNet-9 (2018).
 """
 
@@ -27,7 +27,7 @@ class Operations:
 
     @staticmethod
     def convolve(images: torch.Tensor, convolution: nn.Conv2d) -> torch.Tensor:
-        """Apply the convolution with which a stage begins."""
+        """Apply the first convolution of a stage."""
         features: torch.Tensor = convolution(images)
         return features
 
@@ -35,7 +35,7 @@ class Operations:
     def finish(
         features: torch.Tensor, normalisation: nn.Module, activation: nn.Module, pool: bool
     ) -> torch.Tensor:
-        """Apply what follows a convolution: 2x2 max pooling if `pool`, then both modules."""
+        """Apply 2x2 max pooling if `pool`, then normalisation and activation."""
         if pool:
             features = functional.max_pool2d(features, 2)
         finished: torch.Tensor = activation(normalisation(features))
@@ -47,10 +47,11 @@ class SpeedNet(nn.Module):
 
     Args:
         num_classes: number of outputs.
-        widths: channels of each stage. Every stage halves the image.
-        stride: of the patches. At 2 they do not overlap, for a quarter of the arithmetic.
+        widths: channels of each stage. Each stage halves height and width.
         depth: convolutions per stage. The third and later ones have a residual connection.
-        dropout: probability of dropout before the head.
+        stride: stride of the whitened patches. At 2 they do not overlap, for a quarter of the
+            arithmetic.
+        dropout: dropout probability before the head.
     """
 
     operations = Operations
@@ -66,8 +67,8 @@ class SpeedNet(nn.Module):
         super().__init__()
         whitened = 2 * 3 * PATCH**2
         self.whitening = nn.Conv2d(3, whitened, PATCH, stride).requires_grad_(False)
-        # With this bias the activation passes most of each filter's output, instead of only its
-        # positive half. It is as accurate as a trained bias, which would take 4 % of a step.
+        # With a bias of 1 the activation passes most of each filter's output instead of only the
+        # positive half. The accuracy equals that of a trained bias, which would cost 4 % of a step.
         nn.init.ones_(self.whitening.get_parameter("bias"))
         stages = [Stage(*ends, depth) for ends in pairwise([whitened, *widths])]
         self.stages = nn.Sequential(nn.GELU(), *stages)
@@ -88,18 +89,18 @@ class SpeedNet(nn.Module):
 
     @torch.no_grad()
     def initialise_from(self, images: torch.Tensor) -> None:
-        """Set the first layer so that its outputs on `images` are uncorrelated.
+        """Set the first layer to whitening: its outputs on `images` are uncorrelated.
 
-        Its filters are the eigenvectors of the covariance of all patches, each scaled to unit
-        variance, and the same with opposite sign, because an activation follows.
+        The filters are the eigenvectors of the covariance of all patches, scaled to unit variance.
+        Each filter appears with both signs, because an activation follows.
 
         Args:
-            images: normalised, float [N, 3, H, W]. A thousand are enough.
+            images: normalised images, float [N, 3, H, W]. A thousand are enough.
         """
         products, count = torch.zeros((), dtype=torch.double), 0
         for part in images.split(500):
             patches = functional.unfold(part, PATCH).transpose(1, 2).flatten(0, 1)
-            # In double precision, for the same filters on every device; MPS does not support it.
+            # Double precision, for the same filters on every device. MPS does not support it.
             patches = (patches.cpu() if patches.device.type == "mps" else patches).double()
             products, count = products + (patches.T @ patches).cpu(), count + len(patches)
         variances, directions = torch.linalg.eigh(products / count)
@@ -109,7 +110,7 @@ class SpeedNet(nn.Module):
 
 
 class Stage(nn.Module):
-    """Convolution, 2x2 pooling, normalisation, activation; then more convolutions at that size."""
+    """Convolution, 2x2 max pooling, normalisation, activation, then `depth` - 1 blocks."""
 
     operations = Operations
 
@@ -121,7 +122,7 @@ class Stage(nn.Module):
         self.bridged = nn.ModuleList(Block(outputs) for _ in range(depth - 2))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map [N, inputs, H, W] to [N, outputs, H / 2, W / 2], or a single pixel to a pixel."""
+        """Map [N, inputs, H, W] to [N, outputs, H / 2, W / 2]; a single pixel is not pooled."""
         features = self.operations.convolve(images, self.convolution)
         pool = min(features.shape[2:]) > 1  # small images reach the last stage as a single pixel
         normalisation, activation = self.first
@@ -148,7 +149,7 @@ class Block(nn.Sequential):
 
 
 def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
-    """Return a 3x3 convolution whose first filters pass their inputs on unchanged."""
+    """Return a 3x3 convolution whose first `inputs` filters are initialised to the identity."""
     convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
     with torch.no_grad():
         nn.init.dirac_(convolution.weight[:inputs])
@@ -156,7 +157,7 @@ def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 def _normalisation(channels: int) -> nn.BatchNorm2d:
-    """Return BatchNorm without a trained scale, whose running statistics follow fast."""
+    """Return BatchNorm without a trained scale, and with a high momentum."""
     normalisation = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
     normalisation.weight.requires_grad_(False)
     return normalisation

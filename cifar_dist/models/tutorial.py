@@ -1,7 +1,7 @@
 """The small network of the CIFAR-10 tutorials: three 5x5 convolutions and a linear head.
 
-The tutorials' version has no activation between its layers, and neither has this one; pooling is
-its only non-linearity. Two variants follow the way the tutorials improve it.
+As in the tutorials, there is no activation between the layers; max pooling is the only
+non-linearity. The two variants are the improvements that the tutorials make.
 """
 
 from itertools import pairwise
@@ -12,17 +12,17 @@ from cifar_dist.models.layers import AveragePool, half_size
 
 
 def tutorial(num_classes: int, dropout: float = 0.0) -> nn.Module:
-    """Convolutions 3-32-32-64, each followed by 2x2 pooling, then linear 1024-64-classes."""
+    """Build convolutions 3-32-32-64, each with 2x2 max pooling, and a head 1024-64-classes."""
     return _network([64], num_classes, activate=False, dropout=dropout)
 
 
 def tutorial_wide(num_classes: int, dropout: float = 0.0) -> nn.Module:
-    """The same convolutions with a head of three linear layers, 1024-512-64-classes."""
+    """Build the same convolutions with a head of three linear layers, 1024-512-64-classes."""
     return _network([512, 64], num_classes, activate=False, dropout=dropout)
 
 
 def tutorial_relu(num_classes: int, dropout: float = 0.25) -> nn.Module:
-    """The wide head, with ReLU after every layer and dropout between the linear ones."""
+    """Build tutorial_wide with ReLU after every layer and dropout between the linear layers."""
     return _network([512, 64], num_classes, activate=True, dropout=dropout)
 
 
@@ -34,7 +34,7 @@ def _network(hidden: list[int], num_classes: int, activate: bool, dropout: float
     for inputs, outputs in pairwise([3, 32, 32, 64]):
         layers += [nn.Conv2d(inputs, outputs, 5, padding=2), *activation()]
         layers += [half_size()]
-    layers += [AveragePool(4), nn.Flatten()]  # changes nothing at 32 pixels
+    layers += [AveragePool(4), nn.Flatten()]  # pooling is the identity for 32x32 images
     widths = [1024, *hidden]
     for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), *activation()]

@@ -1,9 +1,9 @@
-"""Stopping early on purpose: a signal to any process becomes a decision of all at one step.
+"""Preemption: a signal to any rank stops all ranks at the same step.
 
-SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C are honoured. A signal sets a flag. While the run is
-being prepared there is nothing to save, and the signal also raises Preempted, except during
-imports, which an exception would leave incomplete. In training all processes compare the flag after
-every step and every batch of an evaluation. A second Ctrl-C stops at once.
+SIGTERM, SIGUSR1 (sent by Slurm before the time limit) and Ctrl-C set a flag. Before training there
+is nothing to save, so the signal also raises Preempted, except during imports, which an exception
+would leave incomplete. In training all ranks reduce the flag after every step and every evaluation
+batch. A second Ctrl-C stops at once.
 """
 
 import ctypes
@@ -24,22 +24,22 @@ from cifar_dist.processes.environment import is_launched
 EXIT_CODE = 75  # EX_TEMPFAIL: start the same command again
 NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
-REPEAT_SECONDS = 1.0  # a launcher forwards the Ctrl-C that the terminal has already delivered
+REPEAT_SECONDS = 1.0  # a launcher repeats the Ctrl-C that the terminal has already delivered
 
 
 class Preempted(BaseException):
-    """The run was asked to stop; like KeyboardInterrupt it is no error to be handled on the way."""
+    """A signal asked the run to stop. `except Exception` does not catch it."""
 
 
 class Preemption:
-    """Listens for signals while it is entered.
+    """Signal handlers, and the exchange of their flag between ranks.
 
     Attributes:
         received: name of the first signal, or "".
     """
 
-    _holds = 0  # blocks of `uninterrupted` that are entered
-    _overdue = False  # a signal came within one
+    _holds = 0  # number of `uninterrupted` blocks being executed
+    _overdue = False  # a signal arrived within one of them
 
     def __init__(self) -> None:
         self.received = ""
@@ -50,8 +50,8 @@ class Preemption:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Handle the signals within the block; elsewhere than in the main thread, do nothing."""
-        if threading.current_thread() is not threading.main_thread():  # Python would refuse
+        """Handle signals within the block. Does nothing outside of the main thread."""
+        if threading.current_thread() is not threading.main_thread():  # signal.signal would raise
             yield
             return
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -64,7 +64,7 @@ class Preemption:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within the block a signal, also one that came before, raises Preempted."""
+        """Raise Preempted within the block on a signal, including one received before."""
         self._raises = True
         try:
             if self.received:
@@ -74,20 +74,25 @@ class Preemption:
             self._raises = False
 
     def defer(self, processes: int, timeout: float) -> None:
-        """Prepare `agreed`, which will wait for the other processes `timeout` seconds at most."""
+        """Create the process group for `agreed`.
+
+        Args:
+            processes: world size.
+            timeout: seconds that `agreed` waits for the other ranks.
+        """
         if processes > 1:
             import torch
 
-            # On the CPU, so that asking never waits for a GPU.
+            # On the CPU, so that the exchange never waits for a GPU.
             self._group = torch.distributed.new_group(
                 backend="gloo", timeout=timedelta(seconds=timeout)
             )
 
     def agreed(self) -> bool:
-        """Say whether any process was told to stop; all get the same answer at the same step.
+        """Return whether any rank has received a signal. All ranks get the same answer.
 
-        Every process must call it after every step. With several, the answer is that of the step
-        before: the exchange goes on beside the next step and costs no waiting.
+        Every rank must call this after every step. With several ranks the answer is that of the
+        call before, because the all-reduce overlaps with the next step.
         """
         if self._group is None:
             return bool(self.received)
@@ -118,9 +123,10 @@ class Preemption:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Within the block, in the main thread, signals wait until its end.
+    """Delay Preempted until the end of the block.
 
-    For code that uses the locks of `threading`, which an exception from nowhere leaves broken.
+    For code with `threading` locks, which an exception at any point could leave locked. Use it in
+    the main thread only.
     """
     Preemption._holds += 1
     try:
@@ -133,23 +139,23 @@ def uninterrupted() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """Ignore signals from here on; elsewhere than in the main thread, do nothing."""
-    if threading.current_thread() is not threading.main_thread():  # Python would refuse
+    """Ignore signals from now on. Does nothing outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():  # signal.signal would raise
         return
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _follow_launcher() -> None:
-    """Have Linux send this process SIGTERM when the launcher dies, so that it is not left alone.
+    """Let Linux send SIGTERM to this process when the launcher dies.
 
-    accelerate launch passes no signal on to a single process, and torchrun none that it is not told
-    to. Without a launcher the parent is a shell, whose end must not end the run.
+    accelerate launch forwards no signal to a single process, and torchrun forwards only some
+    signals. Without a launcher the parent is a shell, whose exit must not end the run.
     """
     if is_launched() and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-        # It may have died just before; an orphan's parent is process 1, which in a container may
-        # also be the launcher itself.
+        # The launcher may have died before prctl. The parent is then process 1. In a container,
+        # process 1 may also be the launcher itself.
         if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
             os.kill(os.getpid(), signal.SIGTERM)

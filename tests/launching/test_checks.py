@@ -305,7 +305,7 @@ PROBLEMS: dict[str, tuple[int, Facts, str, str]] = {
         18,
         Facts(per_machine=3),
         "batch",
-        "64 does not divide among 3 processes or micro-batches; the nearest that work: 63, 66",
+        "64 does not divide among 3 processes or micro-batches; the nearest valid sizes: 63, 66",
     ),
     "restarts in place": (
         19,

@@ -328,7 +328,7 @@ def test_bad_requests_are_one_line(
 
 def test_a_batch_that_does_not_divide_is_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["--config", "tutorial", "--processes-per-machine", "3"]) == 2
-    assert "the nearest that work: 63, 66 [batch]" in capsys.readouterr().out
+    assert "the nearest valid sizes: 63, 66 [batch]" in capsys.readouterr().out
 
 
 def test_engines_get_what_they_take(capsys: pytest.CaptureFixture[str]) -> None:
