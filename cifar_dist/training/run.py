@@ -17,7 +17,7 @@ from cifar_dist.data import Dataset, load_dataset
 from cifar_dist.data.batches import build_evaluation_loader, build_loader
 from cifar_dist.errors import RunError, UsageError, require
 from cifar_dist.processes.ending import FAILED, Ending, agree
-from cifar_dist.processes.environment import asked_world_size, launcher_number
+from cifar_dist.processes.environment import asked_world_size, global_rank
 from cifar_dist.processes.preemption import EXIT_CODE, Preempted, Preemption
 from cifar_dist.processes.start import on_main_process, start_processes
 from cifar_dist.processes.streams import open_streams
@@ -272,7 +272,7 @@ def _end(
     if session is None:
         ending = agree(error, "at the start", report)
         # Rank 0 may hold the lock on the folder, so it writes too.
-        writes = ending.writes or launcher_number("RANK") == 0
+        writes = ending.writes or global_rank() == 0
         if ending.code == EXIT_CODE and writes and recipe.out:
             _note_preempted(local_path(recipe.out), lock)
         return ending
