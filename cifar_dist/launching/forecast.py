@@ -16,6 +16,7 @@ from cifar_dist.config import ModelConfig, OptimConfig, Recipe, local_path
 from cifar_dist.data import Dataset
 from cifar_dist.data.counts import count_images
 from cifar_dist.errors import require
+from cifar_dist.storage.checkpoint import AVERAGE, MODEL, OPTIM, PROCESSES
 from cifar_dist.training.schedule import learning_rate, total_steps
 
 if TYPE_CHECKING:  # torch takes two seconds to import
@@ -106,9 +107,9 @@ def predict(recipe: Recipe, processes: int) -> Prediction:
         parameters=sum(p.numel() for p in trained),
         multiplications=costs.multiplications,
         memory={
-            "weights": checkpoint["model.safetensors"] * (2 if train.ema else 1),
+            "weights": checkpoint[MODEL] * (2 if train.ema else 1),
             "gradients": _bytes(trained),
-            "optimizer": checkpoint["optim.safetensors"],
+            "optimizer": checkpoint[OPTIM],
             "activations": part * costs.activations // narrow,
             "images": images * 3 * side**2,
         },
@@ -222,13 +223,13 @@ def _files(recipe: Recipe, network: nn.Module, processes: int) -> dict[str, int]
     statistics = _bytes(buffer for buffer in network.buffers() if buffer.is_floating_point())
     copies = 2 if recipe.train.ema else 1
     files = {
-        "model": model,
-        "optim": _optimizer_bytes(network, recipe.optim),
-        "processes": processes * (copies * statistics + 8 * TALLY),
+        MODEL: model,
+        OPTIM: _optimizer_bytes(network, recipe.optim),
+        PROCESSES: processes * (copies * statistics + 8 * TALLY),
     }
     if recipe.train.ema:
-        files["ema"] = model
-    return {f"{name}.safetensors": size for name, size in files.items()}
+        files[AVERAGE] = model
+    return files
 
 
 def _optimizer_bytes(network: nn.Module, config: OptimConfig) -> int:

@@ -229,9 +229,7 @@ def _train(processes: int, options: Sequence[str], out: Path, program: Sequence[
         TrainingFailed: a run on several processes failed.
         UsageError: a run on one process failed, whatever the world size.
     """
-    from safetensors.torch import load_file
-
-    from cifar_dist.storage.checkpoint import checkpoints_in
+    from cifar_dist.storage.checkpoint import checkpoints_in, load_checkpoint
 
     launcher = [*ON_THIS_MACHINE, "--nproc_per_node", str(processes)]
     start = [sys.executable, *launcher * (processes > 1), *program]
@@ -252,7 +250,7 @@ def _train(processes: int, options: Sequence[str], out: Path, program: Sequence[
     run = Run(
         [line["loss"] for line in steps],
         [line["gradient_norm"] for line in steps],
-        [load_file(path / "model.safetensors") for path in checkpoints_in(out / "checkpoints")],
+        [load_checkpoint(path).model for path in checkpoints_in(out / "checkpoints")],
         json.loads((out / "run.json").read_text(encoding="utf-8")),
     )
     shutil.rmtree(out)  # weights and optimizer state of each step

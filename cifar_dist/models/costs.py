@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_dist.errors import UsageError, require
@@ -63,6 +64,9 @@ def measure(name: str, build: Callable[[], nn.Module], image_size: int) -> Costs
 
 
 def _run(name: str, network: nn.Module, device: torch.device, image_size: int) -> Costs:
+    images = torch.zeros(IMAGES, 3, image_size, image_size, device=device)
+    if any(isinstance(value, UninitializedParameter) for value in network.parameters()):
+        network(images)  # lazy layers get their shapes
     tensors = [*network.parameters(), *network.buffers()]
     held = {id(storage): storage for storage in (t.untyped_storage() for t in tensors)}
     kept: dict[int, torch.UntypedStorage] = {}  # several layers may keep the same one
@@ -74,7 +78,6 @@ def _run(name: str, network: nn.Module, device: torch.device, image_size: int) -
         return tensor
 
     network.train()
-    images = torch.zeros(IMAGES, 3, image_size, image_size, device=device)
     with (
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
