@@ -158,14 +158,21 @@ class Classifier:
         classes: names, in the order of the logits.
         image_size: S, in pixels.
         pixels: normalises images.
-        history: the lines of the run's metrics.jsonl.
+        run: run folder.
     """
 
     network: nn.Module
     classes: list[str]
     image_size: int
     pixels: Pixels
-    history: list[dict[str, Any]]
+    run: Path
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of the run's metrics.jsonl."""
+        from cifar_dist.storage.folder import read_metrics
+
+        return read_metrics(self.run)
 
     def predict(self, images: Any) -> Any:
         """Classify an image, or each of a list of images.
@@ -247,23 +254,15 @@ def load(place: str | Path, best: bool = False, model: Any = None) -> Classifier
     from cifar_dist.data.augment import Pixels
     from cifar_dist.speedups import speed_up
     from cifar_dist.storage.checkpoint import find_weights
-    from cifar_dist.storage.folder import read_metrics
     from cifar_dist.storage.weights import restore_network
 
     path, (progress, weights) = find_weights(str(place), best)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    out = path.parent.parent
     network, pixels = speed_up(
         restore_network(progress, weights, path, model).to(device),
         Pixels(progress.mean, progress.std, AugmentConfig(), seed=0),
     )
-    return Classifier(
-        network,
-        progress.classes,
-        progress.image_size,
-        pixels,
-        read_metrics(out) if (out / "metrics.jsonl").exists() else [],
-    )
+    return Classifier(network, progress.classes, progress.image_size, pixels, path.parent.parent)
 
 
 def _find_files(images: Sequence[str | Path]) -> list[Path]:

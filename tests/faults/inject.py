@@ -129,7 +129,9 @@ def bad_image(position: str, kind: str) -> None:
         change = {"gradient": BadGradient.apply, "loss": without_its_class}.get(kind)
         if change:
             network.register_forward_hook(
-                lambda module, inputs, logits: change(logits) if torch.is_grad_enabled() else logits
+                lambda module, inputs, logits: (
+                    change(logits) if rows and torch.is_grad_enabled() else logits
+                )
             )
         return network
 

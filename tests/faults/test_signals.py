@@ -42,7 +42,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     ("number", "phase", "target", "processes"),
     [
         (signal.SIGTERM, "evaluating", "launcher", 1),
-        (signal.SIGTERM, "starting", "one rank", 2),
         *(
             pytest.param(*row, marks=pytest.mark.slow)
             for row in itertools.product(SIGNALS, PHASES, TARGETS, (1, 2))

@@ -174,7 +174,7 @@ def test_every_optimizer_is_planned() -> None:
 
 
 def test_a_network_that_returns_other_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MODELS, "tutorial", lambda classes: tutorial(12))
+    monkeypatch.setitem(MODELS, "tutorial", lambda num_classes: tutorial(12))
     with pytest.raises(UsageError, match=r"tutorial returns 12 logits per .* has 10 classes"):
         predict(parse_recipe(TINY)[0], 1)
 
