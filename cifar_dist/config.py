@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from cifar_dist import user_code
-from cifar_dist.errors import UsageError, require, suggest
+from cifar_dist.errors import UsageError, require, require_known, suggest
 from cifar_dist.files import local_path
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -525,10 +525,8 @@ def _read_keys(loader: RecipeLoader, root: Any, path: Path) -> dict[str, Any]:
             )
             continue
         key = RENAMED.get(key, key)
-        require(
-            key in types or key.startswith(OPTIONS),
-            f"unknown key '{key}' in {path}{suggest(key, sorted(types))}",
-        )
+        if not key.startswith(OPTIONS):
+            require_known(key, types, f"unknown key '{key}' in {path}")
         # `train.epochs` may also be written outside of the section `train`.
         require(
             key not in lines, f"{key} is given twice in {path}, lines {lines.get(key)} and {line}"
@@ -704,8 +702,8 @@ def make_recipe(recipe: "str | Path | Recipe", options: Mapping[str, Any]) -> Re
     types = _types()
     for key, value in options.items():
         key = RENAMED.get(key, key)
-        known = key in types or key.startswith(OPTIONS)
-        require(known, f"unknown option '{key}'{suggest(key, sorted(types))}")
+        if not key.startswith(OPTIONS):
+            require_known(key, types, f"unknown option '{key}'")
         holder, (*sections, name) = content, key.split(".")
         for section in sections:
             holder = holder.setdefault(section, {})
@@ -765,8 +763,8 @@ def refuse_unknown_options(parser: Any, argv: Sequence[str]) -> None:
     known -= {key.partition(".")[0] for key in known if "." in key}
     for arg in argv:
         key = arg[2:].partition("=")[0].rstrip("+")
-        if arg.startswith("--") and not (f"{OPTIONS[:-1]}" in known and key.startswith(OPTIONS)):
-            require(key in known, f"unknown option '--{key}'{suggest(key, sorted(known))}")
+        if arg.startswith("--") and not (OPTIONS[:-1] in known and key.startswith(OPTIONS)):
+            require_known(key, known, f"unknown option '--{key}'")
 
 
 def nearest_multiples(value: int, step: int) -> str:

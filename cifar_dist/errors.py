@@ -1,7 +1,7 @@
 """The exceptions that end a command with a one-line message."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 class UsageError(Exception):
@@ -45,6 +45,12 @@ class RunFailed(Exception):
 
 class PeersMissing(UsageError):
     """Some ranks did not arrive, or this process cannot reach the others."""
+
+
+def require_known(name: str, known: Collection[str], message: str) -> None:
+    """Raise UsageError with `message` and the nearest known name unless `name` is known."""
+    if name not in known:
+        raise UsageError(f"{message}{suggest(name, sorted(known))}")
 
 
 def suggest(word: str, known: Sequence[str]) -> str:

@@ -329,7 +329,12 @@ def test_options_cannot_load_weights_of_a_library(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["torchvision/shufflenet_v2_x0_5", "timm/test_resnet", "timm/test_vit"]
+    "name",
+    [
+        "torchvision/shufflenet_v2_x0_5",
+        "timm/test_resnet",
+        pytest.param("timm/test_vit", marks=pytest.mark.slow),
+    ],
 )
 def test_networks_of_torchvision_and_timm_are_trained(name: str, here: Path) -> None:
     size = "160" if name == "timm/test_vit" else "32"
@@ -438,7 +443,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_python_script_trains_its_own_network(processes: int, here: Path) -> None:
     (here / "script.py").write_text(SCRIPT)
     launch = [word for word in command(processes) if word not in ("-m", "cifar_dist.train")]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from cifar_dist.config import ModelConfig
-from cifar_dist.errors import UsageError, one_line, require, suggest
+from cifar_dist.errors import UsageError, one_line, require, require_known, suggest
 from cifar_dist.models.deep import deep
 from cifar_dist.models.residual import residual
 from cifar_dist.models.resnet import resnet18, resnet34, resnet50
@@ -95,9 +95,7 @@ def _check_options(
     name: str, options: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]
 ) -> None:
     for option in options:
-        known = [key for key in parameters if key != "num_classes"]
-        hint = suggest(option, known) if known else "; it has no options"
-        require(option in parameters, f"unknown option model.options.{option} of {name}{hint}")
+        require_known(option, parameters, f"unknown option model.options.{option} of {name}")
     for key, parameter in parameters.items():
         needed = parameter.default is inspect.Parameter.empty and parameter.kind not in (
             inspect.Parameter.VAR_POSITIONAL,
@@ -127,7 +125,7 @@ def _torchvision(name: str) -> Callable[..., nn.Module]:
     from torchvision import models
 
     known = models.list_models(module=models)
-    require(name in known, f"torchvision has no network '{name}'{suggest(name, known)}")
+    require_known(name, known, f"torchvision has no network '{name}'")
     return _without_weights(models.get_model_builder(name), "torchvision")
 
 
@@ -141,10 +139,7 @@ def _timm(name: str) -> Callable[..., nn.Module]:
             f"model.name timm/{name} needs timm; install it: pip install 'cifar-dist[timm]'"
         ) from error
     known = timm.list_models()
-    require(
-        name.partition(".")[0] in known,
-        f"timm has no network '{name}'{suggest(name, known)}",
-    )
+    require_known(name.partition(".")[0], known, f"timm has no network '{name}'")
 
     def build(**options: Any) -> nn.Module:
         network: nn.Module = timm.create_model(name, **options)
