@@ -120,8 +120,8 @@ def from_object(found: Callable[..., Any]) -> UserCode:
     name = getattr(found, "__qualname__", type(found).__qualname__)
     module = found.__module__
     file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None:
-        return UserCode(f"{module}:{name}", found, module, Path("/nowhere"))
+    if file is None or not (inspect.isclass(found) or inspect.isfunction(found)):
+        return UserCode(f"{module}:{name}", found, "", Path("/nowhere"))
     if "." in module:
         package = module.partition(".")[0]
         root = Path(file).resolve().parents[module.count(".") - 1]

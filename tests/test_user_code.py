@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -462,6 +463,8 @@ def test_a_network_without_a_file_is_trained_from_python(here: Path) -> None:
     result = train("smoke", model=Typed, **options)  # type: ignore[operator]
     assert isinstance(result.network, Typed)
     assert load("run", model=Typed).predict(np.zeros((8, 8, 3), np.uint8)).name
+    made = train("smoke", model=partial(Typed), **{**options, "out": "made"})  # type: ignore[operator]
+    assert torch.equal(made.network[1].weight, result.network[1].weight)
     with pytest.raises(
         UsageError, match=r"unknown option 'train.epoch'; did you mean 'train.epochs"
     ):
