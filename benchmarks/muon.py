@@ -52,7 +52,7 @@ def main() -> None:
     """Measure, and write results/muon."""
     parser = argparse.ArgumentParser("benchmarks.muon", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was found")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     keep_memory()
     torch.manual_seed(0)

@@ -255,6 +255,11 @@ class TrainConfig:
         _at_least(self, "train", 1, "epochs", "batch_size", "accumulate", "timeout")
         _at_least(self, "train", 1, "evaluate_every")
         _at_least(self, "train", 0, "seed", "clip_norm")
+        require(
+            self.loss is None or not self.label_smoothing,
+            f"train.label_smoothing is {self.label_smoothing}, but train.loss replaces the "
+            "cross-entropy that it changes; set it to 0",
+        )
         for name in ("label_smoothing", "ema"):
             value = getattr(self, name)
             require(0 <= value < 1, f"train.{name} is {value}; give 0 or more, and less than 1")
@@ -696,9 +701,10 @@ def make_recipe(recipe: "str | Path | Recipe", options: Mapping[str, Any]) -> Re
         UsageError: the recipe or a key is unknown, or a value has the wrong type.
     """
     if isinstance(recipe, Recipe):
-        content = to_dict(recipe)
+        content, folder = to_dict(recipe), Path()
     else:
-        content = read_recipe(_resolve_config(["--config", str(recipe)])[1])
+        path = _resolve_config(["--config", str(recipe)])[1]
+        content, folder = read_recipe(path), path.parent
     types = _types()
     for key, value in options.items():
         key = RENAMED.get(key, key)
@@ -711,7 +717,8 @@ def make_recipe(recipe: "str | Path | Recipe", options: Mapping[str, Any]) -> Re
     parser = new_parser("cifar_dist.train")
     parser.add_class_arguments(Recipe)
     values = parse_strictly(parser, [], content)
-    return Recipe(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Recipe)})
+    made = Recipe(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Recipe)})
+    return _find_code(made, folder)
 
 
 def new_parser(prog: str) -> Any:

@@ -87,6 +87,10 @@ def test_names_in_the_recipe_types_are_those_implemented(choices: dict, section:
         (["--optim.name", "muon", "--optim.bias_lr", "0"], "optim.bias_lr is 0"),
         (["--optim.nesterov", "true", "--optim.momentum", "0"], "needs optim.momentum"),
         (["--train.ema", "1"], "train.ema"),
+        (
+            ["--train.loss", "a.py:f", "--train.label_smoothing", "0.1"],
+            "train.label_smoothing is 0.1, but train.loss replaces",
+        ),
         (["--model.dropout", "1"], "model.dropout"),
         (["--augment.grayscale", "2"], "augment.grayscale"),
         (["stray"], "stray"),

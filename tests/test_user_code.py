@@ -106,6 +106,13 @@ class Pixels(Seven):
     def forward(self, images):
         return images
 
+class Detached(Seven):
+    def __init__(self):
+        super().__init__(10)
+
+    def forward(self, images):
+        return super().forward(images).detach()
+
 class Frozen(Seven):
     def __init__(self):
         super().__init__(10)
@@ -248,6 +255,7 @@ def test_processes_with_different_code_refuse(here: Path) -> None:
         ("faulty.py:Unused", "parameter spare.weight gets no gradient, nor do 1 more"),
         ("faulty.py:Two", "returned tuple in training; expected one tensor"),
         ("faulty.py:Pixels", r"returned \[2, 3, 32, 32\] for 2 images"),
+        ("faulty.py:Detached", "returned logits without gradient; remove"),
         ("faulty.py:Frozen", "has no trainable parameters"),
         ("faulty.py:Extra", "state _extra_state is dict, which safetensors cannot store"),
         ("faulty.py:number", "returned int; expected a torch.nn.Module"),
@@ -346,15 +354,17 @@ def test_networks_of_torchvision_and_timm_are_trained(name: str, here: Path) -> 
 
 def test_missing_timm_is_reported_with_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(
-        UsageError, match=r"needs timm; install it: pip install 'cifar-dist\[timm\]'"
-    ):
+    with pytest.raises(UsageError, match=r"needs timm; install it: pip install timm"):
         build_network(ModelConfig(name="timm/resnet18"), 10)
 
 
 def test_dropout_is_set_in_any_network(here: Path) -> None:
     named = build_network(ModelConfig(name="wide.py:Wide", dropout=0.3), 10)
     assert named.dropout.p == 0.3
+    with pytest.raises(
+        UsageError, match=r"model.dropout is 0.3, but torchvision/resnet18 has no dr"
+    ):
+        build_network(ModelConfig(name="torchvision/resnet18", dropout=0.3), 10)
     depth = build_network(ModelConfig(name="torchvision/efficientnet_b0", dropout=0.0), 10)
     random = [layer for layer in depth.modules() if hasattr(layer, "p")]
     assert len(random) > 2
@@ -464,6 +474,7 @@ def test_a_network_without_a_file_is_trained_from_python(here: Path) -> None:
     assert isinstance(result.network, Typed)
     assert load("run", model=Typed).predict(np.zeros((8, 8, 3), np.uint8)).name
     made = train("smoke", model=partial(Typed), **{**options, "out": "made"})  # type: ignore[operator]
+    assert not (here / "made" / "code").exists()  # nothing of functools.py
     assert torch.equal(made.network[1].weight, result.network[1].weight)
     with pytest.raises(
         UsageError, match=r"unknown option 'train.epoch'; did you mean 'train.epochs"

@@ -39,7 +39,7 @@ CHUNK = 512  # images hashed at a time: few enough for the cache of a core
 
 
 class Damaged(Exception):
-    """A cache entry differs from what was written; names the file."""
+    """A file of a cache entry has changed since it was written; names the file."""
 
 
 class CacheWriter:

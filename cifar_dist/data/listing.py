@@ -56,7 +56,7 @@ class Listing(NamedTuple):
         files: for each split ("train", "test", "val") one list per class of paths below the folder.
         classes: names, sorted.
         stamps: size in bytes, mtime and ctime in nanoseconds, and inode of every file in turn,
-            modulo 2^64. An array, because so many tuples would slow down the garbage collector.
+            modulo 2^64. An array, because tuples would slow down the garbage collector.
         left_out: number of all other files, by reason and suffix.
     """
 

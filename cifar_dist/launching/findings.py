@@ -16,7 +16,7 @@ class Finding:
     Attributes:
         code: a stable name, for scripts.
         level: with an error the run cannot work; with a warning it may be slow or wrong.
-        message: the problem: what was found and what was expected.
+        message: the problem, with the found and the expected value.
         fix: what to do.
     """
 

@@ -74,21 +74,30 @@ def build_network(config: ModelConfig, num_classes: int, code: UserCode | None =
         f"model.name {config.name} returned {type(network).__name__}; expected a torch.nn.Module",
     )
     if config.dropout is not None:
-        _set_dropout(network, config.dropout)
+        found = _set_dropout(network, config.dropout)
+        require(
+            found or not config.dropout,
+            f"model.dropout is {config.dropout}, but {config.name} has no dropout layer",
+        )
     return network
 
 
-def _set_dropout(network: nn.Module, probability: float) -> None:
-    """Set the probability of every dropout layer. 0 also turns off stochastic depth."""
+def _set_dropout(network: nn.Module, probability: float) -> bool:
+    """Set the probability of every dropout layer; return whether there is one.
+
+    0 also turns off stochastic depth.
+    """
+    found = False
     for layer in network.modules():
         if isinstance(layer, _DropoutNd):
-            layer.p = probability
+            layer.p, found = probability, True
         elif isinstance(layer, nn.MultiheadAttention):
-            layer.dropout = probability
+            layer.dropout, found = probability, True
         elif not probability and type(layer).__name__ == "StochasticDepth":  # torchvision
             layer.p = 0.0  # type: ignore[assignment]
         elif not probability and type(layer).__name__ == "DropPath":  # timm
             layer.drop_prob = 0.0  # type: ignore[assignment]
+    return found
 
 
 def _check_options(
@@ -136,7 +145,7 @@ def _timm(name: str) -> Callable[..., nn.Module]:
         if error.name != "timm":
             raise
         raise UsageError(
-            f"model.name timm/{name} needs timm; install it: pip install 'cifar-dist[timm]'"
+            f"model.name timm/{name} needs timm; install it: pip install timm"
         ) from error
     known = timm.list_models()
     require_known(name.partition(".")[0], known, f"timm has no network '{name}'")

@@ -467,7 +467,7 @@ def _newest(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
     if reasons:
         raise UsageError(
             f"no checkpoint in '{folder}' is whole ({'; '.join(reasons)}); restore one, or start "
-            "anew with another --out"
+            "a new run with another --out"
         )
     return None
 

@@ -62,14 +62,19 @@ def try_network(
         _check_logits(logits, name, num_classes, image_size)
         parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
         require(len(parameters) > 0, f"model.name {name} has no trainable parameters")
+        require(
+            logits.requires_grad,
+            f"model.name {name} returned logits without gradient; remove torch.no_grad() and "
+            "detach() from forward",
+        )
         logits.float().sum().backward()
     unused = [n for n, parameter in parameters.items() if parameter.grad is None]
-    require(
-        not unused,
-        f"model.name {name}: parameter {unused[:1] and unused[0]} gets no gradient"
-        + (f", nor do {len(unused) - 1} more" if len(unused) > 1 else "")
-        + "; use it in forward, remove it, or call requires_grad_(False) on it",
-    )
+    if unused:
+        more = f", nor do {len(unused) - 1} more" if len(unused) > 1 else ""
+        raise UsageError(
+            f"model.name {name}: parameter {unused[0]} gets no gradient{more}; use it in forward, "
+            "remove it, or call requires_grad_(False) on it"
+        )
     network.zero_grad()
     with torch.no_grad():
         for buffer, before in zip(network.buffers(), buffers, strict=True):

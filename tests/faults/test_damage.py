@@ -122,7 +122,7 @@ def test_with_all_damaged_the_run_refuses(copy: Path, tmp_path: Path) -> None:
         load_newest(copy / "checkpoints")
     with start([*OPTIONS, "--out", str(copy)], folder=tmp_path) as job:
         assert job.wait() == [2]
-        assert "start anew with another --out" in job.text()
+        assert "start a new run with another --out" in job.text()
     assert verify_main([str(copy)]) == 1
 
 
