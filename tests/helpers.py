@@ -30,6 +30,33 @@ TINY = [
 # on any number of processes.
 JOB = [*TINY, "--optim.lr", "0.01", "--train.seed", "1"]
 Integers = list[tuple[int, int, int]]
+# The tutorials' file, with the layers of the shipped network `tutorial`.
+TUTORIAL = """
+import torch
+from torch import nn
+
+class MyModel(nn.Module):
+    def __init__(self):
+        super(MyModel, self).__init__()
+        self.model = nn.Sequential(
+            nn.Conv2d(3, 32, 5, 1, 2),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 32, 5, 1, 2),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 5, 1, 2),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64 * 4 * 4, 64),
+            nn.Linear(64, 10),
+        )
+
+    def forward(self, x):
+        x = self.model(x)
+        return x
+
+if __name__ == "__main__":
+    raise SystemExit("executed")
+"""
 
 
 def command(

@@ -23,35 +23,8 @@ from cifar_dist.train import main, run
 from cifar_dist.training.trial import try_network
 from cifar_dist.user_code import identity
 from tests.forked import start
-from tests.helpers import TINY, command, digest_of, read_lines, run_command
+from tests.helpers import TINY, TUTORIAL, command, digest_of, read_lines, run_command
 
-# The tutorials' file, with the layers of the shipped network `tutorial`.
-TUTORIAL = """
-import torch
-from torch import nn
-
-class MyModel(nn.Module):
-    def __init__(self):
-        super(MyModel, self).__init__()
-        self.model = nn.Sequential(
-            nn.Conv2d(3, 32, 5, 1, 2),
-            nn.MaxPool2d(2),
-            nn.Conv2d(32, 32, 5, 1, 2),
-            nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 5, 1, 2),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(64 * 4 * 4, 64),
-            nn.Linear(64, 10),
-        )
-
-    def forward(self, x):
-        x = self.model(x)
-        return x
-
-if __name__ == "__main__":
-    raise SystemExit("executed")
-"""
 WIDE = """
 from torch import nn
 from parts import block

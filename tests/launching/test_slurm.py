@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cifar_dist.launching import doctor
-from tests.helpers import JOB, Integers, needs, status_of
+from tests.helpers import JOB, TUTORIAL, Integers, needs, status_of
 from tests.helpers import tested as integers_of
 from tests.launching import slurm
 from tests.launching.machines import (
@@ -50,6 +50,17 @@ def test_a_job_trains_on_two_nodes(
     assert state == "COMPLETED", output
     assert "2 processes on cpu" in output
     assert integers_of(tmp_path / "run") == alone()
+
+
+@pytest.mark.slow
+def test_a_job_trains_the_users_own_network(
+    cluster: slurm.Cluster, alone: Callable[..., Integers], tmp_path: Path
+) -> None:
+    (tmp_path / "model.py").write_text(TUTORIAL)
+    job = submit(cluster, tmp_path / "run", "--model.name", f"{tmp_path}/model.py:MyModel")
+    state = cluster.wait(job, "COMPLETED", "FAILED")
+    assert state == "COMPLETED", Path(f"{tmp_path}/run.txt").read_text()
+    assert integers_of(tmp_path / "run") == alone()  # of the same layers
 
 
 @pytest.mark.slow
