@@ -1,4 +1,4 @@
-"""The cache of decoded images: an entry is whole, or it is built again."""
+"""The cache of decoded images: a damaged entry is detected and built again."""
 
 import copy
 import json
@@ -20,11 +20,11 @@ from cifar_dist.data.cache import CacheWriter, load_or_build
 from cifar_dist.errors import UsageError
 from tests.helpers import obeying_modes, write_folder
 
-COUNTS = {"train": 12, "val": 12, "test": 12}  # arrays of the same size in all splits
+COUNTS = {"train": 12, "val": 12, "test": 12}  # equal, so that files of splits can be swapped
 
 
 class Folder:
-    """A folder of images with its entry in the cache; with a file that cannot be decoded."""
+    """A folder of images, one of which cannot be decoded, with its cache entry."""
 
     def __init__(self, root: Path, store: Path) -> None:
         if not root.is_dir():
@@ -35,11 +35,11 @@ class Folder:
             name="imagefolder", root=str(root), cache=str(store), image_size=8, bad_images="skip"
         )
         before = set(store.glob("*-v*")) if store.is_dir() else set()
-        self.expected = copy.deepcopy(load_dataset(self.config))  # mapped from the cache no more
+        self.expected = copy.deepcopy(load_dataset(self.config))  # not memory-mapped from the cache
         (self.entry,) = set(store.glob("*-v*")) - before
 
     def load(self) -> Dataset:
-        """Load it, and compare everything with what an empty cache gives."""
+        """Load the dataset, and check that it equals the one decoded without a cache."""
         found, expected = load_dataset(self.config), self.expected
         assert list(found.evaluation) == list(expected.evaluation) == ["val", "test"]
         pairs = [(found.train, expected.train)]
@@ -61,20 +61,20 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def two_folders(tmp_path: Path) -> tuple[list[Folder], Path]:
-    """Return two folders whose entries have the same sizes, and a copy of an older entry of one."""
+    """Return two folders with cache entries of equal size, and an old entry of the first."""
     first = Folder(tmp_path / "a", tmp_path / "cache")
     old = Path(shutil.copytree(first.entry, tmp_path / "old"))
     for number, image in enumerate(sorted((tmp_path / "a").rglob("*.png"))):
         Image.new("RGB", (8, 8), (number, 9, 9)).save(image)
     first = Folder(tmp_path / "a", tmp_path / "cache")
     second = Folder(tmp_path / "b", tmp_path / "cache")
-    for config, side in ((first.config, 16), (second.config, 16)):  # other entries, left alone
+    for config, side in ((first.config, 16), (second.config, 16)):  # entries that nothing damages
         load_dataset(DataConfig(**{**vars(config), "image_size": side}))
     return [first, second], old
 
 
 def damage(chance: random.Random, folders: list[Folder], old: Path) -> str:
-    """Damage an entry, keeping size and time of change as far as the damage lets them be."""
+    """Damage one cache entry, often keeping the mtime of the file; return a description."""
     one, other = chance.sample(folders, 2)
     file = chance.choice([f for f in sorted(one.entry.iterdir()) if (old / f.name).exists()])
     theirs = other.entry / file.name
@@ -92,7 +92,7 @@ def damage(chance: random.Random, folders: list[Folder], old: Path) -> str:
     elif kind == "zero":
         content[place:] = bytes(len(content) - place)
         file.write_bytes(content)
-    elif kind == "swap":  # with the other entry, or with another split
+    elif kind == "swap":  # with the other entry or with another split
         splits = [one.entry / file.name.replace("train", split) for split in ("val", "test")]
         theirs = chance.choice([theirs, *splits])
         spare = one.entry / "spare"
@@ -114,7 +114,7 @@ def damage(chance: random.Random, folders: list[Folder], old: Path) -> str:
 
 @pytest.mark.fault(43)
 @pytest.mark.parametrize("times", [40, pytest.param(500, marks=pytest.mark.slow)])
-def test_no_damage_changes_what_is_loaded(
+def test_damage_to_the_cache_never_changes_the_loaded_images(
     times: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folders, old = two_folders(tmp_path)
@@ -217,7 +217,7 @@ def test_a_copied_entry_is_hashed_once_and_used(
     assert sum(name.endswith("images.npy") for name in hashed) == 0
 
 
-def test_who_has_an_entry_open_keeps_it(folder: Folder) -> None:
+def test_a_mapped_entry_stays_readable_while_it_is_rebuilt(folder: Folder) -> None:
     train = folder.load().train.images.copy()
     mapped = load_dataset(folder.config)
     remove(folder.entry)
@@ -239,7 +239,7 @@ def only_readable(folder: Folder) -> Iterator[None]:
             path.chmod(mode)
 
 
-def test_a_cache_that_is_only_readable_is_used_if_it_is_whole(folder: Folder) -> None:
+def test_a_read_only_cache_is_used_if_it_is_intact(folder: Folder) -> None:
     with only_readable(folder):
         folder.load()
     truncate(folder.entry)
@@ -270,7 +270,7 @@ def test_an_unreadable_entry_is_named(what: str, folder: Folder) -> None:
     )
 
 
-def test_an_entry_has_the_mode_that_umask_gives(tmp_path: Path) -> None:
+def test_the_mode_of_an_entry_follows_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         entry = Folder(tmp_path / "set", tmp_path / "cache").entry
@@ -325,7 +325,7 @@ def test_two_machines_without_a_common_lock_build_at_the_same_time(
 
 
 @pytest.mark.fault(45)
-def test_everything_is_on_disk_before_an_entry_has_its_name(
+def test_an_entry_is_synced_to_disk_before_it_is_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []

@@ -1,4 +1,4 @@
-"""CIFAR: small archives on a local server that misbehaves, compared with what torchvision reads."""
+"""CIFAR archives: small ones from a local server, compared with those that torchvision reads."""
 
 import dataclasses
 import hashlib
@@ -46,7 +46,7 @@ def small_files(count: int = 3) -> Files:
 
 
 def pack(files: Files, *extra: tarfile.TarInfo, folder: str = "cifar-10-batches-py") -> bytes:
-    """Return a compressed archive of `files` in `folder`, and of `extra` headers alone."""
+    """Return a compressed archive of `files` in `folder`, plus `extra` headers without content."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as tar:
         for name, content in files.items():
@@ -65,7 +65,7 @@ def publish(
     dataset: str = "cifar10",
     url: str = "http://127.0.0.1:9/cifar-10-python.tar.gz",
 ) -> dict[str, Any]:
-    """Have the package expect these files in this archive; returns what was changed."""
+    """Make the package expect these files in this archive; return the replaced fields."""
     changes = {
         "url": url,
         "sha256": hashlib.sha256(content).hexdigest(),
@@ -83,7 +83,7 @@ def unpack(files: Files, root: Path, folder: str = "cifar-10-batches-py") -> Non
 
 
 def as_torchvision_reads(files: Files, root: Path, dataset: str = "cifar10") -> list[Any]:
-    """Return the two splits as torchvision reads the same files, which it unpickles."""
+    """Return the train and test split as torchvision reads them: it unpickles the files."""
     import torchvision
 
     archive = cifar.ARCHIVES[dataset]
@@ -100,7 +100,7 @@ def as_torchvision_reads(files: Files, root: Path, dataset: str = "cifar10") -> 
     unpack(files, root, archive.folder)
     reader = type("Reader", (base[dataset],), hashes)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy dislikes how Python 2 pickled a dtype
+        warnings.simplefilter("ignore")  # numpy warns about dtypes pickled by Python 2
         return [reader(root, train=train) for train in (True, False)]
 
 
@@ -109,14 +109,14 @@ def load(root: Path, dataset: str = "cifar10", **changes: Any) -> Any:
 
 
 def refusal(root: Path) -> str:
-    """Return the message that loading is refused with: always one line."""
+    """Check that loading fails with one line, and return it."""
     with pytest.raises(UsageError) as refused:
         load(root)
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
 
-def test_it_is_downloaded_once_and_cached(
+def test_the_archive_is_downloaded_once_and_cached(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     files = small_files()
@@ -138,7 +138,7 @@ def test_it_is_downloaded_once_and_cached(
     assert server.requests == 1
 
 
-def test_offline_is_one_line_with_the_remedy(
+def test_a_failed_download_is_reported_in_one_line_with_a_remedy(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     publish(monkeypatch, small_files(), b"nobody sends this")
@@ -148,7 +148,7 @@ def test_offline_is_one_line_with_the_remedy(
     assert "--data.name synthetic" in message
 
 
-def test_a_root_that_is_a_file(tmp_path: Path) -> None:
+def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         load_dataset(DataConfig(name="cifar10", root=str(tmp_path / "data")))
@@ -167,11 +167,13 @@ def test_the_expected_files_are_those_that_torchvision_names() -> None:
         assert (archive.folder, archive.names) == (published.base_folder, published.meta["key"])
 
 
-# What is in data.root already
+# Files that data.root already has
 
 
 @pytest.mark.parametrize("place", ["archive", "folder"])
-def test_what_is_there_is_used(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_existing_files_are_used(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     files = small_files()
     content = pack(files)
     publish(monkeypatch, files, content)
@@ -184,7 +186,9 @@ def test_what_is_there_is_used(place: str, monkeypatch: pytest.MonkeyPatch, tmp_
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_another_archive_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_archive_with_another_hash_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     files = small_files()
     expected = publish(monkeypatch, files, pack(files))["sha256"]
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half an archi")
@@ -210,7 +214,7 @@ def test_a_folder_with_other_files_is_refused(
     assert f"{victim} is missing" in refusal(tmp_path)
 
 
-# What is in the files
+# Content of the files
 
 
 def old_string(data: bytes) -> bytes:
@@ -226,7 +230,7 @@ def old_list(entries: list[bytes]) -> bytes:
 
 
 def old_batch(pixels: np.ndarray, labels: list[int], key: str) -> bytes:
-    """Write uint8 [N, 3072] as the published files have it, from Python 2 and its numpy."""
+    """Pickle images, uint8 [N, 3072], as Python 2 and its numpy did for the published files."""
     shape = b"M" + struct.pack("<H", len(pixels)) + b"M\x00\x0c\x86"
     array = (
         b"cnumpy.core.multiarray\n_reconstruct\nq\x07cnumpy\nndarray\nq\x08K\x00\x85U\x01b\x87Rq\x09"
@@ -262,7 +266,7 @@ def test_files_as_python_2_wrote_them(
         + b"u."
     }
     for name in (*archive.train, *archive.test):
-        count = 2001 if name == archive.train[-1] else 3  # more than fit into one part of a list
+        count = 2001 if name == archive.train[-1] else 3  # a list has parts of 1000 entries
         pixels = random.integers(0, 256, (count, 3072), dtype=np.uint8)
         labels = random.integers(0, len(classes), count).tolist()
         files[name] = old_batch(pixels, labels, archive.labels)
@@ -313,7 +317,7 @@ PIXELS = np.zeros((2, 3072), np.uint8)
         (b"", "cannot be unpickled"),
     ],
 )
-def test_a_batch_that_makes_no_sense_is_named(
+def test_a_malformed_batch_is_named(
     content: bytes, problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     files = {**small_files(), "data_batch_2": content}
@@ -335,7 +339,7 @@ def test_a_pickle_bomb_is_never_executed(
     hidden = {**files, victim: pickle.dumps({"a": Bomb(marker), **pickle.loads(files[victim])})}
     for bombed in (alone, hidden):
         pickle.loads(bombed[victim])
-        assert marker.exists()  # it is live
+        assert marker.exists()  # without the protection, the code runs
         marker.unlink()
         root = tmp_path / ("alone" if bombed is alone else "hidden")
         content = pack(bombed)
@@ -354,7 +358,7 @@ def test_a_pickle_bomb_is_never_executed(
     "name",
     ["builtins\neval", "builtins\ngetattr", "os\nsystem", "numpy\nload", "numpy.core\nmultiarray"],
 )
-def test_only_the_functions_of_a_pickled_array_can_be_named(
+def test_only_the_functions_of_a_pickled_array_can_be_unpickled(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     files = {**small_files(), "data_batch_2": b"c" + name.encode() + b"\n."}
@@ -407,7 +411,7 @@ def test_ten_gigabytes_of_zeros_are_not_unpacked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(cifar, "LARGEST_MEMBER", 1_000_000)
-    content = pack({"data_batch_1": bytes(20_000_000)})  # the same in little
+    content = pack({"data_batch_1": bytes(20_000_000)})  # a small version of it
     assert len(content) < 200_000
     publish(monkeypatch, small_files(), content)
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(content)
@@ -415,7 +419,7 @@ def test_ten_gigabytes_of_zeros_are_not_unpacked(
 
 
 @pytest.mark.fault(36)
-def test_nothing_but_the_expected_members_is_read(
+def test_only_the_expected_members_are_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     files = small_files()
@@ -430,7 +434,7 @@ def test_nothing_but_the_expected_members_is_read(
     assert [path.name for path in tmp_path.rglob("*")] == ["data", "cifar-10-python.tar.gz"]
 
 
-def test_an_archive_that_is_none_is_refused(
+def test_a_file_that_is_not_an_archive_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     whole_archive = pack(small_files())
@@ -459,7 +463,7 @@ def test_four_processes_download_once(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def slow(handler: Handler) -> None:
-        time.sleep(0.5)  # time for the others to come and find no file
+        time.sleep(0.5)  # so that the other processes find no file either
         whole(handler)
 
     files = small_files()
@@ -468,7 +472,7 @@ def test_four_processes_download_once(
     changes = json.dumps(publish(monkeypatch, files, server.content, url=url))
     processes = [
         subprocess.Popen(
-            # A cache for each, as of another run: nothing but the download's own lock is shared.
+            # One cache per process, so that they share only the lock of the download.
             [sys.executable, "-c", LOADER, tmp_path / "data", tmp_path / f"cache{rank}", changes],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Decoding: files that are damaged, are no images, or are not to be trusted are named, no more."""
+"""Decoding: damaged, unsupported and malicious files are reported by name, and run no code."""
 
 import ast
 import functools
@@ -31,9 +31,9 @@ from cifar_dist.processes.preemption import Preempted
 from tests.helpers import write_folder
 
 Image.init()
-Entry = tuple[int, int, int, bytes]  # of an EXIF block: tag, type, count, value
-UPRIGHT: Entry = (0x0112, 3, 1, struct.pack("<H", 6))  # an orientation: turn it clockwise
-REFUSED = {  # formats of Pillow, and why they are not decoded
+Entry = tuple[int, int, int, bytes]  # of an EXIF directory: tag, type, count, value
+UPRIGHT: Entry = (0x0112, 3, 1, struct.pack("<H", 6))  # orientation 6: rotate clockwise
+REFUSED = {  # formats of Pillow that are not decoded, and the reasons
     "BUFR": "has no decoder",
     "EPS": "a program, which Pillow has Ghostscript run",
     "FPX": "needs another package, olefile",
@@ -59,13 +59,13 @@ def shape(size: tuple[int, int] = (48, 32)) -> Image.Image:
 def encode(image: Image.Image, name: str, **options: object) -> bytes:
     stream = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # IM will go
+        warnings.simplefilter("ignore", DeprecationWarning)  # Pillow will remove IM
         image.save(stream, name, **options)
     return stream.getvalue()
 
 
 def exif_block(entries: list[Entry], order: str = "<") -> bytes:
-    """Return an EXIF block with one directory; values are written as they are given."""
+    """Return an EXIF block with one directory. The values may be invalid."""
     places = 10 + 12 * len(entries) + 4
     head, values = b"", b""
     for tag, kind, count, raw in entries:
@@ -80,7 +80,7 @@ def exif_block(entries: list[Entry], order: str = "<") -> bytes:
 
 @functools.cache
 def plain_and_turned() -> tuple[bytes, np.ndarray, np.ndarray]:
-    """Return a JPEG file without EXIF, its pixels, and its pixels turned clockwise."""
+    """Return a JPEG file without EXIF, its pixels, and its pixels rotated clockwise."""
     content = encode(shape(), "JPEG")
     upright = Image.open(io.BytesIO(content))
     both = upright, upright.transpose(Image.Transpose.ROTATE_270)
@@ -89,7 +89,7 @@ def plain_and_turned() -> tuple[bytes, np.ndarray, np.ndarray]:
 
 
 def turned(path: Path, exif: bytes) -> bool:
-    """Say whether a JPEG file with this EXIF block is decoded, and turned clockwise."""
+    """Decode a JPEG file with this EXIF block; return whether its pixels are rotated clockwise."""
     content, upright, clockwise = plain_and_turned()
     segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
     path.write_bytes(content[:2] + segment + content[2:])
@@ -100,7 +100,7 @@ def turned(path: Path, exif: bytes) -> bool:
 
 
 def damages(entries: int) -> Iterator[list[Entry]]:
-    """Yield directories with a whole orientation and another entry, in each way that it may be."""
+    """Yield EXIF directories with a valid orientation and an arbitrary, mostly invalid, entry."""
     tags = [0x010E, 0x010F, 0x011A, 0x0128, 0x0132, 0x013B, 0x0213, 0x8298, 0x8769, 0x8825, 0xA005]
     tags += [0x9C9B, 0x829A, 0x927C, 0xC4A5, 0x02BC, 0x8649, 0x0111, 0x0100, 0xFE58]
     sizes = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
@@ -126,9 +126,9 @@ def check_exif(folder: Path, entries: int) -> None:
 def test_a_damaged_exif_block_loses_neither_pixels_nor_orientation(tmp_path: Path) -> None:
     file = tmp_path / "x.jpg"
     assert not turned(file, exif_block([]))
-    assert turned(file, exif_block([UPRIGHT, (0x0128, 1, 1, b"\2")]))  # a ResolutionUnit of BYTE
+    assert turned(file, exif_block([UPRIGHT, (0x0128, 1, 1, b"\2")]))  # ResolutionUnit of type BYTE
     whole = exif_block([(0x010F, 2, 40, b"m" * 40), UPRIGHT, (0x011A, 5, 1, b"\1" * 8)])
-    for end in range(6, len(whole)):  # its entry is the second one
+    for end in range(6, len(whole)):  # the orientation is the second entry
         assert turned(file, whole[:end]) == (end >= 6 + 10 + 2 * 12 - 2), end
     check_exif(tmp_path, 300)
 
@@ -186,7 +186,7 @@ def test_every_orientation_of_every_format_that_has_one(
         shape() if name != "TIFF" else Image.fromarray(np.asarray(shape())[..., 0] * np.uint16(257))
     )
     image.save(tmp_path / "x", name, exif=exif)
-    # Not by its name: Pillow then maps raw pixels into memory as if they were turned already.
+    # Not opened by name: Pillow would then memory-map raw pixels as if they were already rotated.
     with Image.open(io.BytesIO((tmp_path / "x").read_bytes())) as file:
         upright = ImageOps.exif_transpose(file)
     if name == "TIFF":
@@ -213,7 +213,7 @@ def tiff(
 @pytest.mark.parametrize(
     "entry",
     [
-        (0x8769, 4, 1, struct.pack("<I", 2)),  # directories that are none
+        (0x8769, 4, 1, struct.pack("<I", 2)),  # offsets of directories that do not exist
         (0x8769, 2, 4, b"abc"),
         (0x8825, 9, 1, struct.pack("<i", -5)),
         (0x8769, 11, 1, struct.pack("<f", 1e30)),
@@ -293,8 +293,8 @@ def test_every_format_of_pillow_is_decoded_or_refused_for_a_reason() -> None:
     assert set(Image.OPEN) - FORMATS - set(REFUSED) == set()
 
 
-def test_no_decoder_that_is_used_starts_a_program_or_opens_another_file() -> None:
-    """By the source of each: where a program is named, and where a file of any format is opened."""
+def test_no_enabled_decoder_starts_a_program_or_opens_another_file() -> None:
+    """Search the source of each decoder for functions that start programs or open other images."""
     modules = {Image.OPEN[name][0].__module__ for name in FORMATS & set(Image.OPEN)}
     found = set()
     for module in modules:
@@ -303,7 +303,7 @@ def test_no_decoder_that_is_used_starts_a_program_or_opens_another_file() -> Non
             names = {ast.unparse(node) for node in ast.walk(function) if isinstance(node, ast.expr)}
             if names & {"subprocess", "os.system", "os.popen", "Image.open", "eval", "exec"}:
                 found.add(f"{module.removeprefix('PIL.')}.{function.name}")
-    # A method for users, and functions of savers.
+    # Decoding does not call these: a method for users, and functions that save images.
     assert found <= {
         "JpegImagePlugin.load_djpeg",
         "JpegImagePlugin._save_cjpeg",
@@ -323,7 +323,7 @@ def psd(pixels: bytes) -> bytes:
 @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.eps", "x.txt", "x"])
 def test_the_content_decides_the_format_under_any_suffix(name: str, tmp_path: Path) -> None:
     orange = Image.new("RGB", (16, 16), (255, 128, 0))
-    others = {"BLP", "MSP", "SPIDER", "XBM"}  # which hold no RGB, and of SPIDER only fractions
+    others = {"BLP", "MSP", "SPIDER", "XBM"}  # not RGB; SPIDER holds floats
     contents = {key: encode(orange, key) for key in FORMATS & set(Image.SAVE) - others}
     contents["BLP"] = encode(orange.quantize(4), "BLP")
     contents["SUN"] = sun(bytes((0, 128, 255)) * 64)
@@ -342,7 +342,7 @@ def test_the_content_decides_the_format_under_any_suffix(name: str, tmp_path: Pa
 
 
 def iptc(content: bytes) -> bytes:
-    """Return an IPTC file around another one."""
+    """Return an IPTC file that contains another file."""
     fields = [(60, b"\1\0"), (20, b"\0\x20"), (30, b"\0\x20"), (120, b"\0\5")]
     head = b"".join(struct.pack(">BBBH", 0x1C, 3, tag, len(value)) + value for tag, value in fields)
     return head + struct.pack(">BBBH", 0x1C, 8, 10, len(content)) + content + bytes(5)
@@ -374,7 +374,7 @@ def test_postscript_never_reaches_ghostscript(
     assert not started.exists()
     with pytest.raises((subprocess.CalledProcessError, OSError)), Image.open(names[0]) as file:
         file.load()
-    assert started.exists()  # which is what Pillow does if it may
+    assert started.exists()  # Pillow itself does start it
 
 
 def test_heic_is_refused_with_the_remedy(tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_heic_is_refused_with_the_remedy(tmp_path: Path) -> None:
 
 
 def test_only_regular_files_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # the name of a socket must be short
+    monkeypatch.chdir(tmp_path)  # the path of a Unix socket must be short
     os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
@@ -447,7 +447,7 @@ def test_whatever_a_decoder_raises_the_file_is_named_and_skipped(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Preempted])
-def test_a_signal_is_no_bad_image(
+def test_a_signal_while_decoding_is_not_reported_as_a_bad_image(
     error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape().save(tmp_path / "x.png")
@@ -460,7 +460,7 @@ def test_a_signal_is_no_bad_image(
         decode_image(tmp_path / "x.png", 8)
 
 
-def test_sizes_are_limited_in_files_within_files_too(tmp_path: Path) -> None:
+def test_the_size_limit_applies_to_embedded_images(tmp_path: Path) -> None:
     huge = encode(Image.new("1", (12000, 12000)), "PNG")
     icns = b"icns" + struct.pack(">I4sI", 16 + len(huge), b"ic07", 8 + len(huge)) + huge
     ico = struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(huge), 22) + huge
@@ -473,7 +473,7 @@ def test_sizes_are_limited_in_files_within_files_too(tmp_path: Path) -> None:
 
 
 def seeds() -> dict[str, bytes]:
-    """Return a file of each kind that is common, and of many that are not."""
+    """Return files of all common formats and of many rare ones, by name."""
     image, exif = shape((32, 32)), Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", 72.0
     palette, more = image.quantize(16), {"save_all": True}
@@ -505,7 +505,7 @@ def seeds() -> dict[str, bytes]:
 
 
 def check_damages(file: Path, each: int) -> None:
-    """Decode damaged files: every one is decoded or refused, within a second and in one line."""
+    """Check that damaged files are decoded or refused, within 2 s of CPU time and in one line."""
     chance, refused = random.Random(0), 0
     for name, whole in seeds().items():
         for _ in range(each):
@@ -541,7 +541,7 @@ def test_many_damaged_files_of_each_format(tmp_path: Path) -> None:
     check_damages(tmp_path / "x.bin", 400)
 
 
-# Stands in for a decoder that crashes: this Pillow ends its own process at a file that begins so.
+# Simulates a decoder that crashes: opening a file that begins with CRASH kills the process.
 CRASHING = """
 import os
 from PIL import Image
@@ -560,7 +560,7 @@ Image.open = crash
 
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Path]:
-    """Return the names of 300 image files, and an array file for them; processes decode it."""
+    """Return the paths of 300 images, decoded by two processes, and an array file for them."""
     (tmp_path / "sitecustomize.py").write_text(CRASHING)
     paths = os.environ.get("PYTHONPATH", ""), *sys.path
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, paths)]))
@@ -591,7 +591,7 @@ def test_an_image_that_crashes_its_decoder_is_named_and_the_others_are_decoded(
     assert all(levels[row] == row % 256 for row in range(300) if row not in bad)
 
 
-def test_a_decoding_process_killed_from_outside_is_one_error(
+def test_a_killed_decoding_process_is_reported_as_one_error(
     many: tuple[list[str], Path],
 ) -> None:
     paths, target = many

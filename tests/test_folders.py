@@ -1,4 +1,4 @@
-"""Folders of images: what is listed, what is left out and reported, and what is refused."""
+"""Folders of images: files that are listed, left out and reported, or refused."""
 
 import json
 import os
@@ -36,23 +36,25 @@ def load(root: Path, **options: object) -> Dataset:
 
 
 def left_out(root: Path, bad_images: str = "stop") -> dict[str, dict[str, int]]:
-    """Return what is left out, by the beginning of the reason."""
+    """Return the numbers of files that are left out, by the start of the reason."""
     found = find_images(root, bad_images).left_out
     return {reason.split(" (")[0]: counts for reason, counts in found.items()}
 
 
 def trained(capfd: pytest.CaptureFixture[str], tmp_path: Path, *options: str) -> tuple[str, dict]:
-    """Train, and return the output and run.json."""
+    """Train, and return stdout and the content of run.json."""
     out = tmp_path / "out"
     assert main([*TINY, *FOLDER, *options, "--out", str(out)]) == 0, capfd.readouterr()
     return capfd.readouterr().out, json.loads((out / "run.json").read_text())
 
 
-# The key of the cache
+# Cache keys
 
 
 @pytest.mark.fault(41)
-def test_folders_of_same_names_sizes_and_times_have_pixels_of_their_own(tmp_path: Path) -> None:
+def test_folders_with_equal_names_sizes_and_times_have_their_own_cache_entries(
+    tmp_path: Path,
+) -> None:
     for name, colours in (("a", ("red", "blue")), ("b", ("blue", "red"))):
         for split in ("train", "test"):
             for label, colour in zip(("cat", "ship"), colours, strict=True):
@@ -94,7 +96,7 @@ def test_a_link_to_another_file_of_the_same_size_and_times_is_decoded_again(tmp_
     red, blue = tmp_path / "red.bmp", tmp_path / "blue.bmp"
     for path in (red, blue):
         Image.new("RGB", (32, 32), path.stem).save(path)
-    for _ in range(1000):  # until both are changed within one tick of the kernel's clock
+    for _ in range(1000):  # until both have the same ctime, which advances in ticks
         os.utime(red, (1577836800,) * 2)
         os.utime(blue, (1577836800,) * 2)
         if red.stat().st_ctime_ns == blue.stat().st_ctime_ns:
@@ -107,7 +109,7 @@ def test_a_link_to_another_file_of_the_same_size_and_times_is_decoded_again(tmp_
     assert load(root).train.images[4, 0, 0].tolist() == [0, 0, 255]
 
 
-def test_each_size_is_decoded_by_itself(tmp_path: Path) -> None:
+def test_each_image_size_is_decoded_separately(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "set", {"train": 12, "test": 6})
     assert [load(root, image_size=size).train.image_size for size in (32, 16, 8)] == [32, 16, 8]
 
@@ -194,12 +196,12 @@ def test_splits_within_a_split_are_refused_but_a_class_may_be_named_train(tmp_pa
     assert load(root).classes == ("ring", "square", "train")
 
 
-# What is an image
+# Files that count as images
 
 
 def test_every_suffix_of_a_raster_format_that_pillow_reads_is_listed() -> None:
     Image.init()
-    stubs = {"BUFR", "GRIB", "HDF5", "MPEG"}  # recognised, and not decoded
+    stubs = {"BUFR", "GRIB", "HDF5", "MPEG"}  # identified, but without a decoder
     programs = {"EPS", "WMF", "IPTC", "PDF"}
     readable = {
         suffix
@@ -309,7 +311,7 @@ def test_everything_left_out_is_counted(tmp_path: Path, capfd: pytest.CaptureFix
         "warning: left out, not named as images: 1 .jpg_large, 1 .txt, 1 without suffix",
         "warning: left out, links to folders, or to nothing: 1 .txt, 1 without suffix",
     ]
-    # A second start finds the images in the cache, and what is left out in the folder.
+    # A second start reads the images from the cache, but lists the folder again.
     (disc / "more.md").write_text("")
     again = folder_config(root)
     dataset = load_dataset(again)
@@ -347,7 +349,7 @@ def test_hidden_and_system_files_are_never_images_or_classes(tmp_path: Path) -> 
 @pytest.mark.fault(50)
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "s", {"train": 12, "test": 6})
-    os.mkfifo(root / "train" / "disc" / "fifo.jpg")  # opening it would wait for ever
+    os.mkfifo(root / "train" / "disc" / "fifo.jpg")  # opening it would block for ever
     os.mkfifo(root / "train" / "disc" / "fifo")
     (root / "train" / "disc" / "link.png").symlink_to("fifo.jpg")
     (root / "train" / "disc" / "device.png").symlink_to("/dev/zero")
@@ -374,11 +376,11 @@ def test_a_folder_that_this_user_may_not_list_is_named(place: str, tmp_path: Pat
     )
 
 
-# What is doubtful
+# Warnings
 
 
 @pytest.mark.fault(52)
-def test_identical_images_in_train_and_in_the_measured_split_are_counted(
+def test_identical_images_in_training_and_evaluation_splits_are_counted(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     root = write_folder(tmp_path / "set", {"train": 36, "test": 9})
@@ -391,14 +393,14 @@ def test_identical_images_in_train_and_in_the_measured_split_are_counted(
     output, facts = trained(capfd, tmp_path, "--data.root", str(root))
     assert facts["identical_images"] == {"test": 2}
     assert "warning: 2 of 12 test images are identical to training images" in output
-    dataset = load(root, limit_train=3)  # what is not trained on does not count
+    dataset = load(root, limit_train=3)  # images beyond the limit do not count
     chosen = {first, second} & {
         sorted((root / "train").rglob("*.png"))[row] for row in dataset.train.selected
     }
     assert dataset.evaluation["test"].identical_to(dataset.train) == len(chosen)
 
 
-def test_identical_images_are_counted_in_a_share_held_out(tmp_path: Path) -> None:
+def test_identical_images_are_counted_in_a_held_out_split(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "set", {".": 30})
     for name in ("disc", "ring", "square"):
         for file in list((root / name).iterdir()):
@@ -411,7 +413,7 @@ def test_identical_images_are_counted_in_a_share_held_out(tmp_path: Path) -> Non
 
 
 @pytest.mark.fault(53)
-def test_a_class_of_one_image_is_trained_on_and_named(
+def test_a_class_with_one_image_is_trained_on_and_reported(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     root = write_folder(tmp_path / "set", {".": 45})
@@ -430,7 +432,7 @@ def test_a_class_of_one_image_is_trained_on_and_named(
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
-def test_a_share_held_out_leaves_each_class_an_image(fraction: float) -> None:
+def test_a_held_out_split_leaves_each_class_an_image(fraction: float) -> None:
     labels = np.repeat(np.arange(5), [1, 2, 3, 10, 100])
     images = Images(np.zeros((116, 1, 1, 3), np.uint8), labels, tuple("abcde"))
     train, held_out = images.split(fraction, seed=0)
@@ -460,11 +462,11 @@ def test_the_banner_names_the_classes(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert f"\n  classes {shown} and 2 more\n" in output
 
 
-# Folders of every kind
+# Generated folders
 
 
 def check_generated(root: Path, seed: int) -> None:
-    """Compare what the product finds in a generated folder with what was put there."""
+    """Compare the listing and the pixels of a generated folder with its Truth."""
     truth = generate(root, random.Random(seed))
     listing = find_images(root, "skip")
     assert list(listing.classes) == sorted(truth.classes)
@@ -481,7 +483,7 @@ def check_generated(root: Path, seed: int) -> None:
         for kind, count in counts.items()
     }
     assert counted == truth.left_out
-    # Nothing unreported: `find` counts as many as are listed, left out, or below what was named.
+    # Each file that `find` counts is listed, left out, or below a folder that counts as one.
     everything = subprocess.run(
         ["find", os.fspath(root), "!", "-type", "d", "-printf", "x"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Image folders: layouts, conversions, the cache, and everything that can be wrong with them."""
+"""Image folders: layouts, conversion of pixels, the cache, and errors."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ def folder_config(root: Path, **options: object) -> DataConfig:
     return DataConfig(name="imagefolder", root=str(root), **options)  # type: ignore[arg-type]
 
 
-def test_a_folder_becomes_the_pixels_it_holds(tmp_path: Path) -> None:
+def test_the_images_labels_and_statistics_of_a_folder(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "set", {"train": 30, "test": 9})
     dataset = load_dataset(folder_config(root))
     assert dataset.classes == tuple(sorted(list(SHAPES)[:3]))
@@ -53,7 +53,7 @@ def test_test_and_validation_folders_together(tmp_path: Path) -> None:
         load_dataset(folder_config(root, val_fraction=0.5))
 
 
-def test_one_folder_needs_a_share_to_measure_on(tmp_path: Path) -> None:
+def test_a_folder_without_a_test_split_needs_val_fraction(tmp_path: Path) -> None:
     root = write_folder(tmp_path, {".": 30})
     with pytest.raises(UsageError, match=r"--data\.val_fraction 0\.1"):
         load_dataset(folder_config(root))
@@ -70,7 +70,9 @@ def test_one_folder_needs_a_share_to_measure_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize(("fraction", "counts"), [(0.1, [1, 2, 6]), (0.25, [2, 5, 15])])
-def test_a_share_is_held_out_of_every_class(fraction: float, counts: list[int], seed: int) -> None:
+def test_val_fraction_is_held_out_of_every_class(
+    fraction: float, counts: list[int], seed: int
+) -> None:
     labels = np.repeat([0, 1, 2], [8, 20, 60])
     whole = Images(np.zeros((88, 1, 1, 3), np.uint8), labels, ("a", "b", "c"))
     stays, held_out = whole.split(fraction, seed)
@@ -92,7 +94,7 @@ def save(tmp_path: Path, image: Image.Image, name: str = "x.png", **options: obj
     return decode_image(tmp_path / name, 8)
 
 
-def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
+def test_transparent_images_are_composited_on_white(tmp_path: Path) -> None:
     red = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     red.paste((255, 0, 0, 255), (0, 0, 4, 8))
     pixels = save(tmp_path, red)
@@ -129,7 +131,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     image = Image.new("RGB", (8, 8), "black")
     image.paste("white", (0, 0, 8, 4))  # the upper half
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
+    exif[0x0112] = 6  # rotate clockwise
     image.save(tmp_path / "x.png", exif=exif)
     pixels = decode_image(tmp_path / "x.png", 8)
     assert pixels[:, 4:].min() == 255
@@ -180,7 +182,7 @@ def test_a_class_without_any_good_image_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(20, 21)
-def test_folders_that_cannot_be_right(tmp_path: Path) -> None:
+def test_invalid_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a folder"):
         load_dataset(folder_config(tmp_path / "absent"))
     root = write_folder(tmp_path / "a", {"train": 12, "test": 6})
@@ -197,15 +199,15 @@ def test_folders_that_cannot_be_right(tmp_path: Path) -> None:
         load_dataset(folder_config(tmp_path / "c"))
 
 
-def test_folders_below_a_class_and_links(tmp_path: Path) -> None:
+def test_subfolders_and_links_in_a_class_folder(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "set", {"train": 12, "test": 6})
     disc = root / "train" / "disc"
     first, *others = sorted(disc.iterdir())
-    (disc / "more.png").mkdir()  # a folder whatever its name
+    (disc / "more.png").mkdir()  # a folder with the suffix of an image
     first.rename(disc / "more.png" / "deep.PNG")
     (disc / "linked.png").symlink_to(others[0])
     (disc / "notes.txt").write_text("not an image")
-    (disc / "loop").symlink_to(root)  # would never end
+    (disc / "loop").symlink_to(root)  # a cycle
     (disc / "gone").symlink_to(root / "absent")
     train = load_dataset(folder_config(root)).train
     assert np.bincount(train.labels).tolist() == [5, 4, 4]
@@ -226,7 +228,7 @@ def test_the_cache_notices_a_changed_file(tmp_path: Path) -> None:
     assert after.digest != before.digest
 
 
-def test_each_image_size_has_pixels_of_its_own_in_the_cache(tmp_path: Path) -> None:
+def test_each_image_size_has_its_own_cache_entry(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "set", {"train": 12, "test": 6})
     for size in (32, 16, 32):
         dataset = load_dataset(folder_config(root, image_size=size))
@@ -234,7 +236,7 @@ def test_each_image_size_has_pixels_of_its_own_in_the_cache(tmp_path: Path) -> N
         assert dataset.evaluation["test"].image_size == size
 
 
-def test_skipped_files_are_not_left_out_where_they_are_to_be_refused(tmp_path: Path) -> None:
+def test_files_skipped_by_one_run_are_refused_by_a_run_without_skip(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "set", {"train": 12, "test": 6})
     sorted((root / "train" / "disc").iterdir())[0].write_bytes(b"no image")
     assert len(load_dataset(folder_config(root, bad_images="skip")).train) == 11
@@ -251,7 +253,7 @@ def test_a_cached_folder_is_not_decoded_again(
     assert load_dataset(folder_config(root)).digest == before.digest
 
 
-def test_one_builds_while_the_others_wait(tmp_path: Path) -> None:
+def test_one_builds_the_cache_while_the_others_wait(tmp_path: Path) -> None:
     builds = []
 
     def build(writer: object) -> None:
@@ -289,19 +291,19 @@ def test_a_cache_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         load_dataset(folder_config(root, cache=str(blocked / "below")))
 
 
-def test_statistics_of_a_channel_without_variation() -> None:
+def test_the_standard_deviation_of_a_constant_channel_is_set_to_one() -> None:
     images = np.full((2, 4, 4, 3), 51, dtype=np.uint8)
     mean, std = channel_statistics(count_levels(images))
     assert mean == pytest.approx((0.2, 0.2, 0.2))
     assert std == (1.0, 1.0, 1.0)
 
 
-def test_drawn_shapes_are_reproducible_and_not_linear() -> None:
+def test_synthetic_images_are_reproducible_and_not_linearly_separable() -> None:
     train, test = draw(2000, 32, seed=(0, 0)), draw(500, 32, seed=(0, 1))
     assert np.array_equal(train.images, draw(2000, 32, seed=(0, 0)).images)
     assert not np.array_equal(train.images[:500], test.images)
     assert np.bincount(train.labels).tolist() == [200] * 10
-    # The best linear model of the pixels in the least-squares sense stays near chance.
+    # A linear classifier of the pixels, fitted by least squares, stays near chance.
     x = np.hstack([train.images.reshape(2000, -1) / 255.0 - 0.5, np.ones((2000, 1))])
     weights = np.linalg.solve(x.T @ x + 10 * np.eye(x.shape[1]), x.T @ np.eye(10)[train.labels])
     y = np.hstack([test.images.reshape(500, -1) / 255.0 - 0.5, np.ones((500, 1))])

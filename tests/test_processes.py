@@ -1,4 +1,4 @@
-"""Several processes, started as users start them: same maths, same samples, same settings."""
+"""Several processes under real launchers: the same results, samples and settings as one process."""
 
 import json
 import os
@@ -37,11 +37,11 @@ def train(processes: int, launcher: str, out: Path, *options: str) -> list[dict[
     return read_lines(out)
 
 
-# A learning rate at which rounding does not grow; at others it becomes visible within 50 steps.
+# At this learning rate rounding errors do not grow. At others they show within 50 steps.
 FIFTY = ["--data.limit_train", "800", "--optim.lr", "0.01", "--train.seed", "1"]
 
 
-def test_the_number_of_processes_does_not_change_the_maths(tmp_path: Path) -> None:
+def test_the_number_of_processes_does_not_change_the_result(tmp_path: Path) -> None:
     alone = train(1, "torchrun", tmp_path / "1", *FIFTY)
     runs = {
         "accelerate 2": train(2, "accelerate", tmp_path / "2", *FIFTY),
@@ -85,7 +85,7 @@ def test_gradients_sent_in_bfloat16_differ_in_the_third_digit(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("before", "after"), [(1, 2), *(pytest.param(2, n, marks=pytest.mark.slow) for n in (1, 3))]
 )
-def test_each_sample_once_when_the_number_of_processes_changes(
+def test_each_sample_is_used_once_when_the_world_size_changes(
     before: int, after: int, tmp_path: Path
 ) -> None:
     options = [*TINY, *RANDOM, "--out", str(tmp_path / "run"), "--train.epochs", "1"]
@@ -140,7 +140,7 @@ def test_per_rank_state_is_restored_on_any_number_of_processes(tmp_path: Path) -
     whole = next(line for line in read_lines(three) if line["split"] == "train")
     assert whole["count"] == 300
     images = saved_at(8, three).tallies[:, 2]
-    assert images.tolist() == [160, 40, 40]  # rank 0 has the sum of the two before
+    assert images.tolist() == [160, 40, 40]  # rank 0 also has the sum of both ranks before
     statistics = saved_at(10, three).statistics
     assert (statistics == statistics[0]).all()  # averaged for the evaluation
 
@@ -164,7 +164,7 @@ def test_evaluation_counts_every_image_once_on_any_number_of_processes(tmp_path:
     assert results[1] == results[3]
 
 
-def test_a_launcher_that_started_one_of_two_is_refused(tmp_path: Path) -> None:
+def test_a_launcher_that_started_one_of_two_processes_is_refused(tmp_path: Path) -> None:
     launch = command(2, "accelerate")
     launch[launch.index("--multi_gpu")] = "--cpu"
     done = run_command([*launch, *TINY, "--out", str(tmp_path / "out")])
@@ -175,7 +175,7 @@ def test_a_launcher_that_started_one_of_two_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_batch_that_does_not_divide_names_those_that_do(tmp_path: Path) -> None:
+def test_a_batch_size_that_does_not_divide_is_refused_with_valid_ones(tmp_path: Path) -> None:
     done = run_command(
         [*command(2), *TINY, "--out", str(tmp_path / "out"), "--train.batch_size", "33"]
     )
@@ -185,7 +185,7 @@ def test_a_batch_that_does_not_divide_names_those_that_do(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_one_process_of_torchrun_uses_all_cores_and_warns_of_nothing(
+def test_torchrun_with_one_process_uses_all_cores_without_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     launch = command(2, "torchrun", "tests.worker")

@@ -1,4 +1,4 @@
-"""Text that a stream cannot encode, and streams that are closed or full: never an exception."""
+"""Streams that are closed, full or cannot encode a text never cause an exception."""
 
 import ast
 import json
@@ -78,14 +78,14 @@ def test_a_closed_descriptor_is_not_given_to_the_next_file(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_full_disk_under_the_output_of_a_command_is_one_line() -> None:
+def test_a_command_with_output_to_a_full_disk_reports_it_in_one_line() -> None:
     done = in_shell("cifar_dist plan --config smoke", "> /dev/full")
     assert done.returncode == 1
     assert done.stderr == "error: cannot write to stdout (No space left on device)\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_full_disk_under_the_output_of_a_run_is_a_notice(tmp_path: Path) -> None:
+def test_a_run_with_output_to_a_full_disk_finishes_with_a_warning(tmp_path: Path) -> None:
     words = " ".join(TINY).replace("[]", "'[]'")
     done = in_shell(f"cifar_dist.train {words} --out {tmp_path}", "> /dev/full 2> /dev/full")
     assert done.returncode == 0
@@ -95,7 +95,7 @@ def test_a_full_disk_under_the_output_of_a_run_is_a_notice(tmp_path: Path) -> No
     assert "finished at step 20" in log
 
 
-def test_a_refusal_that_nobody_reads_keeps_its_exit_code() -> None:
+def test_an_error_written_to_a_closed_pipe_keeps_its_exit_code() -> None:
     line = (
         f"{sys.executable} -m cifar_dist plan --config absent 2>&1 | true; echo ${{PIPESTATUS[0]}}"
     )
@@ -103,7 +103,7 @@ def test_a_refusal_that_nobody_reads_keeps_its_exit_code() -> None:
     assert (done.stdout, done.stderr) == ("2\n", "")
 
 
-ODD = os.fsdecode(b"caf\xe9")  # no UTF-8, as in archives from Windows
+ODD = os.fsdecode(b"caf\xe9")  # not UTF-8, as in archives from Windows
 STREAMS = {
     "strict UTF-8": {"PYTHONIOENCODING": "utf-8"},
     "ASCII": {"PYTHONIOENCODING": "ascii"},
@@ -126,7 +126,7 @@ def test_names_that_a_console_cannot_encode(stream: str, tmp_path: Path) -> None
     out = tmp_path / f"Lauf {ODD}"
     options = ["--data.name", "imagefolder", "--data.root", str(root), "--out", str(out)]
     options += ["--data.bad_images", "skip", "--train.batch_size", "20"]
-    for epochs in ("1", "2"):  # the second continues it
+    for epochs in ("1", "2"):  # the second resumes the run
         done = run_command(
             [*command(), *TINY, *options, "--train.epochs", epochs], **STREAMS[stream]
         )

@@ -1,4 +1,4 @@
-"""Runs from the public commands, in this process: what they leave, and how they continue."""
+"""Training through the public commands, in this process: files, resuming and refusals."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from cifar_dist.train import main, run
 from cifar_dist.training.run import Result
 from tests.helpers import TINY, command, digest_of, read_lines, run_command, write_folder
 
-# Everything random is on: dropout, every augmentation, averaged weights, BatchNorm's statistics.
+# All random features, and all state that a checkpoint must hold: averaged weights, BatchNorm.
 RANDOM = [
     *("--model.name", "tutorial-relu", "--augment.flip", "alternating"),
     *("--augment.translate", "2", "--augment.cutout", "6", "--augment.grayscale", "0.2"),
@@ -34,11 +34,11 @@ def train(out: Path, *options: str) -> Result:
 
 
 class Stopped(Exception):
-    """Ends a run in the middle, as a kill would."""
+    """Interrupts a run in the middle of training."""
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the next run die right after an optimizer step."""
+    """Make the next run raise Stopped after the optimizer step `step`."""
     from cifar_dist.training import run as story
 
     original = story.train_epoch
@@ -52,7 +52,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(story, "train_epoch", train_epoch)
 
 
-def test_a_finished_run_leaves_what_it_promises(trained: Result) -> None:
+def test_a_finished_run_writes_its_files(trained: Result) -> None:
     out = trained.out
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     assert recipe["data"]["limit_train"] == 1600
@@ -100,7 +100,7 @@ def test_tensorboard_holds_the_tutorials_scalars_and_pictures(trained: Result) -
     assert losses == {line["step"]: pytest.approx(line["loss"]) for line in lines}
 
 
-def test_the_best_is_chosen_by_validation(trained: Result) -> None:
+def test_the_best_epoch_is_chosen_by_validation_accuracy(trained: Result) -> None:
     lines = [line for line in read_lines(trained.out) if line["split"] == "val"]
     best = max(lines, key=lambda line: line["accuracy"])
     assert trained.best is not None
@@ -112,7 +112,7 @@ def test_the_best_is_chosen_by_validation(trained: Result) -> None:
     ("step", "accumulate"),
     [(1, 1), *(pytest.param(n, 1, marks=pytest.mark.slow) for n in (4, 7, 10)), (7, 2), (13, 1)],
 )
-def test_a_stopped_run_continues_as_if_it_had_not(
+def test_a_resumed_run_equals_an_uninterrupted_run(
     step: int, accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [*RANDOM, "--checkpoint.every_steps", "3", "--train.accumulate", str(accumulate)]
@@ -142,7 +142,7 @@ def test_a_stopped_run_continues_as_if_it_had_not(
     assert [start["step"] for start in starts] == [0, step // 3 * 3]
 
 
-def test_averaged_weights_have_averaged_statistics(tmp_path: Path) -> None:
+def test_averaged_weights_have_averaged_batchnorm_statistics(tmp_path: Path) -> None:
     options = ["--model.name", "speednet", "--model.widths", "[4, 8]", "--train.ema", "0.8"]
     options += ["--checkpoint.every_steps", "1", "--checkpoint.keep", "9", "--train.epochs", "1"]
     train(tmp_path, *options, *SMALL[:2], "--data.limit_train", "128")
@@ -166,7 +166,7 @@ def test_curves_are_continuous_after_a_resume(
             stop_at(step, patch)
             with pytest.raises(RunFailed, match="Stopped"):
                 train(tmp_path, *options)
-        time.sleep(1)  # TensorBoard orders files by their names, which have whole seconds
+        time.sleep(1)  # TensorBoard sorts its files by name, in whole seconds
     train(tmp_path, *options)
     events = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0})
     events.Reload()
@@ -175,7 +175,7 @@ def test_curves_are_continuous_after_a_resume(
     assert [e.step for e in events.Scalars("test_accuracy")] == [10, 20]
 
 
-def test_a_finished_run_is_left_alone_and_more_epochs_continue_it(tmp_path: Path) -> None:
+def test_a_finished_run_is_unchanged_and_more_epochs_resume_it(tmp_path: Path) -> None:
     first = train(tmp_path / "a", "--train.epochs", "2")
     before = digest_of(first.out)
     again = train(tmp_path / "a", "--train.epochs", "2")
@@ -200,7 +200,7 @@ def test_a_run_may_end_in_the_middle_of_an_epoch(
     ]
     assert [line["step"] for line in lines if line["split"] == "test"] == [10, 15]
     windows = [line for line in lines if line["split"] == "train_window"]
-    for epoch in (0, 1):  # the windows of an epoch make up the epoch
+    for epoch in (0, 1):  # the windows of an epoch add up to the epoch
         parts = [line for line in windows if line["epoch"] == epoch]
         whole = next(x for x in lines if x["split"] == "train" and x["epoch"] == epoch)
         for what in ("correct", "count"):
@@ -218,7 +218,7 @@ def test_a_run_may_end_in_the_middle_of_an_epoch(
     assert digest_of(stopped.out) == digest
     assert stopped.metrics["test"]["correct"] == straight.metrics["test"]["correct"]
     train(tmp_path / "a", *options)
-    assert (read_lines(straight.out), digest_of(straight.out)) == (lines, digest)  # left alone
+    assert (read_lines(straight.out), digest_of(straight.out)) == (lines, digest)  # unchanged
     assert main([*TINY, "--out", str(tmp_path / "a"), *options, "--train.epochs", "2"]) == 2
     assert "train.epochs is 1.5 there and 2 here" in capfd.readouterr().err
 
@@ -231,7 +231,9 @@ def test_resume_from_a_named_checkpoint(tmp_path: Path) -> None:
     assert [line["split"] for line in read_lines(other.out)].count("test") == 1
 
 
-def test_a_damaged_checkpoint_falls_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_after_damage_a_run_resumes_from_the_previous_checkpoint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     whole = train(tmp_path / "whole", *RANDOM)
     shutil.copytree(tmp_path / "whole", tmp_path / "hurt")
     newest = tmp_path / "hurt" / "checkpoints" / "step-00000020" / "model.safetensors"
@@ -247,7 +249,7 @@ def test_the_best_checkpoint_survives_pruning(tmp_path: Path) -> None:
         *("--schedule.name", "step", "--schedule.step_epochs", "3", "--schedule.gamma", "0"),
     )
     assert result.best is not None
-    assert result.best["val"]["step"] <= 30  # from then on the weights stay as they are
+    assert result.best["val"]["step"] <= 30  # afterwards the learning rate is 0
     kept = {int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir()}
     assert kept == {60, result.best["val"]["step"]}
 
@@ -263,7 +265,7 @@ def test_the_best_checkpoint_survives_pruning(tmp_path: Path) -> None:
         (["--resume", "/absent"], "neither a run folder nor a checkpoint"),
     ],
 )
-def test_requests_that_cannot_work(
+def test_options_that_cannot_work_are_refused_in_one_line(
     options: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     code = main([*TINY, "--out", str(tmp_path / "out"), *options])
@@ -275,7 +277,7 @@ def test_requests_that_cannot_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_datasets_stop_before_anything_is_written(
+def test_a_corrupt_image_is_refused_before_anything_is_written(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     root = write_folder(tmp_path / "set", {"train": 36, "test": 9})
@@ -326,13 +328,13 @@ def test_a_checkpoint_of_another_model_or_dataset_is_refused(tmp_path: Path) -> 
         train(tmp_path / "folder", *folder)
 
 
-def test_an_unusable_out_is_refused(tmp_path: Path) -> None:
+def test_an_unusable_run_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"the run folder .* cannot be used"):
         train(tmp_path / "file" / "below")
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+def test_a_non_finite_loss_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match="not finite at step 2 on rank 0, training images"):
         train(tmp_path, "--optim.lr", "1e30")
     status = json.loads((tmp_path / "status.json").read_text())
@@ -340,7 +342,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     assert "optim.lr" in status["message"]
 
 
-def test_deterministic_is_of_one_run_and_the_same_on_a_cpu(tmp_path: Path) -> None:
+def test_deterministic_applies_to_one_run_and_changes_nothing_on_a_cpu(tmp_path: Path) -> None:
     usual = train(tmp_path / "a", "--train.epochs", "1", "--model.name", "resnet18", *SMALL)
     assert not torch.are_deterministic_algorithms_enabled()
     other = train(
@@ -353,7 +355,9 @@ def test_deterministic_is_of_one_run_and_the_same_on_a_cpu(tmp_path: Path) -> No
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_one_console_line_an_epoch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_console_shows_one_line_per_epoch(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     train(tmp_path)
     output = capfd.readouterr()
     assert [line[:9] for line in output.out.splitlines() if line.startswith("epoch")] == [
@@ -365,7 +369,7 @@ def test_one_console_line_an_epoch(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert output.err == ""
 
 
-def test_wrong_images_are_shown_with_both_names(trained: Result) -> None:
+def test_misclassified_images_are_shown_with_both_class_names(trained: Result) -> None:
     from cifar_dist.data.synthetic import draw
     from cifar_dist.storage.tracking import confusion_picture, image_grid, wrong_images
 
@@ -384,7 +388,9 @@ def test_wrong_images_are_shown_with_both_names(trained: Result) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on a CPU")
 @pytest.mark.parametrize("model", ["tutorial-relu", "speednet"])
-def test_a_compiled_network_learns_the_same_and_is_saved_alike(tmp_path: Path, model: str) -> None:
+def test_a_compiled_network_gives_the_same_losses_and_checkpoint_keys(
+    tmp_path: Path, model: str
+) -> None:
     small = ["--model.name", model, "--train.epochs", "1", "--data.limit_train", "96"]
     runs = {}
     for compiled in ("true", "false"):
@@ -402,7 +408,7 @@ def test_a_compiled_network_learns_the_same_and_is_saved_alike(tmp_path: Path, m
     assert saved[0].keys() == saved[1].keys()
 
 
-def test_without_a_compiler_that_is_said_before_anything_is_written(
+def test_a_missing_compiler_is_reported_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
