@@ -1,4 +1,4 @@
-"""Every test gets a cache folder of its own and no settings of this machine."""
+"""Give every test its own cache folder, and hide the settings of this machine."""
 
 import os
 import signal
@@ -15,14 +15,14 @@ from tests.helpers import JOB, TINY, Integers, tested
 from tests.server import Server, running
 
 # Two tests run at a time, and their networks are too small to gain from a second thread. Set before
-# anything runs: another number of threads rounds otherwise.
+# torch starts its threads: results are rounded differently with another number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# Our kernels run in Triton's interpreter then. Read when Triton is imported, by whatever does that.
+# Without a GPU our kernels run in Triton's interpreter. Triton reads the variable when imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# A shell's background jobs ignore Ctrl-C, and so would every launcher that the tests start.
+# A shell lets its background jobs ignore SIGINT. Launchers started by the tests would inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -47,7 +47,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """A finished run that has learnt something, with a validation share and TensorBoard files."""
+    """A finished run with an accuracy above chance, a validation split and TensorBoard files."""
     out = tmp_path_factory.mktemp("trained") / "run"
     recipe, _ = parse_recipe(
         [
@@ -81,7 +81,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Integers]:
-    """Return what gives the test integers of JOB, with more options, on a single process."""
+    """Return a function that trains JOB with more options on one process, for its test integers."""
 
     @cache
     def train(*options: str) -> Integers:

@@ -1,4 +1,4 @@
-"""Folders of images as users have them, generated from a seed, with what is right about each."""
+"""Generate folders of images as users have them, from a seed, with the expected listing."""
 
 import io
 import os
@@ -31,13 +31,13 @@ HIDDEN_FOLDERS = (".ipynb_checkpoints", "@eaDir", "__MACOSX", ".git", ".Trash-10
 
 @dataclass
 class Truth:
-    """What a generated folder holds.
+    """The expected listing of a generated folder.
 
     Attributes:
         images: paths by (split, class).
-        left_out: number of files by (beginning of the reason, suffix).
-        below_named: files below the folders that count as one.
-        val_fraction: to load it with.
+        left_out: number of files by (start of the reason, suffix).
+        below_named: number of files below folders that count as one.
+        val_fraction: option to load the folder with.
     """
 
     classes: list[str]
@@ -48,7 +48,7 @@ class Truth:
 
 
 def generate(root: Path, source: random.Random) -> Truth:
-    """Write a folder that can be trained on, with everything else that may lie around in one."""
+    """Write a folder that can be trained on, with other files that users may have in it."""
     classes = source.sample(CLASSES, source.randint(2, 4))
     splits = source.choice([["train"], ["train", "test"], ["train", "val"], list(SPLITS)])
     truth = Truth(classes)
@@ -76,10 +76,10 @@ def generate(root: Path, source: random.Random) -> Truth:
 
 
 class _Writer:
-    """Writes files, and notes in a `Truth` what should become of each.
+    """Writes files, and records in a `Truth` how each must be listed.
 
     Attributes:
-        images: where to note the images of the class that is written now.
+        images: list for the paths of the current class.
     """
 
     def __init__(self, source: random.Random, truth: Truth) -> None:
@@ -107,13 +107,13 @@ class _Writer:
                 self.source.choice(kinds)(folder)
 
     def name(self, suffix: str) -> str:
-        """Return a name that no other file has, whatever the file system does to case."""
+        """Return a unique file name, even on a file system that ignores case."""
         self.number += 1
         case = self.source.choice([str.lower, str.lower, str.upper, str.title])
         return f"{self.source.choice(STEMS)}{self.number}{case(suffix)}"
 
     def pixels(self) -> tuple[bytes, str]:
-        """Return the content of an image file, often one written before, and a suffix for it."""
+        """Return the content of an image file, sometimes of an earlier one, and a suffix for it."""
         kind = self.source.choice(list(FORMATS))
         suffix = self.source.choice(FORMATS[kind])
         if self.written and self.source.random() < 0.15:
@@ -150,7 +150,7 @@ class _Writer:
         self.images.append(os.fspath(path))
 
     def hide(self, folder: Path) -> None:
-        """Write what is hidden, or belongs to a system: a file, or a folder of some."""
+        """Write a hidden or system file, or such a folder with files."""
         content, suffix = self.pixels()
         kind = self.source.randrange(3)
         if kind == 0:
@@ -175,7 +175,7 @@ class _Writer:
         self.leave_out("not named as images", "without suffix" if odd else suffix)
 
     def write_undecoded(self, folder: Path) -> None:
-        if self.source.random() < 0.7:  # most folders hold none, and are not refused
+        if self.source.random() < 0.7:  # most folders have none, and are not refused
             return
         if self.source.random() < 0.5:
             suffix = self.source.choice([".heic", ".heif", ".jxl"])
@@ -206,7 +206,7 @@ class _Writer:
         )
 
     def litter(self, folder: Path, splits: bool) -> None:
-        """Write what lies beside class folders, or beside the folders of splits."""
+        """Write files and folders beside class folders, or beside the folders of splits."""
         for _ in range(self.source.randint(0, 3)):
             content, suffix = self.pixels()
             self.write(folder / self.name(suffix), content)

@@ -1,4 +1,4 @@
-"""An HTTP server on the loopback interface that answers as a plan says: errors, cuts, stalls."""
+"""An HTTP server on the loopback interface that can send errors, cut off or stall."""
 
 import http.server
 import threading
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers each request as the next step of the server's plan says, then with the whole file."""
+    """Answers requests with the steps of the server's plan, then with the whole file."""
 
     server: "Server"
 
@@ -86,7 +86,7 @@ def answer(status: int) -> Step:
 
 @contextmanager
 def running() -> Iterator[Callable[..., Server]]:
-    """Give a function that starts a server; the servers run within the block."""
+    """Yield a function that starts a server. All servers run until the block ends."""
     servers: list[Server] = []
 
     def start(content: bytes, *plan: Step) -> Server:

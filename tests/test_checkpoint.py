@@ -1,4 +1,4 @@
-"""The checkpoint store: what was saved comes back, and what is damaged is noticed."""
+"""The checkpoint store: a saved state loads unchanged, and damage is detected."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ def sample(value: float = 1.0) -> Checkpoint:
     return Checkpoint(progress, tensors, {"0.m": torch.ones(2)}, *own)
 
 
-def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_saved_state_loads_unchanged(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 12, sample(2.5))
     assert path.name == "step-00000012"
     back = load_checkpoint(path)
@@ -46,7 +46,7 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_state_of_an_earlier_version_is_read() -> None:
-    """With all that such a version wrote, and nothing else."""
+    """Read a state.json with exactly the keys that the version wrote."""
     totals = {"loss": 2.5, "accuracy": 0.25, "correct": 4, "count": 16}
     metrics = {"val": {"split": "val", "epoch": 0, "step": 3, **totals}}
     state = {
@@ -72,7 +72,7 @@ def test_a_state_of_an_earlier_version_is_read() -> None:
         Progress.from_json({**state, "step": "3", "best": []})
 
 
-def test_files_have_the_mode_that_umask_gives(tmp_path: Path) -> None:
+def test_the_mode_of_files_follows_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         path = save_checkpoint(tmp_path, 1, sample())
@@ -84,7 +84,7 @@ def test_files_have_the_mode_that_umask_gives(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["MANIFEST.json", "model.safetensors", "optim.safetensors"])
 @pytest.mark.parametrize("damage", ["flip at 0", "flip at 12", "flip at -1", "cut", "remove"])
-def test_damage_is_found_and_the_one_before_is_used(
+def test_damage_is_found_and_the_previous_checkpoint_is_used(
     name: str, damage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     save_checkpoint(tmp_path, 1, sample(1.0))
@@ -95,7 +95,7 @@ def test_damage_is_found_and_the_one_before_is_used(
     elif damage == "cut":
         file.write_bytes(content[: len(content) // 2])
     else:
-        content[int(damage.split()[-1])] ^= 1  # length of the header, header, data
+        content[int(damage.split()[-1])] ^= 1  # in a tensor file: header length, header, data
         file.write_bytes(content)
     with pytest.raises(DamagedCheckpoint):
         load_checkpoint(file.parent)
@@ -134,7 +134,9 @@ def test_a_linked_folder_of_checkpoints_is_not_followed(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["step-00000001"]
 
 
-def test_with_all_damaged_nothing_starts_over(tmp_path: Path) -> None:
+def test_if_all_checkpoints_are_damaged_training_does_not_start_from_scratch(
+    tmp_path: Path,
+) -> None:
     (save_checkpoint(tmp_path, 1, sample()) / "state.json").write_text("{}")
     with pytest.raises(UsageError, match=r"no checkpoint in .* is whole"):
         load_newest(tmp_path)
@@ -157,7 +159,7 @@ def test_pruning_keeps_newest_and_best(tmp_path: Path) -> None:
     assert [int(path.name[5:]) for path in checkpoints_in(tmp_path)] == [2, 4, 5]
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_path_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="neither a run folder nor a checkpoint"):
         find_checkpoint(str(tmp_path / "absent"))
     (tmp_path / "checkpoints").mkdir()
@@ -166,7 +168,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_optimizers_survive_packing(kind: type[torch.optim.Optimizer]) -> None:
+def test_optimizer_state_survives_packing(kind: type[torch.optim.Optimizer]) -> None:
     def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2)

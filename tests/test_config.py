@@ -102,7 +102,7 @@ def test_names_in_the_recipe_types_are_those_implemented(choices: dict, section:
         (["--config", "smoke", "--config", "tutorial"], "--config is given twice"),
     ],
 )
-def test_bad_options_are_one_line(arguments: list[str], message: str) -> None:
+def test_invalid_options_are_refused_in_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError) as refused:
         parse_recipe(arguments)
     assert message in str(refused.value)
@@ -157,7 +157,9 @@ def test_bad_options_are_one_line(arguments: list[str], message: str) -> None:
         ("", "contains no keys"),
     ],
 )
-def test_bad_recipe_files_are_one_line(text: str | bytes, message: str, tmp_path: Path) -> None:
+def test_invalid_recipe_files_are_refused_in_one_line(
+    text: str | bytes, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "r.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError) as refused:
         parse_recipe(["--config", str(tmp_path / "r.yaml")])

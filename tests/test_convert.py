@@ -1,4 +1,4 @@
-"""Weights from elsewhere: converted once without running anything, then where training starts."""
+"""Weights from other programs: converted without running code, then used to start training."""
 
 import errno
 import json
@@ -32,13 +32,13 @@ CRAFTED = {"0.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2*
 
 @pytest.fixture
 def weights() -> Tensors:
-    """Weights of the tutorial network that no seed of a run gives."""
+    """Weights of the tutorial network, from a seed that no run uses."""
     torch.manual_seed(1234)
     return dict(tutorial(10).state_dict())
 
 
 def start(out: Path, place: Path, *options: str, epochs: int = 1) -> Result:
-    """Train an epoch from the weights at `place`, in steps too small to change them."""
+    """Train from the weights at `place`, with a learning rate too small to change them."""
     common = ["--train.epochs", str(epochs), "--optim.lr", "1e-12", "--out", str(out)]
     return run(parse_recipe([*TINY, *common, "--model.weights", str(place), *options])[0])
 
@@ -55,7 +55,7 @@ def equal(left: Tensors, right: Tensors) -> bool:
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 @pytest.mark.parametrize("key", [None, "state_dict"])
-def test_what_is_converted_is_what_was_saved(
+def test_converted_weights_equal_the_saved_ones(
     prefix: str, key: str | None, weights: Tensors, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     content: Any = {f"{prefix}{name}": tensor for name, tensor in weights.items()}
@@ -70,13 +70,13 @@ def test_what_is_converted_is_what_was_saved(
     assert sorted(os.listdir(tmp_path)) == ["in.pt", "out.safetensors"]
 
 
-def test_a_prefix_that_some_names_lack_belongs_to_them(tmp_path: Path) -> None:
+def test_a_prefix_that_some_names_lack_is_kept(tmp_path: Path) -> None:
     torch.save({"module.a": ONE, "b": ONE}, tmp_path / "in.pt")
     convert.convert(tmp_path / "in.pt", tmp_path / "out.safetensors")
     assert load_file(tmp_path / "out.safetensors").keys() == {"module.a", "b"}
 
 
-def test_a_disk_that_fills_up_leaves_nothing(
+def test_a_full_disk_leaves_no_partial_file(
     weights: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(weights, tmp_path / "in.pt")
@@ -103,7 +103,7 @@ def test_tensors_that_share_memory_or_are_not_contiguous_are_copied(tmp_path: Pa
 
 @pytest.mark.fault(34)
 @pytest.mark.parametrize("kind", ["new", "old", "plain", "beside the weights"])
-def test_a_pickle_that_would_run_code_does_not(
+def test_a_pickle_with_code_is_refused_and_runs_nothing(
     kind: str,
     weights: Tensors,
     tmp_path: Path,
@@ -177,7 +177,7 @@ def test_files_without_weights_are_refused(
         ("in.pt", "absent/out.safetensors", "cannot be written"),
     ],
 )
-def test_bad_files_are_refused(
+def test_unreadable_sources_and_invalid_targets_are_refused(
     source: str,
     target: str,
     message: str,
@@ -200,7 +200,7 @@ def test_bad_files_are_refused(
     assert (tmp_path / "link.safetensors").is_symlink()
 
 
-def test_training_starts_from_converted_weights_and_continues_without_them(
+def test_training_starts_from_converted_weights_and_resumes_without_them(
     weights: Tensors, tmp_path: Path
 ) -> None:
     torch.save(weights, tmp_path / "in.pt")
@@ -211,7 +211,7 @@ def test_training_starts_from_converted_weights_and_continues_without_them(
     assert equal(saved(start(tmp_path / "run", place, epochs=2)), weights)
 
 
-def test_a_run_is_started_from_by_its_averaged_weights(tmp_path: Path) -> None:
+def test_training_starts_from_the_averaged_weights_of_a_run(tmp_path: Path) -> None:
     first = run(parse_recipe([*TINY, "--train.ema", "0.9", "--out", str(tmp_path / "first")])[0])
     path, checkpoint = find_checkpoint(str(first.out))
     assert not equal(checkpoint.ema, checkpoint.model)
@@ -232,7 +232,7 @@ def test_another_number_of_classes_gets_a_new_head(weights: Tensors, tmp_path: P
 
 
 @pytest.mark.parametrize("there", [HEAD, {"9.weight"}, set()])
-def test_a_head_is_taken_whole_or_stays_new(
+def test_a_head_is_loaded_completely_or_not_at_all(
     there: set[str], weights: Tensors, tmp_path: Path
 ) -> None:
     given = {name: tensor for name, tensor in weights.items() if name not in HEAD - there}
@@ -244,7 +244,7 @@ def test_a_head_is_taken_whole_or_stays_new(
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_another_precision_are_taken(
+def test_weights_of_another_precision_are_loaded(
     kind: torch.dtype, weights: Tensors, tmp_path: Path
 ) -> None:
     given = {name: tensor.to(kind) for name, tensor in weights.items()}
@@ -254,7 +254,7 @@ def test_weights_of_another_precision_are_taken(
     assert equal(dict(network.state_dict()), {name: t.float() for name, t in given.items()})
 
 
-def test_a_head_without_a_bias_is_taken_too(tmp_path: Path) -> None:
+def test_a_head_without_a_bias_is_loaded(tmp_path: Path) -> None:
     given = dict(SpeedNet(10, widths=(8,)).state_dict())
     save_file(given, tmp_path / "w.safetensors")
     network = SpeedNet(10, widths=(8,))
@@ -274,7 +274,7 @@ def test_a_head_without_a_bias_is_taken_too(tmp_path: Path) -> None:
         ({"0.bias": None, "9.bias": ONE, "y": ONE}, "it lacks 0.bias; it has unknown y; choose"),
     ],
 )
-def test_weights_that_do_not_fit_leave_the_network_as_it_was(
+def test_weights_that_do_not_fit_do_not_change_the_network(
     change: dict[str, torch.Tensor | None], message: str, weights: Tensors, tmp_path: Path
 ) -> None:
     given = {name: value for name, value in {**weights, **change}.items() if value is not None}
@@ -300,7 +300,7 @@ def test_weights_that_do_not_fit_leave_the_network_as_it_was(
     ],
 )
 @pytest.mark.fault(34, 35)
-def test_training_refuses_other_weights_before_its_first_step(
+def test_training_refuses_invalid_weights_before_its_first_step(
     name: str, message: str, weights: Tensors, tmp_path: Path
 ) -> None:
     torch.save(weights, tmp_path / "in.pt")

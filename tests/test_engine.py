@@ -1,4 +1,4 @@
-"""One step and one evaluation against plain PyTorch."""
+"""Training steps and evaluations, compared with plain PyTorch."""
 
 import gc
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ def train(accelerator: Accelerator, images: Images, **options: object) -> TrainS
 
 
 def plain_loop(images: Images, smoothing: float = 0.0, clip: float = 0.0) -> list[nn.Module]:
-    """Do the same with nothing but PyTorch and return the network after each step."""
+    """Train the same epoch in plain PyTorch, and return the network after each step."""
     network = small_network()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
@@ -100,7 +100,7 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_an_epoch_equals_the_plain_loop_at_any_accumulation(
+def test_an_epoch_equals_the_plain_loop_with_any_gradient_accumulation(
     accelerator: Accelerator, images: Images, accumulate: int
 ) -> None:
     state = train(accelerator, images, accumulate=accumulate)
@@ -114,7 +114,9 @@ def test_label_smoothing_and_clipping(accelerator: Accelerator, images: Images) 
         assert_same(state.network, plain_loop(images)[-1])
 
 
-def test_the_average_follows_every_step(accelerator: Accelerator, images: Images) -> None:
+def test_averaged_weights_are_updated_after_every_step(
+    accelerator: Accelerator, images: Images
+) -> None:
     state = train(accelerator, images, ema=0.6)
     first, second, third = plain_loop(images)
     expected = small_network()
@@ -127,11 +129,13 @@ def test_the_average_follows_every_step(accelerator: Accelerator, images: Images
     assert_same(state.network, third)
 
 
-def test_the_tally_is_what_was_trained_on(accelerator: Accelerator, images: Images) -> None:
+def test_training_metrics_are_those_of_the_trained_batches(
+    accelerator: Accelerator, images: Images
+) -> None:
     totals = train(accelerator, images).tally.totals(accelerator)
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     correct, loss_sum = 0, 0.0
-    # Each batch is counted with the weights that it met.
+    # Each batch is counted with the weights before its step.
     for network, rows in zip([small_network(), *plain_loop(images)], order.split(32), strict=False):
         pixels = torch.from_numpy(images.images[rows.numpy()]).permute(0, 3, 1, 2) / 255
         labels = torch.from_numpy(images.labels[rows.numpy()])
@@ -142,7 +146,7 @@ def test_the_tally_is_what_was_trained_on(accelerator: Accelerator, images: Imag
     assert totals.loss_sum == pytest.approx(loss_sum, rel=1e-5)
 
 
-def test_dropout_depends_on_seed_step_part_and_rank_alone() -> None:
+def test_dropout_depends_only_on_seed_step_micro_batch_and_rank() -> None:
     def draws(seed: int, step: int, part: int, rank: int) -> list[float]:
         process = SimpleNamespace(device=torch.device("cpu"), process_index=rank)
         seed_step(process, TrainConfig(seed=seed), step, part)  # type: ignore[arg-type]
@@ -182,7 +186,7 @@ def test_evaluation_equals_a_count_by_hand(accelerator: Accelerator, images: Ima
     assert result.calibration_error == pytest.approx(error)
 
 
-def test_each_part_of_each_step_has_a_dropout_mask_of_its_own(
+def test_each_micro_batch_has_its_own_dropout_mask(
     accelerator: Accelerator, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     masks = []
@@ -198,7 +202,7 @@ def test_each_part_of_each_step_has_a_dropout_mask_of_its_own(
     assert len({tuple(mask.tolist()) for mask in masks}) == 6
 
 
-def test_settling_the_buckets_changes_nothing(accelerator: Accelerator) -> None:
+def test_settling_the_buckets_of_ddp_changes_no_weights(accelerator: Accelerator) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
     before = {name: value.clone() for name, value in network.state_dict().items()}
     optimizer, tally = torch.optim.SGD(network.parameters()), Tally(accelerator.device)
@@ -209,7 +213,9 @@ def test_settling_the_buckets_changes_nothing(accelerator: Accelerator) -> None:
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_certainty_counts_in_the_last_bin(accelerator: Accelerator, images: Images) -> None:
+def test_a_confidence_of_one_counts_in_the_last_bin(
+    accelerator: Accelerator, images: Images
+) -> None:
     network = small_network()
     with torch.no_grad():
         list(network.parameters())[-2].mul_(1e6)
@@ -236,11 +242,11 @@ def test_an_evaluation_that_misses_images_is_an_error(
         evaluate(accelerator, small_network(), loader, PLAIN, classes=10)
 
 
-def test_an_evaluation_holds_nothing_of_a_batch(
+def test_an_evaluation_keeps_no_tensors_of_a_batch(
     accelerator: Accelerator, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Small results that stay lie between the large buffers of the batches, which then never fit
-    # where the last ones were: ten times the test images took 150 MB more.
+    # Small results between the large buffers of batches fragment memory: the next buffers do not
+    # fit into the gaps. With ten times the test images, evaluation took 150 MB more.
     monkeypatch.setattr(batches, "EVALUATION_BATCH", 8)
     held, network = [], small_network()
     network.register_forward_hook(
@@ -248,7 +254,7 @@ def test_an_evaluation_holds_nothing_of_a_batch(
     )
     evaluate(accelerator, network, build_evaluation_loader(accelerator, images), PLAIN, classes=10)
     assert len(held) == 12
-    assert len(set(held[1:-1])) == 1  # the first has none before it, the last none to prefetch
+    assert len(set(held[1:-1])) == 1  # the first follows no batch, the last prefetches none
 
 
 def test_a_class_without_images_has_no_accuracy(accelerator: Accelerator, images: Images) -> None:
@@ -268,11 +274,11 @@ def test_views_shift_and_mirror() -> None:
     assert {len(VIEWS[name]) for name in VIEWS} == {1, 2, 6}
     for views in VIEWS.values():
         assert sum(share for share, *_ in views) == pytest.approx(1)
-    for views in (VIEWS["flip"], VIEWS["flip_shift"]):  # both ways, with the same weight
+    for views in (VIEWS["flip"], VIEWS["flip_shift"]):  # mirrored and not, with equal weights
         assert {(w, not flip, y, x) for w, flip, y, x in views} == set(views)
 
 
-def test_test_time_views_make_it_blind_to_mirroring(
+def test_flip_test_time_augmentation_is_invariant_to_mirroring(
     accelerator: Accelerator, images: Images
 ) -> None:
     network = small_network()

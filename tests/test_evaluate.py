@@ -1,4 +1,4 @@
-"""Measuring and predicting from a checkpoint, through the commands."""
+"""The commands evaluate and predict."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def measure(trained: Result, capfd: pytest.CaptureFixture[str], *options: str) -
     return dict(json.loads(capfd.readouterr().out))
 
 
-def test_it_gives_the_integers_of_the_run(
+def test_evaluate_gives_the_counts_of_the_run(
     trained: Result, capfd: pytest.CaptureFixture[str]
 ) -> None:
     last = read_lines(trained.out)[-1]
@@ -42,7 +42,9 @@ def test_it_gives_the_integers_of_the_run(
     assert np.trace(result["confusion"]) == result["correct"]
     assert list(result["per_class"]) == list(draw(1, 8, (0,)).classes)
     shares = list(result["per_class"].values())
-    assert np.mean(shares) == pytest.approx(result["accuracy"])  # as many images of each class
+    assert np.mean(shares) == pytest.approx(
+        result["accuracy"]
+    )  # every class has the same number of images
     val = next(line for line in reversed(read_lines(trained.out)) if line["split"] == "val")
     held_out = measure(trained, capfd, "--split", "val")
     assert (held_out["correct"], held_out["count"]) == (val["correct"], val["count"])
@@ -80,7 +82,7 @@ def test_best_step_and_views(trained: Result, capfd: pytest.CaptureFixture[str])
     assert views["loss"] != measure(trained, capfd)["loss"]
 
 
-def test_of_a_checkpoint_the_weights_alone_are_read_and_once(
+def test_only_the_weights_of_a_checkpoint_are_read_and_only_once(
     trained: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = shutil.copytree(trained.out, tmp_path / "run")
@@ -117,7 +119,7 @@ def test_the_table_names_every_class(trained: Result, capfd: pytest.CaptureFixtu
         assert f"\n{name} " in output
 
 
-def test_two_processes_count_the_same(trained: Result) -> None:
+def test_two_processes_give_the_counts_of_the_run(trained: Result) -> None:
     start = command(2, module="cifar_dist.evaluate")
     done = run_command([*start, "--checkpoint", str(trained.out), "--json"])
     assert done.returncode == 0, done.stderr
@@ -153,7 +155,9 @@ def test_a_missing_class_is_refused_by_name(
         ([], "checkpoint"),
     ],
 )
-def test_bad_requests(options: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_refused_in_one_line(
+    options: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert evaluate.main(options) == 2
     error = capfd.readouterr().err
     assert message in error
@@ -207,7 +211,7 @@ def test_predict_agrees_with_evaluate(trained: Result, tmp_path: Path) -> None:
     assert (right, len(predictions)) == (measured["correct"], measured["count"])
 
 
-def test_predict_refuses_what_is_no_image(
+def test_predict_refuses_files_that_are_not_images(
     trained: Result, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x.png").write_text("no image")
@@ -250,7 +254,7 @@ def test_predict_goes_on_after_a_bad_image(
     assert (output, errors.count("\n")) == ("", 1)
 
 
-def test_predictions_come_as_each_batch_is_done(
+def test_predictions_are_yielded_after_each_batch(
     trained: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = write_folder(tmp_path / "set", {"test": 60}, classes=10)

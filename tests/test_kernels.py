@@ -40,7 +40,7 @@ def one_by_one(features: torch.Tensor, layer: nn.BatchNorm2d, pool: bool) -> tor
     return functional.gelu(layer(functional.max_pool2d(features, 2) if pool else features))
 
 
-CASES = [  # shape, pool: even and odd sizes, channels for less than one tile and for several
+CASES = [  # shape, pool: even and odd sizes; channels for less than one tile, and for several
     ((3, 24, 8, 8), True),
     ((3, 24, 7, 5), True),
     ((2, 96, 4, 4), False),
@@ -169,7 +169,7 @@ def test_a_network_with_kernels_gives_the_same_results(
 
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_of_images_are_not_lost(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attribution needs them; fine-tuning with layers in evaluation mode does, too."""
+    """They are needed for attribution, and for fine-tuning with layers in evaluation mode."""
     plain, fast = plain_and_fast(SpeedNet(10, (4, 8)).train(training), monkeypatch)
     images = torch.randn(4, 3, 8, 8, device=DEVICE)
     found = [gradients(network, images.clone().requires_grad_()) for network in (plain, fast)]
@@ -198,7 +198,9 @@ def test_kernels_compile_for_gpus_once_for_all_sizes(capability: int, tmp_path: 
     )
     assert done.returncode == 0, done.stderr
     expected = {"_augment": 1, "_finish_statistics": 1, "_sum_gradients": 1, "_whiten": 1}
-    expected |= dict.fromkeys(("_normalise", "_pass_back", "_pool_and_sum"), 2)  # pooling or not
+    expected |= dict.fromkeys(
+        ("_normalise", "_pass_back", "_pool_and_sum"), 2
+    )  # with and without pooling
     assert dict(line.split() for line in done.stdout.splitlines()) == {
         name: str(times) for name, times in expected.items()
     }
@@ -216,7 +218,7 @@ SOME = {int: (2,), float: (0.5,), bool: (True,)}
 
 
 def one_at_a_time() -> list[AugmentConfig]:
-    """Return a config for each value of each choice, and for one value of each number."""
+    """Return one config per value of each enumerated field, and one per other field."""
     types, configs = get_type_hints(AugmentConfig), []
     for field in dataclasses.fields(AugmentConfig):
         values = get_args(types[field.name]) or SOME[types[field.name]]

@@ -113,7 +113,7 @@ def answer(path: Path, answers: dict[str, str]) -> None:
     """Answer the questions of `accelerate config` at a terminal; Enter for the default.
 
     Args:
-        answers: the text to type, or the row number in a menu, by words of the question.
+        answers: maps words of a question to the text to type, or to the row number in a menu.
     """
     script = str(Path(sys.executable).with_name("accelerate"))
     dialogue = pexpect.spawn(script, ["config", "--config_file", str(path)], encoding="utf-8")
@@ -134,7 +134,7 @@ def by_default(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("answers", "processes"), [(None, 1), (CPU_ONLY, 1), (TWO_GPUS, 2)])
-def test_what_accelerate_config_writes_is_used_as_it_is(
+def test_the_file_of_accelerate_config_is_used_unchanged(
     answers: dict[str, str] | None,
     processes: int,
     tmp_path: Path,
@@ -236,7 +236,7 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_in_the_docs_lead_somewhere(page: Path) -> None:
+def test_the_docs_have_no_dead_links(page: Path) -> None:
     assert dead_links(page) == []
 
 

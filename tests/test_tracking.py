@@ -1,4 +1,4 @@
-"""What observes a run: bounded by the images, computed only where it is watched, never fatal."""
+"""Trackers and reports: bounded memory, computed only if tracked, and never fatal."""
 
 import json
 import sys
@@ -31,14 +31,14 @@ BOARD = [*TINY, "--track.log_with", "[tensorboard]"]
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of the weights that the run of TINY ends with."""
+    """The digest of the final weights of a TINY run."""
     out = tmp_path_factory.mktemp("undisturbed")
     run(parse_recipe([*TINY, "--out", str(out)])[0])
     return digest_of(out)
 
 
 def measured(classes: int, images: int = 2000) -> Evaluation:
-    """Return the result of guessing at random."""
+    """Return the evaluation of random predictions."""
     chance = torch.Generator().manual_seed(0)
     truth, predicted = torch.randint(classes, (2, images), generator=chance)
     confidence = torch.rand(images, generator=chance)
@@ -47,7 +47,7 @@ def measured(classes: int, images: int = 2000) -> Evaluation:
 
 
 @pytest.mark.fault(63)
-def test_the_result_and_the_picture_of_20000_classes_take_the_memory_of_few() -> None:
+def test_the_evaluation_and_its_picture_take_little_memory_for_20000_classes() -> None:
     names = [f"class {number}" for number in range(20_000)]
     tracemalloc.start()
     try:
@@ -62,7 +62,7 @@ def test_the_result_and_the_picture_of_20000_classes_take_the_memory_of_few() ->
     assert result.coarse_confusion(960).sum() == result.totals.count == 2000
 
 
-def test_neighbouring_classes_share_a_row_where_there_are_too_many() -> None:
+def test_neighbouring_classes_share_a_row_if_there_are_too_many() -> None:
     result = measured(6, 500)
     fine = result.confusion
     assert result.coarse_confusion(6).tolist() == fine.tolist()
@@ -70,7 +70,7 @@ def test_neighbouring_classes_share_a_row_where_there_are_too_many() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 10, 31, 80, 81, 960])
-def test_every_cell_of_the_confusion_picture_is_its_share(classes: int) -> None:
+def test_every_cell_of_the_confusion_picture_shows_its_fraction(classes: int) -> None:
     matrix = np.random.default_rng(0).integers(1, 50, (classes, classes))
     picture = confusion_picture(matrix, ["x"] * classes)
     cell = max(1, min(48, 960 // classes))
@@ -80,7 +80,7 @@ def test_every_cell_of_the_confusion_picture_is_its_share(classes: int) -> None:
     assert (corners[..., 2] == 255).all()
 
 
-def test_evaluate_lists_pairs_where_a_matrix_would_be_too_large(
+def test_evaluate_lists_pairs_if_a_matrix_would_be_too_large(
     trained: Result, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--checkpoint", str(trained.out)]
@@ -119,7 +119,7 @@ def test_a_run_without_trackers_computes_nothing_for_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def called(*_: Any) -> None:
-        pytest.fail("computed, and nobody watches")  # no Exception: it is not spared
+        pytest.fail("computed without a tracker")  # not an Exception, so nothing catches it
 
     for name in ("confusion_picture", "draw_confusion", "wrong_images", "image_grid", "augment"):
         monkeypatch.setattr(reporting, name, called)
@@ -129,7 +129,7 @@ def test_a_run_without_trackers_computes_nothing_for_them(
 
 
 @pytest.mark.fault(64)
-def test_observers_that_run_out_of_memory_change_no_weights(
+def test_reports_that_run_out_of_memory_change_no_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -168,7 +168,7 @@ def test_a_report_that_fails_changes_no_weights(
     assert digest_of(tmp_path) == undisturbed
 
 
-def test_a_run_without_reports_is_the_same_run(
+def test_a_run_without_reports_gives_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [*TINY, "--data.val_fraction", "0.2", "--checkpoint.every_steps", "3"]
@@ -186,7 +186,7 @@ def test_a_run_without_reports_is_the_same_run(
 
 
 class Recording(GeneralTracker):
-    """A tracker that keeps what it is called with."""
+    """A tracker that keeps the project names that it is created with."""
 
     name = "recording"
     requires_logging_directory = False
@@ -211,7 +211,7 @@ def test_the_project_is_named_after_this_package_and_tensorboard_keeps_its_folde
 
 
 class Counting(nn.Module):
-    """A network that changes each time it is called, and may return what cannot be traced."""
+    """A network that counts its calls, and may return a type that cannot be traced."""
 
     def __init__(self, traceable: bool) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize("traceable", [True, False])
-def test_drawing_the_graph_leaves_the_network_as_it_is(traceable: bool, tmp_path: Path) -> None:
+def test_drawing_the_graph_does_not_change_the_network(traceable: bool, tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
     network, warned = Counting(traceable), Warned()
     tracker = Tracker(accelerator, Recipe(), tmp_path, 0, warned)
@@ -234,5 +234,5 @@ def test_drawing_the_graph_leaves_the_network_as_it_is(traceable: bool, tmp_path
     assert (network.calls, network.training) == (0, True)
     tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()
     assert tags["graph"] == traceable
-    assert tags["scalars"] == ["caf\\udce9"]  # though a file name that is not UTF-8
+    assert tags["scalars"] == ["caf\\udce9"]  # although the name is not valid UTF-8
     assert list(warned.reasons) == ([] if traceable else ["the graph of the network"])
