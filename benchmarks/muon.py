@@ -1,4 +1,4 @@
-"""Muon's orthogonalisation on Gram matrices, against the same iteration on the filters themselves.
+"""Compare Muon's orthogonalisation on Gram matrices with the same iteration on the filters.
 
 `python -m benchmarks.muon [--rounds N]`
 """
@@ -28,7 +28,7 @@ def on_filters(filters: torch.Tensor) -> torch.Tensor:
 
 
 def measure(rounds: int) -> Rounds:
-    """Run both in turn, in alternating order, after one round that does not count."""
+    """Time both after a warm-up round, and alternate the order in each round."""
     filters = torch.randn(BANKS)
     subjects = {
         FILTERS: lambda: on_filters(filters),
@@ -61,7 +61,7 @@ def main() -> None:
         [
             name,
             f"{1e3 * median(rounds, name, 'wall'):.1f}",
-            # In this order: the share of the time of the iteration on the filters.
+            # In this order, the ratio is the time relative to the iteration on the filters.
             *(spread(paired(rounds, FILTERS, name, key)) for key in ("wall", "cpu")),
         ]
         for name in (FILTERS, GRAM)

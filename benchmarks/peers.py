@@ -2,8 +2,8 @@
 
 The harness starts `python -m benchmarks.peers SUBJECT --model NAME --batch N ...`. Each loop
 follows the documentation of its library, uses the public interface, and calls `meter.tick()` after
-every optimizer step. The `lean` variants use channels_last memory and switch off what the library
-lets one switch off. On a GPU all compute in bfloat16.
+every optimizer step. The `lean` variants use channels_last memory and switch off optional features
+of the library. On a GPU all compute in bfloat16.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def bare(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
 
 
 def bare_kept(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
-    """The same, with glibc keeping freed memory as in cifar_dist."""
+    """The same as `bare`, but glibc keeps freed memory, as in cifar_dist."""
     from cifar_dist.processes.start import keep_memory
 
     keep_memory()
@@ -110,7 +110,7 @@ def cifar_dist(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
 
 
 def cifar_dist_compiled(meter: Meter, options: argparse.Namespace, lean: bool) -> None:
-    """The same with train.compile."""
+    """The same as `cifar_dist`, with train.compile."""
     cifar_dist(meter, options, lean=True)
 
 

@@ -213,7 +213,7 @@ def tiff(
 @pytest.mark.parametrize(
     "entry",
     [
-        (0x8769, 4, 1, struct.pack("<I", 2)),  # offsets of directories that do not exist
+        (0x8769, 4, 1, struct.pack("<I", 2)),  # an offset without a directory
         (0x8769, 2, 4, b"abc"),
         (0x8825, 9, 1, struct.pack("<i", -5)),
         (0x8769, 11, 1, struct.pack("<f", 1e30)),

@@ -42,9 +42,7 @@ def test_evaluate_gives_the_counts_of_the_run(
     assert np.trace(result["confusion"]) == result["correct"]
     assert list(result["per_class"]) == list(draw(1, 8, (0,)).classes)
     shares = list(result["per_class"].values())
-    assert np.mean(shares) == pytest.approx(
-        result["accuracy"]
-    )  # every class has the same number of images
+    assert np.mean(shares) == pytest.approx(result["accuracy"])  # classes have equal sizes
     val = next(line for line in reversed(read_lines(trained.out)) if line["split"] == "val")
     held_out = measure(trained, capfd, "--split", "val")
     assert (held_out["correct"], held_out["count"]) == (val["correct"], val["count"])

@@ -198,9 +198,7 @@ def test_kernels_compile_for_gpus_once_for_all_sizes(capability: int, tmp_path: 
     )
     assert done.returncode == 0, done.stderr
     expected = {"_augment": 1, "_finish_statistics": 1, "_sum_gradients": 1, "_whiten": 1}
-    expected |= dict.fromkeys(
-        ("_normalise", "_pass_back", "_pool_and_sum"), 2
-    )  # with and without pooling
+    expected |= dict.fromkeys(("_normalise", "_pass_back", "_pool_and_sum"), 2)  # pooling or not
     assert dict(line.split() for line in done.stdout.splitlines()) == {
         name: str(times) for name, times in expected.items()
     }

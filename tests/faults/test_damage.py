@@ -68,7 +68,9 @@ def test_every_truncation_is_found(copy: Path) -> None:
 
 
 @pytest.mark.fault(10, 11)
-def test_all_processes_fall_back_to_the_same_and_end_as_before(copy: Path, tmp_path: Path) -> None:
+def test_all_processes_fall_back_to_the_same_checkpoint_and_the_result_is_equal(
+    copy: Path, tmp_path: Path
+) -> None:
     before = digest_of(copy)
     file = newest_of(copy) / "model.safetensors"
     hurt = bytearray(file.read_bytes())
@@ -88,7 +90,9 @@ def test_all_processes_fall_back_to_the_same_and_end_as_before(copy: Path, tmp_p
 
 @pytest.mark.fault(10, 11)
 @pytest.mark.parametrize("times", [10, pytest.param(200, marks=pytest.mark.slow)])
-def test_whatever_the_damage_both_processes_load_the_one_before(times: int, copy: Path) -> None:
+def test_after_any_damage_both_processes_load_the_previous_checkpoint(
+    times: int, copy: Path
+) -> None:
     worker = command(2, "torchrun", "tests.worker")
     done = run_command([*worker, "fall_back", str(copy / "checkpoints"), str(times)])
     assert done.returncode == 0, done.stderr
@@ -115,7 +119,7 @@ def test_missing_and_unknown_files(copy: Path, capfd: pytest.CaptureFixture[str]
 
 
 @pytest.mark.fault(13)
-def test_with_all_damaged_the_run_refuses(copy: Path, tmp_path: Path) -> None:
+def test_with_all_checkpoints_damaged_the_run_refuses(copy: Path, tmp_path: Path) -> None:
     for path in checkpoints_in(copy / "checkpoints"):
         (path / "model.safetensors").write_bytes(b"")
     with pytest.raises(UsageError, match=r"no checkpoint in .* is whole"):

@@ -73,7 +73,7 @@ def test_the_last_save_that_returned_survives_a_power_cut(saves: Saves, tmp_path
     assert met == {None, *SAVES}
 
 
-def test_no_checkpoint_that_is_found_is_a_part_of_one(saves: Saves, tmp_path: Path) -> None:
+def test_no_partial_checkpoint_is_found_after_a_power_cut(saves: Saves, tmp_path: Path) -> None:
     for folder, _ in left(saves, True, tmp_path):
         for path in checkpoints_in(folder):
             load_checkpoint(path)
@@ -87,7 +87,7 @@ def test_saving_goes_on_after_a_power_cut(saves: Saves, tmp_path: Path) -> None:
         assert newest_in(folder) == (5, 5.0)
 
 
-def test_the_simulation_loses_what_is_not_synced_and_nothing_else(tmp_path: Path) -> None:
+def test_the_simulation_loses_only_data_that_is_not_synced(tmp_path: Path) -> None:
     def sync(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

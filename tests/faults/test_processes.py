@@ -108,7 +108,7 @@ def test_one_bit_of_any_weight_changes_the_sum_of_its_tensor(kind: torch.dtype) 
 
 
 @pytest.mark.fault(26)
-def test_under_a_launcher_the_line_is_there_too(tmp_path: Path) -> None:
+def test_the_error_line_is_printed_under_a_launcher_too(tmp_path: Path) -> None:
     out = tmp_path / "run"
     module = command(2, "torchrun", "tests.faults.inject")
     done = run_command([*module, "raises 7 1", *LONG, "--out", str(out)])
@@ -137,7 +137,7 @@ def test_under_a_launcher_the_line_is_there_too(tmp_path: Path) -> None:
     ],
     ids=["recipe", "data", "code"],
 )
-def test_processes_started_otherwise_are_refused(
+def test_processes_with_another_recipe_or_code_are_refused(
     other: list[str], fault: str, message: str, tmp_path: Path
 ) -> None:
     out = ["--out", str(tmp_path / "run")]
@@ -159,7 +159,7 @@ def test_processes_started_otherwise_are_refused(
     ],
     ids=["content", "name", "one more", "no code"],
 )
-def test_the_digest_of_the_code_is_of_every_name_and_byte(
+def test_the_digest_of_the_code_covers_every_name_and_byte(
     change: Callable[[Path], object], same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "b").mkdir()

@@ -157,7 +157,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.mark.fault(79)
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "MANIFEST.json", "."])
-def test_what_may_not_be_read_is_not_called_damaged(
+def test_an_unreadable_checkpoint_is_not_reported_as_damaged(
     name: str, run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     newest = checkpoints_in(run / "checkpoints")[-1]
@@ -193,7 +193,7 @@ def test_what_may_not_be_read_is_not_called_damaged(
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "."])
-def test_a_folder_that_may_not_be_listed_is_not_called_empty(
+def test_a_folder_that_may_not_be_listed_is_not_reported_as_empty(
     name: str, run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (run / name).chmod(0)
@@ -213,7 +213,7 @@ def test_a_folder_that_may_not_be_listed_is_not_called_empty(
     )
 
 
-def test_a_run_does_not_resume_from_an_older_checkpoint_than_it_may_read(tmp_path: Path) -> None:
+def test_a_run_refuses_to_resume_if_the_newest_checkpoint_is_unreadable(tmp_path: Path) -> None:
     options = [*TINY, "--checkpoint.every_epochs", "1", "--out", str(tmp_path / "run")]
     with start(options, folder=tmp_path) as job:
         assert job.wait() == [0], job.text()

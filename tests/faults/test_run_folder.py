@@ -228,14 +228,14 @@ def test_without_a_checkpoint_a_damaged_recipe_is_refused(
             (copy / "recipe.yaml").unlink()
 
 
-def test_a_damaged_recipe_hides_no_other_recipe(copy: Path) -> None:
+def test_with_a_damaged_recipe_file_another_recipe_is_still_refused(copy: Path) -> None:
     cut(copy / "recipe.yaml")
     other = parse_recipe([*OPTIONS, "--optim.lr", "0.5", "--out", str(copy)])[0]
     with pytest.raises(UsageError, match="is of another recipe"):
         run(other)
 
 
-def test_a_run_that_lost_its_status_is_not_taken_for_none(copy: Path) -> None:
+def test_a_run_folder_without_status_and_recipe_is_recognised(copy: Path) -> None:
     (copy / "status.json").unlink()
     (copy / "recipe.yaml").unlink()
     recipe = parse_recipe([*OPTIONS, "--resume", "never", "--out", str(copy)])[0]
@@ -264,7 +264,7 @@ def test_damaged_lines_between_whole_ones_are_counted(
 
 @pytest.mark.fault(72)
 @pytest.mark.parametrize("name", [".", "checkpoints", *FILES, ".lock"])
-def test_what_this_user_may_not_read_is_one_line(
+def test_unreadable_files_are_reported_in_one_line(
     name: str, copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     images = write_folder(tmp_path / "set", {"test": 3})

@@ -67,7 +67,7 @@ def test_a_signal_to_a_launched_run(
         (signal.SIGTERM, 0, "evaluating"),
     ],
 )
-def test_one_signalled_process_is_enough_and_batchnorm_goes_on_as_it_was(
+def test_a_signal_to_one_process_suffices_and_batchnorm_resumes_unchanged(
     number: signal.Signals, rank: int | None, phase: str, undisturbed: str, tmp_path: Path
 ) -> None:
     out, mark = tmp_path / "run", tmp_path / "mark"
@@ -116,7 +116,7 @@ def test_the_second_ctrl_c_stops_at_once_and_harms_nothing(tmp_path: Path) -> No
 
 
 @pytest.mark.fault(8)
-def test_decoding_does_not_wait_for_the_images_that_are_left(tmp_path: Path) -> None:
+def test_decoding_stops_before_the_remaining_images(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "set", {"train": 120, "test": 9})
     out, mark = tmp_path / "run", tmp_path / "mark"
     options = [*TINY, "--data.name", "imagefolder", "--data.root", str(root), "--out", str(out)]
@@ -136,7 +136,7 @@ def _windows(out: Path) -> int:
     return (out / "metrics.jsonl").read_text().count("train_window")
 
 
-def test_a_run_that_a_notebook_starts_elsewhere_than_in_the_main_thread(tmp_path: Path) -> None:
+def test_a_run_outside_the_main_thread_as_in_a_notebook(tmp_path: Path) -> None:
     import threading
 
     from cifar_dist.config import parse_recipe

@@ -168,7 +168,7 @@ def test_a_manifest_names_no_file_elsewhere(name: str, checkpoint: Path) -> None
 
 
 @pytest.mark.fault(35)
-def test_json_that_nests_without_end(checkpoint: Path) -> None:
+def test_deeply_nested_json_is_refused(checkpoint: Path) -> None:
     (checkpoint / "MANIFEST.json").write_text("[" * 100_000)
     with pytest.raises(DamagedCheckpoint):
         load_checkpoint(checkpoint)

@@ -353,7 +353,7 @@ def test_a_value_that_is_not_an_integer_is_found(key: str, value: object) -> Non
     assert exit_code(found) == 2
 
 
-def test_nothing_is_found_where_nothing_is_wrong() -> None:
+def test_a_valid_configuration_has_no_findings() -> None:
     good = of(main_process_port=0, gpu_ids="all", mixed_precision="no")
     assert check(Facts(config=good, per_machine=2, devices=[H100, H100], cores=16)) == []
 
@@ -391,7 +391,7 @@ def test_ranks_are_compared(ranks: list[dict[str, Any]], message: str) -> None:
     assert [finding.message for finding in check_ranks(ranks)] == [message]
 
 
-def test_equal_ranks_are_fine() -> None:
+def test_ranks_that_agree_have_no_findings() -> None:
     assert list(check_ranks([rank(device="GPU-1"), rank("b", device="GPU-1")])) == []
 
 

@@ -121,7 +121,7 @@ def test_two_processes_measure_latency_and_bandwidth(launcher: str, tmp_path: Pa
     seconds = {int(size): value for size, value in link["seconds"].items()}
     assert min(seconds) == 1 << 10
     assert 0 < seconds[1 << 10] < seconds[25 << 20] < 10
-    constant, per_byte = fit_line(seconds)  # with two processes these are the link's
+    constant, per_byte = fit_line(seconds)  # with two processes: latency, 1 / bandwidth
     assert link["latency_seconds"] == pytest.approx(max(0.0, constant))
     assert link["bytes_per_second"] == pytest.approx(1 / per_byte)
     assert {"rank_0", "rank_1", "slowest_over_fastest"} <= found.keys()
@@ -147,7 +147,7 @@ def test_processes_with_different_configurations_are_named(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_launcher_that_started_one_of_two_is_reported() -> None:
+def test_a_launcher_that_started_one_of_two_processes_is_reported() -> None:
     launch = command(2, "accelerate", MODULE)
     launch[launch.index("--multi_gpu")] = "--cpu"
     done = run_command([*launch, *TINY])

@@ -190,7 +190,7 @@ def test_a_signal_to_the_script_saves_the_run(
 
 
 @pytest.mark.slow
-def test_when_one_worker_is_killed_all_end_and_the_same_command_continues(
+def test_when_one_worker_is_killed_all_exit_and_the_same_command_resumes(
     start: Start, machines: tuple[Machine, Machine], alone: Callable[..., Integers], tmp_path: Path
 ) -> None:
     with start(*LONG, "--checkpoint.every_steps", "7") as process:
@@ -249,7 +249,7 @@ def test_the_command_on_each_machine_and_the_exit_code(fails: str, tmp_path: Pat
 def test_the_interface_is_that_of_the_route_to_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     loopback = interface_of(address_towards("127.0.0.1"))
     assert loopback in ("lo", "lo0")
-    assert interface_of("203.0.113.1") is None  # nobody's
+    assert interface_of("203.0.113.1") is None  # not an address of this machine
     with pytest.raises(socket.gaierror):
         address_towards("no-such-host.invalid")
     # Two processes on one machine whose name is on 127.0.1.1; GLOO_SOCKET_IFNAME overrides.

@@ -15,13 +15,13 @@ from tests.helpers import TINY
 
 DRAWN = ["--data.name", "synthetic"]
 DROPPING = ("residual", "smoke", "tutorial-augmented", "vgg16")
-BATCH = 24  # what a CPU does in seconds
+BATCH = 24  # small enough for a few seconds on a CPU
 
 
 def test_two_processes_equal_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(parity, "CONTROLS", 2)  # of three, for time
+    monkeypatch.setattr(parity, "CONTROLS", 2)  # instead of three, to save time
     assert parity.main([*TINY, "--train.batch_size", "33"]) == 0
     told = capsys.readouterr().out
     assert "changed, 2 runs: loss within" in told
@@ -32,9 +32,11 @@ def test_two_processes_equal_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_on_one_two_and_three(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_recipe_on_one_two_and_three_processes(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe, _ = parse_recipe(["--config", name])
-    rate = recipe.optim.lr * BATCH / recipe.train.batch_size  # else so small a batch is chaotic
+    rate = recipe.optim.lr * BATCH / recipe.train.batch_size  # chaotic at the full rate
     small = ["--train.batch_size", str(BATCH), "--steps", "2"]
     small += ["--optim.lr", str(rate)] * (recipe.optim.name != "muon")
     code = parity.main(["--config", name, *DRAWN, *small, "--processes", "1,2,3", "--json"])
@@ -65,7 +67,7 @@ def test_a_missing_all_reduce_is_found(
     assert f"error: {message}" in capsys.readouterr().out
 
 
-def test_what_is_beyond_rounding_is_told_where_it_begins() -> None:
+def test_a_difference_beyond_rounding_is_reported_with_its_first_step() -> None:
     shares = [{"a": 1e-5, "b": 1e-4}, {"a": 1e-5, "b": 1e-3}]
     rounding = parity.Difference([1e-9, 1e-7], [1e-9, 1e-5], shares, [1e-4, 1e-3])
     shares = [{"a": 1e-4, "b": 1e-3}, {"a": 1e-4, "b": 1e-1}]
@@ -90,7 +92,7 @@ def test_what_is_beyond_rounding_is_told_where_it_begins() -> None:
     ],
     ids=repr,
 )
-def test_random_layers_are_found_by_what_they_draw(layer: nn.Module, draws: bool) -> None:
+def test_layers_that_draw_random_numbers_are_found(layer: nn.Module, draws: bool) -> None:
     network = nn.Sequential(layer, nn.Conv2d(3, 4, 3), nn.MaxPool2d(2))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     assert parity.draws_random_numbers(network, 8) == draws
@@ -109,7 +111,7 @@ def test_random_layers_that_stay_on_are_refused(
     assert told.startswith("error: tutorial draws random numbers in training even with model.drop")
 
 
-def test_the_yardstick_begins_with_other_last_bits(tmp_path: Path) -> None:
+def test_a_control_starts_with_weights_that_differ_in_the_last_bit(tmp_path: Path) -> None:
     network = torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.BatchNorm1d(10))
     network[1].weight.requires_grad_(False)
     parity._write_rounded(network, tmp_path / "w.safetensors")
@@ -124,7 +126,7 @@ def test_the_yardstick_begins_with_other_last_bits(tmp_path: Path) -> None:
             assert (rounded[name] == down).any()
 
 
-def test_rounding_of_later_steps_excuses_nothing() -> None:
+def test_rounding_in_later_steps_does_not_excuse_earlier_differences() -> None:
     same = [{"a": 1e-7}] * 2
     rounding = parity.Difference([1e-9, 1e-3], [1e-9, 1e-3], same, [1e-7] * 2)
     found = parity.Difference([1e-4, 1e-4], [1e-4, 1e-4], same, [1e-7] * 2)
@@ -134,7 +136,7 @@ def test_rounding_of_later_steps_excuses_nothing() -> None:
     ]
 
 
-def test_the_yardstick_is_the_largest_of_all_controls() -> None:
+def test_differences_are_compared_with_the_largest_of_all_controls() -> None:
     one = parity.Difference([1e-7, 1e-6], [2e-7, 1e-5], [{"a": 1e-5, "b": 1e-3}], [1e-4])
     other = parity.Difference([2e-7, 1e-8], [1e-7, 1e-4], [{"a": 1e-4, "b": 1e-5}], [1e-3])
     assert parity.largest([one, other]) == parity.Difference(
@@ -146,7 +148,7 @@ def test_the_yardstick_is_the_largest_of_all_controls() -> None:
     ("whole", "level"),
     [([1e-3, 2e-2], None), ([1e-3, 0.2, 0.3], "note"), ([0.2, 0.3], "warning")],
 )
-def test_chaos_is_a_warning_where_no_step_is_judged_sharply(
+def test_chaos_is_a_warning_if_it_begins_in_the_first_step(
     whole: list[float], level: str | None
 ) -> None:
     same = [0.0] * len(whole)
@@ -155,7 +157,7 @@ def test_chaos_is_a_warning_where_no_step_is_judged_sharply(
     assert all("rounding alone makes 2.0e-01 of the change" in finding.message for finding in found)
 
 
-def test_what_fails_on_one_process_is_no_matter_of_parity(
+def test_an_error_of_the_single_process_is_not_reported_as_a_difference(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert parity.main([*TINY, "--data.name", "imagefolder", "--data.root", "/nowhere"]) == 2
@@ -170,7 +172,7 @@ def test_what_fails_on_one_process_is_no_matter_of_parity(
         (["--steps", "0"], "--steps is 0; give 1 or more"),
     ],
 )
-def test_bad_requests_are_one_line(
+def test_invalid_options_are_refused_in_one_line(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert parity.main([*TINY, *argv]) == 2

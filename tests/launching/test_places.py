@@ -44,7 +44,7 @@ PLACES: dict[str, tuple[int, Callable[[], list[str]]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "start"), PLACES.values(), ids=PLACES)
-def test_the_place_does_not_change_the_result(
+def test_the_launcher_does_not_change_the_result(
     processes: int, start: Callable[[], list[str]], alone: Callable[..., Integers], tmp_path: Path
 ) -> None:
     done = run_command([*start(), *JOB, "--out", str(tmp_path / "run")])

@@ -1,4 +1,4 @@
-"""What is planned is what happens: predictions against the records of real runs."""
+"""The predictions of plan, compared with the records of real runs."""
 
 import json
 import math
@@ -26,13 +26,13 @@ from tests.launching.test_kubernetes import understood
 
 
 def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
-    """Return what plan prints as JSON."""
+    """Return the JSON output of plan."""
     plan.main([*argv, "--json"])
     return dict(json.loads(capsys.readouterr().out))
 
 
 MANY = ["--checkpoint.keep", "100"]
-HEADER = 10_000  # bytes: above those of names and shapes in a safetensors file
+HEADER = 10_000  # bytes: limit for the names and shapes in a safetensors file
 RUNS = {
     "one process": (1, []),
     "momentum and averaged weights on two": (
@@ -64,7 +64,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("processes", "options"), CASES)
-def test_a_plan_says_what_a_run_records(
+def test_a_plan_equals_the_records_of_a_run(
     processes: int, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [*TINY, *MANY, *options, "--out", str(tmp_path / "run")]
@@ -84,7 +84,7 @@ def test_a_plan_says_what_a_run_records(
     saved = sorted((tmp_path / "run/checkpoints").iterdir())
     steps = [int(path.name.removeprefix("step-")) for path in saved]
     best = json.loads((saved[-1] / "state.json").read_text())["best"]["step"]
-    # With a validation share, each epoch that was the best so far was saved too.
+    # With a validation split, every new best epoch is saved too.
     ends = set(range(0, expected["steps"] + 1, expected["steps_per_epoch"])) if best else set()
     assert set(steps) - ends == set(expected["saves"]) - ends
     assert set(expected["saves"]) <= set(steps)
@@ -98,14 +98,14 @@ def test_a_plan_says_what_a_run_records(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["tutorial", "resnet18"])
-def test_what_a_step_sends_is_what_was_planned(network: str, tmp_path: Path) -> None:
+def test_a_step_sends_the_planned_bytes(network: str, tmp_path: Path) -> None:
     options = [*TINY, "--model.name", network, "--data.limit_train", "128"]
     worker = [*command(2, module="tests.worker"), "count_bytes", str(tmp_path / "sent.json")]
     done = run_command([*worker, *options, "--out", str(tmp_path / "run")])
     assert done.returncode == 0, done.stderr
     sent = json.loads((tmp_path / "sent.json").read_text())
     expected = predict(parse_recipe(options)[0], 2)
-    settled = sent[1:]  # in its second step DDP lays out its buckets anew
+    settled = sent[1:]  # DDP rebuilds its buckets in the second step
     assert settled == [[expected.collectives, expected.sent]] * len(settled)
     assert len(settled) > 1
 
@@ -158,7 +158,7 @@ def test_a_plan_takes_little_time() -> None:
     line = [sys.executable, "-m", "cifar_dist.launching.plan", "--config", "resnet18"]
     assert subprocess.run(line, capture_output=True).returncode == 0
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Two and a half seconds; of the processor's time, as other tests run beside this one.
+    # It takes 2.5 s. CPU time is measured, because other tests run at the same time.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4
 
 
@@ -170,7 +170,7 @@ def test_every_optimizer_is_planned() -> None:
     weights = 4 * 145_578
     assert state["sgd"] == 0
     assert state["muon"] == weights
-    assert state["adamw"] == 2 * weights + 4 * 10  # and the number of steps of each tensor
+    assert state["adamw"] == 2 * weights + 4 * 10  # plus the step count of each tensor
 
 
 def test_a_network_that_returns_other_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,12 +180,12 @@ def test_a_network_that_returns_other_logits_is_refused(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("held_out", ["0", "0.2"])
-def test_checkpoints_take_the_disk_that_was_planned_and_no_more(
+def test_checkpoints_take_the_planned_disk_space(
     held_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [*TINY, "--train.epochs", "6", "--checkpoint.keep", "2", "--optim.momentum", "0.9"]
     options += ["--checkpoint.every_steps", "5", "--data.val_fraction", held_out]
-    # From the third epoch on the weights stay as they are: the best one is among the first.
+    # From the third epoch on the learning rate is 0, so that the best epoch is an early one.
     options += ["--schedule.name", "step", "--schedule.step_epochs", "2", "--schedule.gamma", "0"]
     taken = []
 
@@ -201,7 +201,9 @@ def test_checkpoints_take_the_disk_that_was_planned_and_no_more(
 
 
 @pytest.mark.parametrize(("processes", "accumulate"), [(1, 1), (2, 1), (2, 2)])
-def test_the_memory_of_activations_is_what_a_step_keeps(processes: int, accumulate: int) -> None:
+def test_the_planned_memory_of_activations_is_kept_by_a_step(
+    processes: int, accumulate: int
+) -> None:
     recipe = parse_recipe([*TINY, "--train.accumulate", str(accumulate)])[0]
     network = MODELS[recipe.model.name](10)
     parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
@@ -220,22 +222,22 @@ def test_the_memory_of_activations_is_what_a_step_keeps(processes: int, accumula
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_buckets_of_gradients_are_those_of_ddp(name: str) -> None:
+def test_gradient_buckets_are_those_of_ddp(name: str) -> None:
     with torch.device("meta"):
         network = MODELS[name](10)
-    # DDP lays them out in the order in which gradients come, from the last layer on.
+    # DDP fills its buckets in the order in which gradients arrive, last layer first.
     trained = [torch.empty(p.shape) for p in network.parameters() if p.requires_grad][::-1]
     limits = [1 << 20, 25 << 20]
     buckets, _ = torch.distributed._compute_bucket_assignment_by_size(trained, limits)
     planned = predict(parse_recipe([*TINY, "--model.name", name])[0], 2)
-    assert planned.collectives == len(buckets) + 1  # and that which agrees on stopping
+    assert planned.collectives == len(buckets) + 1  # and the all-reduce that agrees on stopping
 
 
-def test_options_that_halve_or_double_do_so_in_a_plan() -> None:
+def test_a_plan_follows_ema_precision_and_gradient_compression() -> None:
     def planned(*options: str) -> Prediction:
         return predict(parse_recipe([*TINY, *options])[0], 2)
 
-    plain, flag = planned(), 4  # bytes, by which processes agree on stopping
+    plain, flag = planned(), 4  # bytes of the all-reduce that agrees on stopping
     assert planned("--train.ema", "0.9").memory["weights"] == 2 * plain.memory["weights"]
     for precision in ("bf16", "fp16"):
         halved = planned("--train.precision", precision).memory
@@ -245,7 +247,7 @@ def test_options_that_halve_or_double_do_so_in_a_plan() -> None:
     assert (plain.sent, sent) == (4 * 145_578 + flag, 2 * 145_578 + flag)
 
 
-def test_latency_and_bandwidth_come_from_times_by_size() -> None:
+def test_latency_and_bandwidth_are_fitted_to_times_by_size() -> None:
     seconds = {size: 2e-4 + size / 5e8 for size in (1 << 10, 1 << 16, 1 << 20, 25 << 20)}
     constant, slope = fit_line(seconds)
     assert (constant, slope) == pytest.approx((2e-4, 1 / 5e8))
@@ -286,7 +288,7 @@ def test_a_folder_of_images_is_counted(tmp_path: Path, capsys: pytest.CaptureFix
     assert (found["steps_per_epoch"], found["left_over"]) == (3, 6)
 
 
-def test_the_time_of_a_step_comes_from_measurements_only(
+def test_the_time_of_a_step_is_predicted_only_from_measurements(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--config", "tutorial", "--processes-per-machine", "2"]
@@ -299,7 +301,7 @@ def test_the_time_of_a_step_comes_from_measurements_only(
     (tmp_path / "run.json").write_text(json.dumps({"world_size": 2}))
     measured = ["--like", str(tmp_path), "--link", str(tmp_path / "link.json")]
     seconds = planned(capsys, *argv, *measured)["seconds_per_step"]
-    # 32 images at 32 a second, two all-reduces of half a second, and 0.58 MB at 1 MB/s.
+    # 32 images at 32 images/s, two all-reduces with a latency of 0.5 s, and 0.58 MB at 1 MB/s.
     assert seconds == pytest.approx(1 + 2 * 0.5 + 0.582316)
     assert math.isclose(step_seconds(1.0, 2, 1e6, 4, (0.1, 1e6)), 1 + 2 * 3 * 0.1 + 1.5)
 
@@ -316,7 +318,7 @@ def test_the_time_of_a_step_comes_from_measurements_only(
         (["--config", "tutorial", "--data.limit_train", "9"], "exceeds the 9 training images"),
     ],
 )
-def test_bad_requests_are_one_line(
+def test_invalid_options_are_refused_in_one_line(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plan.main(argv) == 2
@@ -326,12 +328,16 @@ def test_bad_requests_are_one_line(
     assert error.count("\n") == 1
 
 
-def test_a_batch_that_does_not_divide_is_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_size_that_does_not_divide_is_reported_with_valid_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert plan.main(["--config", "tutorial", "--processes-per-machine", "3"]) == 2
     assert "the nearest valid sizes: 63, 66 [batch]" in capsys.readouterr().out
 
 
-def test_engines_get_what_they_take(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_engine_gets_its_command_or_filled_template(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def filled(engine: str) -> str:
         size = ["--machines", "2", "--processes-per-machine", "4"]
         own = ["--config", "tutorial", "--optim.lr", "0.02"]
@@ -357,7 +363,7 @@ def test_engines_get_what_they_take(capsys: pytest.CaptureFixture[str]) -> None:
     assert subprocess.run(["bash", "-n", "-c", task["run"]]).returncode == 0
 
 
-def test_templates_come_with_the_checkout(
+def test_an_installation_without_templates_names_their_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plan, "TEMPLATES", Path("/nowhere"))
