@@ -107,6 +107,7 @@ class Facts:
         endpoint: None if none is configured.
         batch_script: path and text of a Slurm script.
         dataset: why the dataset is not ready, or "".
+        recipe_error: why the recipe cannot be trained on the dataset, or "".
         out: why the run folder cannot be written, or "".
         free, needed: disk space for checkpoints, in bytes.
         shared_memory: size of /dev/shm in bytes.
@@ -129,6 +130,7 @@ class Facts:
     endpoint: Endpoint | None = None
     batch_script: tuple[str, str] | None = None
     dataset: str = ""
+    recipe_error: str = ""
     out: str = ""
     free: int | None = None
     needed: int = 0
@@ -509,7 +511,9 @@ def platform(facts: Facts) -> Iterator[Finding]:
 
 
 def data(facts: Facts) -> Iterator[Finding]:
-    """Check that the dataset is present."""
+    """Check that the dataset is present and the network can be trained on it."""
+    if facts.recipe_error not in ("", facts.dataset):
+        yield error("recipe", facts.recipe_error, "change the recipe; train would refuse it too")
     if facts.dataset:
         finding = warning if facts.machines > 1 else note
         yield finding(

@@ -61,6 +61,7 @@ def gather(
     place = _endpoint(config)
     out = local_path(recipe.out or "runs").absolute()
     existing = next(path for path in (out, *out.parents) if path.exists())
+    needed, recipe_error = _predict(recipe, machines * per_machine)
     return Facts(
         machines=machines,
         per_machine=per_machine,
@@ -79,9 +80,10 @@ def gather(
         endpoint=place,
         batch_script=_read_script(script),
         dataset=_dataset(recipe),
+        recipe_error=recipe_error,
         out=_refusal(lambda: _try_out(recipe)),
         free=shutil.disk_usage(existing).free,
-        needed=_disk(recipe, machines * per_machine),
+        needed=needed,
         shared_memory=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
     )
 
@@ -210,11 +212,12 @@ def _dataset(recipe: Recipe) -> str:
     return f"{config.name} is not in '{config.root}', and would be downloaded at the start"
 
 
-def _disk(recipe: Recipe, processes: int) -> int:
-    """Return the disk space for checkpoints in bytes, or 0 if it is unknown."""
-    with suppress(UsageError, ZeroDivisionError):
-        return predict(recipe, processes).disk
-    return 0
+def _predict(recipe: Recipe, processes: int) -> tuple[int, str]:
+    """Return the bytes of all checkpoints, and why the recipe cannot be trained, or ""."""
+    try:
+        return predict(recipe, processes).disk, ""
+    except UsageError as error:
+        return 0, str(error)
 
 
 def _try_out(recipe: Recipe) -> None:

@@ -102,6 +102,26 @@ def test_a_run_folder_of_another_recipe_is_found(tmp_path: Path) -> None:
     assert (code, codes(found)) == (2, {"out"})
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--model.name", "torchvision/alexnet", "torchvision/alexnet cannot process"),
+        ("--model.name", "nowhere.py:Net", "there is no file 'nowhere.py'"),
+        ("--data.limit_train", "8", "exceeds the 8 training images"),
+    ],
+)
+def test_a_recipe_that_cannot_be_trained_is_an_error(option: str, value: str, message: str) -> None:
+    code, found = examined(option, value)
+    assert (code, codes(found)) == (2, {"recipe"})
+    assert message in found["findings"][0]["message"]
+
+
+def test_a_missing_dataset_is_reported_once(tmp_path: Path) -> None:
+    code, found = examined("--data.name", "imagefolder", "--data.root", str(tmp_path / "none"))
+    assert [finding["code"] for finding in found["findings"]] == ["dataset"]
+    assert code == 0
+
+
 def test_a_slurm_script_is_checked(tmp_path: Path) -> None:
     script = tmp_path / "job.sbatch"
     script.write_text("#SBATCH --ntasks-per-node=8\nsrun torchrun -m cifar_dist.train\n")
