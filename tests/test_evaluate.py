@@ -108,6 +108,23 @@ def test_only_the_weights_of_a_checkpoint_are_read_and_only_once(
             assert set(hashed) == {"model.safetensors", "state.json"}
 
 
+@pytest.mark.parametrize("options", [[], ["--best"]])
+def test_a_damaged_checkpoint_is_warned_of_once(
+    trained: Result, options: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(trained.out, tmp_path / "run"))
+    path, _ = find_checkpoint(str(run))
+    again = shutil.copytree(path, path.with_name("step-99999999"))
+    (again / "state.json").write_text("{}")
+    capfd.readouterr()
+    assert evaluate.main(["--checkpoint", str(run), *options]) == 0
+    warnings = [line for line in capfd.readouterr().out.splitlines() if "warning" in line]
+    assert warnings == [
+        "warning: damaged checkpoint step-99999999: the size of state.json differs; "
+        f"using {path.name}"
+    ]
+
+
 def test_the_table_names_every_class(trained: Result, capfd: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main(["--checkpoint", str(trained.out)]) == 0
     output = capfd.readouterr().out

@@ -293,8 +293,11 @@ def find_checkpoint(place: str, best: bool = False) -> tuple[Path, Checkpoint]:
 
 
 def find_progress(place: str, best: bool = False) -> tuple[Path, Progress]:
-    """Load the progress of the checkpoint that `find_checkpoint` would return, without tensors."""
-    return _find(place, best, _load_progress)
+    """Load the progress of the checkpoint that `find_checkpoint` would return, without tensors.
+
+    It does not warn of damaged checkpoints: loading the weights does.
+    """
+    return _find(place, best, _load_progress, warn=False)
 
 
 def find_weights(place: str, best: bool = False) -> tuple[Path, tuple[Progress, Tensors]]:
@@ -429,14 +432,14 @@ def _read_at_rest(path: Path, read: Callable[[Path], T]) -> T:
     raise RemovedCheckpoint(f"{path.name} is replaced faster than it can be read")
 
 
-def _find(place: str, best: bool, read: Callable[[Path], T]) -> tuple[Path, T]:
+def _find(place: str, best: bool, read: Callable[[Path], T], warn: bool = True) -> tuple[Path, T]:
     path = local_path(place).resolve()  # a link that the user names is meant
     folder = path / "checkpoints"
     choose = _best if best else _newest
     try:
         with _permissions_named():
             if _exists(folder):
-                found = _read_again(folder, lambda: choose(folder, read))
+                found = _read_again(folder, lambda: choose(folder, read, warn))
                 if found is None:
                     raise UsageError(f"the run in '{place}' has not saved a checkpoint yet")
                 return found
@@ -449,7 +452,7 @@ def _find(place: str, best: bool, read: Callable[[Path], T]) -> tuple[Path, T]:
         raise UsageError(f"the checkpoint is damaged: {error}") from error
 
 
-def _newest(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
+def _newest(folder: Path, read: Callable[[Path], T], warn: bool = True) -> tuple[Path, T] | None:
     if folder.is_symlink():
         raise UsageError(f"'{folder}' is a symbolic link; put the folder itself there")
     reasons = []
@@ -461,7 +464,7 @@ def _newest(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
         except DamagedCheckpoint as error:
             reasons.append(str(error))
         else:
-            for reason in reasons:
+            for reason in reasons if warn else ():
                 print(f"warning: damaged checkpoint {reason}; using {path.name}", flush=True)
             return path, found
     if reasons:
@@ -472,9 +475,9 @@ def _newest(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
     return None
 
 
-def _best(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
+def _best(folder: Path, read: Callable[[Path], T], warn: bool) -> tuple[Path, T] | None:
     """Return the best checkpoint by validation accuracy, which the newest one names."""
-    newest = _newest(folder, _load_progress)
+    newest = _newest(folder, _load_progress, warn)
     if newest is None:
         return None
     step = newest[1].best.step
