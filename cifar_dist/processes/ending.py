@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar_dist.errors import PeerLost, RunError, RunFailed, UsageError, UserCodeError
+from cifar_dist.errors import PeerLost, RunError, RunFailed, UsageError, UserCodeError, one_line
 from cifar_dist.processes.environment import local_rank
 from cifar_dist.processes.preemption import EXIT_CODE, Preempted, ignore_signals
 from cifar_dist.processes.streams import complain
@@ -197,10 +197,9 @@ def _describe(error: BaseException, where: str, peers: Peers | None, in_training
     if isinstance(error, KeyboardInterrupt):
         return Ending(FAILED, f"stopped at once by a second Ctrl-C {where}")
     who = f"rank {peers.rank} failed" if peers and peers.world > 1 else "failed"
-    reason = " ".join(str(error).split())[:500]
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    line = f"{who} {where}: {type(error).__name__}: {reason}{place}"
+    line = f"{who} {where}: {type(error).__name__}: {one_line(error, 500)}{place}"
     return Ending(FAILED, line, "".join(traceback.format_exception(error)))
 
 

@@ -14,21 +14,20 @@ from cifar_dist.errors import PeersMissing, require
 if TYPE_CHECKING:
     import psutil
 
-
 SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-
-
 LOCAL_SIZES = (
     "LOCAL_WORLD_SIZE",
     "MPI_LOCALNRANKS",
     "OMPI_COMM_WORLD_LOCAL_SIZE",
     "MV2_COMM_WORLD_LOCAL_SIZE",
 )
-
-
+LOCAL_RANKS = (  # those that Accelerate reads; asking it would import torch
+    "LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+)
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-
-
 # Prefixes of the variables that launchers set and that torch and Accelerate read.
 LAUNCHERS = (
     "ACCELERATE_",
@@ -47,8 +46,6 @@ LAUNCHERS = (
     "TORCHELASTIC_",
     "WORLD_SIZE",
 )
-
-
 LAUNCHER_PROGRAMS = {
     "accelerate",
     "accelerate-launch",
@@ -58,22 +55,14 @@ LAUNCHER_PROGRAMS = {
     "torch.distributed.run",
     "torch.distributed.launch",
 }
-
-
 PORTS = 65535
-
-
 SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED",
     "ACCELERATE_USE_MEGATRON_LM": "MEGATRON_LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
 }
-
-
 TOO_MUCH = "is for networks that do not fit on one GPU; these networks do"
-
-
 TWO_ON_CPU = "accelerate launch --multi_gpu --num_processes 2 -m cifar_dist.train ..."
 
 
@@ -254,14 +243,6 @@ def sharding() -> str:
     return next(used, "")
 
 
-LOCAL_RANKS = (  # those that Accelerate reads; asking it would import torch
-    "LOCAL_RANK",
-    "MPI_LOCALRANKID",
-    "OMPI_COMM_WORLD_LOCAL_RANK",
-    "MV2_COMM_WORLD_LOCAL_RANK",
-)
-
-
 def launcher_number(*names: str, least: int = 0) -> int | None:
     """Return the first of these variables that is set and not empty, as an integer, or None.
 
@@ -300,31 +281,6 @@ def global_rank() -> int:
     return launcher_number("RANK") or 0
 
 
-def processes_here() -> int:
-    """Return the number of processes on this machine, or 1 without a launcher."""
-    return launcher_number(*LOCAL_SIZES, least=1) or 1
-
-
-def master_address() -> str:
-    """Return the host of rank 0, as set by the launcher."""
-    return os.environ["MASTER_ADDR"]
-
-
-def master_port() -> int:
-    """Return the port of the process group on rank 0's host, as set by the launcher."""
-    return int(os.environ["MASTER_PORT"])
-
-
-def has_agent_store() -> bool:
-    """Return whether torchrun serves the store of the launch."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def restart_count() -> str:
-    """Return how often torchrun has restarted the processes, "0" at first."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-
-
 def restarts_in_place(environment: Mapping[str, str]) -> int:
     """Return torchrun's number of restarts, or 0 if its store is not shared with them."""
     wanted = environment.get("PET_MAX_RESTARTS", "0")
@@ -360,27 +316,6 @@ def rendezvous_endpoint() -> tuple[str, str]:
     if not host and env.get("PET_RDZV_ENDPOINT"):
         host, _, port = env["PET_RDZV_ENDPOINT"].partition(":")
     return host, port
-
-
-def accelerate_settings() -> str:
-    """Return the variables that accelerate launch has set, as "NAME=VALUE, ..."."""
-    names = [name for name in os.environ if name.startswith("ACCELERATE_")]
-    return ", ".join(f"{name}={os.environ[name]}" for name in names)
-
-
-def accelerate_uses_cpu() -> bool:
-    """Return whether accelerate launch was asked to use the CPU."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-
-
-def accelerate_precision() -> str:
-    """Return the mixed precision set by accelerate launch, or "no"."""
-    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-
-
-def accelerate_accumulation() -> int | None:
-    """Return the gradient accumulation steps set by accelerate launch, or None."""
-    return launcher_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", least=1)
 
 
 def visible_gpus() -> list[str] | None:

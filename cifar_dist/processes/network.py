@@ -4,7 +4,6 @@ import ipaddress
 import os
 import socket
 
-from cifar_dist.processes.environment import master_address
 from cifar_dist.processes.peers import Peers
 
 
@@ -15,7 +14,7 @@ def choose_interface(peers: Peers) -> None:
     to 127.0.1.1. Runs on GPUs use gloo too, to agree on signals.
     """
     # The first machine may reach itself through its loopback interface; the others do not.
-    addresses = peers.exchange("address", address_towards(master_address()))
+    addresses = peers.exchange("address", address_towards(os.environ["MASTER_ADDR"]))
     outside = [address for address in addresses if not ipaddress.ip_address(address).is_loopback]
     interface = interface_of(address_towards((*outside, "127.0.0.1")[0]))
     if interface:

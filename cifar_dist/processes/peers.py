@@ -5,6 +5,7 @@ under torchrun it outlives the training processes.
 """
 
 import json
+import os
 import platform
 import sys
 import threading
@@ -17,17 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from cifar_dist.errors import PeerLost, PeersMissing, UsageError
+from cifar_dist.errors import PeerLost, PeersMissing, UsageError, one_line
 from cifar_dist.processes.ending import GRACE_SECONDS, Ending
-from cifar_dist.processes.environment import (
-    asked_world_size,
-    global_rank,
-    has_agent_store,
-    local_rank,
-    master_address,
-    master_port,
-    restart_count,
-)
+from cifar_dist.processes.environment import asked_world_size, global_rank, local_rank
 
 MEETING_SECONDS = 60  # for all processes to arrive, after the first one
 POLL_SECONDS = 0.05
@@ -60,14 +53,15 @@ class Peers:
     ) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout
         self.first_here = rank - local_rank()
-        self.serves = rank == 0 and not has_agent_store()
+        self.serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self.heard: Ending | None = None
         self._done = threading.Event()
         self._thread = threading.get_ident()  # the training thread: under Ray not the main one
         Peers.current = None
         if world > 1:
             Peers.meetings += 1
-            self._prefix = f"cifar_dist/{restart_count()}/{Peers.meetings}"
+            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self._prefix = f"cifar_dist/{restart}/{Peers.meetings}"
             self._store = self._connect(patience)
             self._listener = threading.Thread(target=self._listen, daemon=True)
             self._listener.start()
@@ -76,7 +70,6 @@ class Peers:
     @classmethod
     def late(cls) -> "Peers | None":
         """Connect after a failure that came before the processes connected; None if impossible."""
-
         with suppress(UsageError, RuntimeError, KeyError, ValueError):
             world = asked_world_size()
             if world > 1:
@@ -89,14 +82,11 @@ class Peers:
         """Raise UsageError unless all ranks have the same facts. Every process must call it.
 
         Args:
-            name: name of the facts, for messages.
+            name, seconds: as of `exchange`.
             facts: plain values.
-            seconds: time to wait for the other ranks. None waits without a limit, and prints which
-                ranks are missing.
 
         Raises:
-            PeersMissing: some ranks did not arrive; the message names them.
-            PeerLost: the launch has ended meanwhile.
+            PeersMissing, PeerLost: as of `exchange`.
             UsageError: the message names the first rank that differs, and its differences.
         """
         first, *others = self.exchange(name, dict(facts), seconds)
@@ -258,7 +248,7 @@ class Peers:
         """
         import torch.distributed
 
-        host, port = master_address(), master_port()
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
             store = torch.distributed.TCPStore(
                 host,
@@ -276,7 +266,7 @@ class Peers:
                 ) from error
             raise PeersMissing(
                 f"rank {self.rank} could not reach rank 0's machine at {host}:{port} within "
-                f"{patience:g} s ({' '.join(str(error).split())[:200]})"
+                f"{patience:g} s ({one_line(error)})"
             ) from error
         return torch.distributed.PrefixStore(self._prefix, store)
 

@@ -13,19 +13,16 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cifar_dist.config import TrainConfig
-from cifar_dist.errors import PeersMissing, UsageError, require
+from cifar_dist.errors import PeersMissing, UsageError, one_line, require
 from cifar_dist.processes.ending import describe_refusal
 from cifar_dist.processes.environment import (
+    LOCAL_SIZES,
     TOO_MUCH,
     TWO_ON_CPU,
-    accelerate_accumulation,
-    accelerate_precision,
-    accelerate_settings,
-    accelerate_uses_cpu,
     asked_world_size,
     chosen_threads,
     global_rank,
-    processes_here,
+    launcher_number,
     sharding,
     usable_cores,
     user_environment,
@@ -58,7 +55,7 @@ def start_processes(
     require(not sharding(), f"{sharding()} {TOO_MUCH}; use MULTI_GPU")
     threads = chosen_threads(user_environment())
     require(
-        accelerate_accumulation() in (None, 1),
+        launcher_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", least=1) in (None, 1),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set; unset it and use train.accumulate",
     )
     from accelerate import (
@@ -100,15 +97,15 @@ def start_processes(
             project_config=ProjectConfiguration(project_dir="."),  # the run folder is set later
         )
     except ValueError as error:
-        raise UsageError(
-            f"Accelerate refuses this configuration: {error} ({accelerate_settings()})"
-        ) from error
+        names = [name for name in os.environ if name.startswith("ACCELERATE_")]
+        settings = ", ".join(f"{name}={os.environ[name]}" for name in names)
+        raise UsageError(f"Accelerate refuses this configuration: {error} ({settings})") from error
     except RuntimeError as error:
         if "connectFullMesh" not in str(error):
             raise
         # All processes reached the store, but gloo cannot connect them with each other.
         raise PeersMissing(
-            f"gloo could not connect the processes: {' '.join(str(error).split())[:200]}; "
+            f"gloo could not connect the processes: {one_line(error)}; "
             "the machines must reach each other through the network interface "
             f"{os.environ.get('GLOO_SOCKET_IFNAME')} (GLOO_SOCKET_IFNAME)"
         ) from error
@@ -178,7 +175,7 @@ def _cpu_is_meant(processes: int) -> bool:
     """Return whether to train on the CPU: the launcher asked for it, or no GPU is usable."""
     import torch
 
-    if accelerate_uses_cpu():
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return True
     device = torch.accelerator.current_accelerator(check_available=True)
     # With several processes on MPS, Accelerate would train in each of them separately.
@@ -188,7 +185,7 @@ def _cpu_is_meant(processes: int) -> bool:
 def _choose_precision(asked: str, use_cpu: bool) -> str:
     import torch
 
-    launcher = accelerate_precision()
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     require(
         asked != "auto" or launcher in ("no", "fp16", "bf16"),
         f"ACCELERATE_MIXED_PRECISION is '{launcher}'; give no, fp16 or bf16",
@@ -248,7 +245,8 @@ def _use_all_cores(chosen: int | None) -> None:
     """
     import torch
 
-    threads = chosen or max(1, usable_cores() // processes_here())
+    processes = launcher_number(*LOCAL_SIZES, least=1) or 1
+    threads = chosen or max(1, usable_cores() // processes)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # otherwise Accelerate sets its own number
     torch.set_num_threads(threads)
 
