@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from cifar_dist import user_code
-from cifar_dist.errors import UsageError, require, require_known, suggest
+from cifar_dist.errors import UsageError, one_line, require, require_known, suggest
 from cifar_dist.files import local_path
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -411,7 +411,7 @@ def _rename_keys(values: dict[str, Any]) -> dict[str, Any]:
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as {"section.key": value}."""
-    return dict(_walk(to_dict(recipe)))
+    return dict(walk(to_dict(recipe)))
 
 
 def comparable(recipe: Recipe) -> dict[str, Any]:
@@ -512,7 +512,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         )
         return _read_keys(loader, root, path)
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error, None)
         raise UsageError(f"recipe {path} is not readable as YAML: {reason}") from error
 
 
@@ -587,12 +587,12 @@ def _read_value(loader: RecipeLoader, node: Any, types: Sequence[Any], key: str,
                 isinstance(value, str),
                 f'{key}: write "{text}" in quotes in {place}; without them YAML reads {value}',
             )
-        elif dict in [get_origin(kind) for kind in types]:
-            require(
-                False, f"{key} is {text} in {place}; give options by name, such as {{width: 64}}"
+        elif any(get_origin(kind) is dict for kind in types):
+            raise UsageError(
+                f"{key} is {text} in {place}; give options by name, such as {{width: 64}}"
             )
         elif items:
-            require(False, f"{key} is {text} in {place}; give a list, such as [] or [{text}]")
+            raise UsageError(f"{key} is {text} in {place}; give a list, such as [] or [{text}]")
     if value is not None:
         _require_number(text, types, f"{key} in {place}")
     return value
@@ -654,7 +654,14 @@ def parse_recipe(argv: Sequence[str]) -> tuple[Recipe, str]:
         UsageError: the recipe or a key is unknown, or a value has the wrong type.
     """
     argv, path = _resolve_config([_rename_option(arg) for arg in argv])
-    content = read_recipe(path)
+    recipe = _build_recipe(argv, read_recipe(path), path.parent)
+    overrides = sum(arg.startswith("--") for arg in argv)
+    shown = path.stem if path.parent == RECIPES else str(path)
+    return recipe, f"recipe {shown}" + (f" with {overrides} overrides" if overrides else "")
+
+
+def _build_recipe(argv: Sequence[str], content: dict[str, Any], folder: Path) -> Recipe:
+    """Return the recipe of a command line and the values of a recipe file in `folder`."""
     parser = new_parser("cifar_dist.train")
     parser.add_argument(
         "--config",
@@ -665,10 +672,7 @@ def parse_recipe(argv: Sequence[str]) -> tuple[Recipe, str]:
     refuse_unknown_options(parser, argv)
     values = parse_strictly(parser, argv, content)
     recipe = Recipe(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Recipe)})
-    recipe = _find_code(recipe, path.parent)
-    overrides = sum(arg.startswith("--") for arg in argv)
-    shown = path.stem if path.parent == RECIPES else str(path)
-    return recipe, f"recipe {shown}" + (f" with {overrides} overrides" if overrides else "")
+    return _find_code(recipe, folder)
 
 
 def _find_code(recipe: Recipe, folder: Path) -> Recipe:
@@ -714,11 +718,7 @@ def make_recipe(recipe: "str | Path | Recipe", options: Mapping[str, Any]) -> Re
         for section in sections:
             holder = holder.setdefault(section, {})
         holder[name] = str(value) if isinstance(value, Path) else value
-    parser = new_parser("cifar_dist.train")
-    parser.add_class_arguments(Recipe)
-    values = parse_strictly(parser, [], content)
-    made = Recipe(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Recipe)})
-    return _find_code(made, folder)
+    return _build_recipe([], content, folder)
 
 
 def new_parser(prog: str) -> Any:
@@ -810,9 +810,10 @@ def _resolve_config(argv: list[str]) -> tuple[list[str], Path]:
     return own, path
 
 
-def _walk(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def walk(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ("section.key", value) for each value of nested sections."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _walk(value, f"{prefix}{key}.")
+            yield from walk(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -30,8 +30,8 @@ def require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def one_line(error: object, limit: int = 200) -> str:
-    """Return the message of an error as one line of at most `limit` characters."""
+def one_line(error: object, limit: int | None = 200) -> str:
+    """Return the message of an error as one line, cut to `limit` characters unless it is None."""
     return " ".join(str(error).split())[:limit]
 
 

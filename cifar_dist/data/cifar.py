@@ -21,7 +21,7 @@ from cifar_dist.config import DataConfig, local_path
 from cifar_dist.data.cache import CacheWriter, cache_folder, load_or_build
 from cifar_dist.data.download import download
 from cifar_dist.data.images import Source
-from cifar_dist.errors import UsageError, require
+from cifar_dist.errors import UsageError, one_line, require
 from cifar_dist.files import sha256_of
 
 LARGEST_MEMBER = 160_000_000  # bytes; "train" of CIFAR-100 has 155,249,918
@@ -242,7 +242,7 @@ def _unpickle(name: str, content: bytes) -> dict[str, Any]:
         try:
             values = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
         except Exception as error:  # damaged pickles raise almost anything
-            reason = " ".join(str(error).split())
+            reason = one_line(error, None)
             raise UsageError(f"'{name}' of CIFAR cannot be unpickled ({reason})") from error
     require(isinstance(values, dict), f"'{name}' of CIFAR holds no dict")
     return dict(values)

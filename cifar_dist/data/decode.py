@@ -29,7 +29,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from cifar_dist.errors import UsageError
+from cifar_dist.errors import UsageError, one_line
 from cifar_dist.processes.environment import usable_cores
 from cifar_dist.processes.preemption import ignore_signals, uninterrupted
 
@@ -83,7 +83,7 @@ def decode_image(path: str | Path, size: int) -> np.ndarray:
                 raise ValueError(_name_format(stream.read(16))) from None
             return _decode(file, size)
     except Exception as error:  # a damaged file may make a decoder raise anything
-        reason = " ".join(str(error).split())
+        reason = one_line(error, None)
         if not isinstance(error, (OSError, SyntaxError, ValueError)):
             reason = f"{type(error).__name__}: {reason}"
         raise ValueError(reason or type(error).__name__) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import filelock
 
-from cifar_dist.errors import UsageError
+from cifar_dist.errors import UsageError, one_line
 from cifar_dist.files import put_in_place
 
 TIMEOUT = 30.0  # seconds without data after which the connection is given up
@@ -45,6 +45,6 @@ def download(url: str, target: Path, sha256: str) -> None:
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection
-        raise UsageError(f"{url} to {target}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{url} to {target}: {one_line(error, None)}") from error
     finally:
         socket.setdefaulttimeout(timeout)

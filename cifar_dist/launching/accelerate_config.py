@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from cifar_dist.config import RecipeLoader, local_path
-from cifar_dist.errors import UsageError, require
+from cifar_dist.config import RecipeLoader, local_path, walk
+from cifar_dist.errors import UsageError, one_line, require
 
 # Keys that `accelerate launch` reads and ignores: a key is used only if the command line option has
 # no value, and these options have default values.
@@ -127,7 +127,7 @@ def read_config(path: str | None) -> AccelerateConfig:
         content = place.read_bytes()
         values = yaml.safe_load(content)
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error, None)
         raise UsageError(f"'{place}' is not readable as YAML: {reason}") from error
     require(
         isinstance(values, dict),
@@ -148,19 +148,11 @@ def _find_misread(place: Path, content: bytes, values: Mapping[str, Any]) -> Ite
     except UsageError as error:  # a key is given twice
         yield f"{error}, and the last one counts"
         return
-    shown = dict(_flat(looks))
-    for key, reads in _flat(values):
+    shown = dict(walk(looks))
+    for key, reads in walk(values):
         seen = shown.get(key, reads)
         if seen != reads:
             yield f"{key} is {seen}, and is read as {reads!r}"
-
-
-def _flat(values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
-        else:
-            yield str(key), value
 
 
 def default_place() -> Path:
@@ -204,10 +196,6 @@ def unknown_nested(values: Mapping[str, Any]) -> list[str]:
 
 def _source(place: str) -> str:
     spec = importlib.util.find_spec("accelerate")
-    require(
-        spec is not None and spec.origin is not None,
-        "Accelerate is not installed; pip install accelerate",
-    )
-    assert spec is not None
-    assert spec.origin is not None
+    if spec is None or spec.origin is None:
+        raise UsageError("Accelerate is not installed; pip install accelerate")
     return (Path(spec.origin).parent / place).read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ import numpy as np
 from cifar_dist.config import ModelConfig, OptimConfig, Recipe, local_path
 from cifar_dist.data import Dataset
 from cifar_dist.data.counts import count_images
-from cifar_dist.errors import require
+from cifar_dist.errors import UsageError, one_line, require
 from cifar_dist.storage.checkpoint import AVERAGE, MODEL, OPTIM, PROCESSES
 from cifar_dist.training.schedule import learning_rate, total_steps
 
@@ -166,11 +166,9 @@ def read_link(path: str) -> tuple[float, float]:
         found = json.loads(Path(path).read_text(encoding="utf-8"))["all_reduce"]
         return float(found["latency_seconds"]), float(found["bytes_per_second"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        require(
-            False,
-            f"'{path}' is no output of a live `doctor --json` on several processes ({error!r})",
-        )
-        raise AssertionError from error
+        raise UsageError(
+            f"'{path}' is no output of a live `doctor --json` on several processes ({error!r})"
+        ) from error
 
 
 def read_rate(path: str) -> float:
@@ -189,7 +187,7 @@ def read_rate(path: str) -> float:
         if rates:
             rate = float(np.median(rates)) / float(world)
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-        reason = f" ({' '.join(str(error).split()) or type(error).__name__})"
+        reason = f" ({one_line(error, None) or type(error).__name__})"
     require(
         0 < rate < math.inf,
         f"'{path}' is not a run folder with recorded speeds{reason}; name one whose "

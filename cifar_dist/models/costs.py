@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.flop_counter import FlopCounterMode
 
-from cifar_dist.errors import UsageError, require
+from cifar_dist.errors import UsageError, one_line, require
 
 IMAGES = 2  # BatchNorm refuses a single value per channel
 
@@ -57,7 +57,7 @@ def measure(name: str, build: Callable[[], nn.Module], image_size: int) -> Costs
     except UsageError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error, None) or type(error).__name__
         raise UsageError(
             f"{name} cannot process {image_size}x{image_size} images: {reason}"
         ) from error
