@@ -155,24 +155,18 @@ def orthogonalise(matrices: Sequence[torch.Tensor], steps: int = 3) -> list[torc
     ]
 
 
-def _sgd(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    return SGD(
+OPTIMIZERS: dict[str, Callable[[nn.Module, OptimConfig], torch.optim.Optimizer]] = {
+    "sgd": lambda model, config: SGD(
         model.parameters(),
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
         fused=True,
-    )
-
-
-def _adamw(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    return AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-
-
-OPTIMIZERS: dict[str, Callable[[nn.Module, OptimConfig], torch.optim.Optimizer]] = {
-    "sgd": _sgd,
-    "adamw": _adamw,
+    ),
+    "adamw": lambda model, config: AdamW(
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+    ),
     "muon": Muon,
 }
 

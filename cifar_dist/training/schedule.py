@@ -10,27 +10,15 @@ from cifar_dist.config import ScheduleConfig
 Shape = Callable[[ScheduleConfig, float, float], float]
 
 
-def _constant(config: ScheduleConfig, progress: float, epochs: float) -> float:
-    return 1.0
-
-
-def _step(config: ScheduleConfig, progress: float, epochs: float) -> float:
-    return config.gamma ** int(epochs // config.step_epochs)
-
-
 def _cosine(config: ScheduleConfig, progress: float, epochs: float) -> float:
     return config.final + (1 - config.final) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def _linear(config: ScheduleConfig, progress: float, epochs: float) -> float:
-    return 1 - (1 - config.final) * progress
-
-
 SCHEDULES: dict[str, Shape] = {
-    "constant": _constant,
-    "step": _step,
+    "constant": lambda config, progress, epochs: 1.0,
+    "step": lambda config, progress, epochs: config.gamma ** int(epochs // config.step_epochs),
     "cosine": _cosine,  # Loshchilov and Hutter, 2017, without restarts
-    "linear": _linear,
+    "linear": lambda config, progress, epochs: 1 - (1 - config.final) * progress,
     "one_cycle": _cosine,  # Smith and Topin, 2018: a long rise, then the fall
 }
 ONE_CYCLE_RISE = 0.3  # fraction of the run, if schedule.warmup_epochs is 0
