@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -149,12 +150,7 @@ def _timm(name: str) -> Callable[..., nn.Module]:
         ) from error
     known = timm.list_models()
     require_known(name.partition(".")[0], known, f"timm has no network '{name}'")
-
-    def build(**options: Any) -> nn.Module:
-        network: nn.Module = timm.create_model(name, **options)
-        return network
-
-    return _without_weights(build, "timm")
+    return _without_weights(partial(timm.create_model, name), "timm")
 
 
 def _without_weights(build: Callable[..., nn.Module], library: str) -> Callable[..., nn.Module]:

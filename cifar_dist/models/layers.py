@@ -34,6 +34,26 @@ def convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Seq
     )
 
 
+def two_convolutions(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    """Return two 3x3 convolutions with BatchNorm, and ReLU between them."""
+    return nn.Sequential(
+        convolution(inputs, outputs, 3, stride),
+        nn.ReLU(inplace=True),
+        convolution(outputs, outputs, 3),
+    )
+
+
+class Residual(nn.Module):
+    """finish(body(x) + shortcut(x))."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module, finish: nn.Module) -> None:
+        super().__init__()
+        self.body, self.shortcut, self.finish = body, shortcut, finish
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.finish(self.body(images) + self.shortcut(images))
+
+
 def half_size() -> nn.MaxPool2d:
     """Return 2x2 max pooling that rounds odd sizes up, so that any image size works."""
     return nn.MaxPool2d(2, ceil_mode=True)

@@ -2,10 +2,15 @@
 
 from itertools import pairwise
 
-import torch
 from torch import nn
 
-from cifar_dist.models.layers import convolution, half_size, linear_head
+from cifar_dist.models.layers import (
+    Residual,
+    convolution,
+    half_size,
+    linear_head,
+    two_convolutions,
+)
 
 
 def residual(num_classes: int, dropout: float = 0.4) -> nn.Module:
@@ -13,23 +18,14 @@ def residual(num_classes: int, dropout: float = 0.4) -> nn.Module:
 
     2x2 max pooling follows each block. The head has 2048-256-64-classes units.
     """
-    blocks = [_Block(inputs, outputs) for inputs, outputs in pairwise([3, 64, 128, 256, 512])]
+    blocks = [_block(inputs, outputs) for inputs, outputs in pairwise([3, 64, 128, 256, 512])]
     return nn.Sequential(*blocks, linear_head(num_classes, dropout))
 
 
-class _Block(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and a 1x1 shortcut, then ReLU and 2x2 max pooling."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            convolution(inputs, outputs, 3),
-            nn.ReLU(inplace=True),
-            convolution(outputs, outputs, 3),
-        )
-        self.shortcut = convolution(inputs, outputs, 1)
-        self.finish = nn.Sequential(nn.ReLU(inplace=True), half_size())
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.finish(self.body(images) + self.shortcut(images))
-        return features
+def _block(inputs: int, outputs: int) -> Residual:
+    """Return two 3x3 convolutions and a 1x1 shortcut, then ReLU and 2x2 max pooling."""
+    return Residual(
+        two_convolutions(inputs, outputs),
+        convolution(inputs, outputs, 1),
+        nn.Sequential(nn.ReLU(inplace=True), half_size()),
+    )

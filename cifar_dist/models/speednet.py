@@ -22,14 +22,12 @@ class Operations:
     @staticmethod
     def whiten(images: torch.Tensor, whitening: nn.Conv2d, activation: nn.Module) -> torch.Tensor:
         """Apply the first layer."""
-        features: torch.Tensor = activation(whitening(images))
-        return features
+        return activation(whitening(images))
 
     @staticmethod
     def convolve(images: torch.Tensor, convolution: nn.Conv2d) -> torch.Tensor:
         """Apply the first convolution of a stage."""
-        features: torch.Tensor = convolution(images)
-        return features
+        return convolution(images)
 
     @staticmethod
     def finish(
@@ -38,8 +36,7 @@ class Operations:
         """Apply 2x2 max pooling if `pool`, then normalisation and activation."""
         if pool:
             features = functional.max_pool2d(features, 2)
-        finished: torch.Tensor = activation(normalisation(features))
-        return finished
+        return activation(normalisation(features))
 
 
 class SpeedNet(nn.Module):
@@ -84,8 +81,7 @@ class SpeedNet(nn.Module):
         for stage in stages:
             features = stage(features)
         pooled = functional.max_pool2d(features, features.shape[2:]).flatten(1)
-        logits: torch.Tensor = self.head(self.dropout(pooled)) / pooled.shape[1]
-        return logits
+        return self.head(self.dropout(pooled)) / pooled.shape[1]
 
     @torch.no_grad()
     def initialise_from(self, images: torch.Tensor) -> None:

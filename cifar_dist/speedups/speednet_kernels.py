@@ -88,10 +88,7 @@ def pool_normalise_activate(
     if normalisation.training:
         assert normalisation.num_batches_tracked is not None
         normalisation.num_batches_tracked.add_(1)
-        outputs: torch.Tensor = _Fused.apply(
-            features, normalisation.weight, normalisation.bias, normalisation, pool
-        )
-        return outputs
+        return _Fused.apply(features, normalisation.weight, normalisation.bias, normalisation, pool)
     assert normalisation.running_mean is not None
     return _normalise_activate(
         features, normalisation.running_mean, normalisation.running_var, normalisation, pool
@@ -191,14 +188,7 @@ class _Fused(torch.autograd.Function):
             ROWS=ROWS,
             CHANNELS=CHANNELS,
         )
-        needed = ctx.needs_input_grad
-        return (
-            of_features,
-            of_weight if needed[1] else None,
-            of_bias if needed[2] else None,
-            None,
-            None,
-        )
+        return of_features, of_weight, of_bias, None, None
 
 
 def _normalise_activate(
