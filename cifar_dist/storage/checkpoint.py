@@ -10,6 +10,7 @@ this user may not read raises PermissionError and never counts as damaged or mis
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -229,6 +230,34 @@ class Saver:
             )
 
 
+def _at_rest(read: Callable[[Path], T]) -> Callable[[Path], T]:
+    """Make `read(path)` start again if the folder was replaced or removed meanwhile."""
+
+    def identity(path: Path) -> tuple[int, int]:
+        try:
+            status = path.lstat()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise RemovedCheckpoint(f"{path.name} is missing") from error
+        return status.st_ino, status.st_ctime_ns
+
+    @functools.wraps(read)
+    def read_at_rest(path: Path) -> T:
+        for _ in range(ATTEMPTS):
+            before = identity(path)
+            try:
+                result = read(path)
+            except Exception:
+                if identity(path) == before:
+                    raise
+            else:
+                if identity(path) == before:
+                    return result
+        raise RemovedCheckpoint(f"{path.name} is replaced faster than it can be read")
+
+    return read_at_rest
+
+
+@_at_rest
 def load_checkpoint(path: Path) -> Checkpoint:
     """Verify and read a checkpoint.
 
@@ -236,9 +265,22 @@ def load_checkpoint(path: Path) -> Checkpoint:
         DamagedCheckpoint: a file is missing, differs from the manifest, or is not valid.
         PermissionError: this user may not read it.
     """
-    return _read_at_rest(path, _load)
+    names = verify(path)
+    with _damage_named(path):
+        tensors = {name: read_tensors(path / name) for name in names if name != STATE}
+        wrong = [name for name in (MODEL, OPTIM, PROCESSES) if name not in tensors]
+        if wrong:
+            raise DamagedCheckpoint(f"{path.name}: no {', '.join(wrong)} in it")
+        return Checkpoint(
+            progress=_parse_progress(path),
+            model=tensors[MODEL],
+            optim=tensors[OPTIM],
+            ema=tensors.get(AVERAGE),
+            **tensors[PROCESSES],
+        )
 
 
+@_at_rest
 def verify(path: Path) -> list[str]:
     """Compare every file with the manifest, and return their names.
 
@@ -246,7 +288,13 @@ def verify(path: Path) -> list[str]:
         DamagedCheckpoint: a file is missing or differs; names the first one.
         PermissionError: this user may not read it.
     """
-    return _read_at_rest(path, _verify)
+    with _damage_named(path):
+        hashes = _read_manifest(path)
+        _check_hashes(path, hashes, *hashes)
+        unknown = {file.name for file in path.iterdir()} - {MANIFEST, *hashes}
+    if unknown:
+        print(f"warning: {path.name} holds unknown files: {', '.join(sorted(unknown))}", flush=True)
+    return list(hashes)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -264,8 +312,7 @@ def load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
     Raises:
         UsageError: all checkpoints are damaged, or this user may not read the newest intact one.
     """
-    with _permissions_named():
-        return _read_again(folder, lambda: _newest(folder, _load))
+    return _choose(folder, load_checkpoint)
 
 
 def newest_progress(folder: Path) -> Progress | None:
@@ -274,8 +321,7 @@ def newest_progress(folder: Path) -> Progress | None:
     Raises:
         UsageError: as of `load_newest`.
     """
-    with _permissions_named():
-        found = _read_again(folder, lambda: _newest(folder, _load_progress))
+    found = _choose(folder, _load_progress)
     return found[1] if found else None
 
 
@@ -289,7 +335,7 @@ def find_checkpoint(place: str, best: bool = False) -> tuple[Path, Checkpoint]:
     Raises:
         UsageError: there is none, it is damaged, or this user may not read it.
     """
-    return _find(place, best, _load)
+    return _find(place, best, load_checkpoint)
 
 
 def find_progress(place: str, best: bool = False) -> tuple[Path, Progress]:
@@ -357,11 +403,6 @@ def _place(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def _set_aside(target: Path) -> Path:
-    """Return the name of an older checkpoint of the same step while the new one replaces it."""
-    return target.with_name(f".{target.name}.old")
-
-
 def _committed(folder: Path) -> dict[int, Path]:
     """Return the committed checkpoints by step."""
     try:
@@ -398,67 +439,45 @@ def _permissions_named() -> Iterator[None]:
         ) from error
 
 
-def _read_again(folder: Path, read: Callable[[], T]) -> T:
-    """Return `read()`, and repeat it while a run removes the checkpoints that it reads."""
+@_permissions_named()
+def _find(place: str, best: bool, read: Callable[[Path], T], warn: bool = True) -> tuple[Path, T]:
+    path = local_path(place).resolve()  # a link that the user names is meant
+    try:
+        if _exists(path / "checkpoints"):
+            found = _choose(path / "checkpoints", read, best, warn)
+            if found is None:
+                raise UsageError(f"the run in '{place}' has not saved a checkpoint yet")
+            return found
+        if not _exists(path / MANIFEST):
+            raise UsageError(
+                f"'{place}' is neither a run folder nor a checkpoint (a folder with {MANIFEST})"
+            )
+        return path, read(path)
+    except DamagedCheckpoint as error:
+        raise UsageError(f"the checkpoint is damaged: {error}") from error
+
+
+@_permissions_named()
+def _choose(
+    folder: Path, read: Callable[[Path], T], best: bool = False, warn: bool = True
+) -> tuple[Path, T] | None:
+    """Read the newest or the best checkpoint; again while a run removes what is being read."""
     for _ in range(ATTEMPTS):
         with suppress(RemovedCheckpoint):
-            return read()
+            return (_best if best else _newest)(folder, read, warn)
     raise UsageError(
         f"the checkpoints in '{folder}' are removed faster than they can be read; try again after "
         "the run has ended"
     )
 
 
-def _read_at_rest(path: Path, read: Callable[[Path], T]) -> T:
-    """Return `read(path)`; repeat it if the folder was replaced or removed meanwhile."""
-
-    def identity() -> tuple[int, int]:
-        try:
-            status = path.lstat()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise RemovedCheckpoint(f"{path.name} is missing") from error
-        return status.st_ino, status.st_ctime_ns
-
-    for _ in range(ATTEMPTS):
-        before = identity()
-        try:
-            result = read(path)
-        except Exception:
-            if identity() == before:
-                raise
-        else:
-            if identity() == before:
-                return result
-    raise RemovedCheckpoint(f"{path.name} is replaced faster than it can be read")
-
-
-def _find(place: str, best: bool, read: Callable[[Path], T], warn: bool = True) -> tuple[Path, T]:
-    path = local_path(place).resolve()  # a link that the user names is meant
-    folder = path / "checkpoints"
-    choose = _best if best else _newest
-    try:
-        with _permissions_named():
-            if _exists(folder):
-                found = _read_again(folder, lambda: choose(folder, read, warn))
-                if found is None:
-                    raise UsageError(f"the run in '{place}' has not saved a checkpoint yet")
-                return found
-            if not _exists(path / MANIFEST):
-                raise UsageError(
-                    f"'{place}' is neither a run folder nor a checkpoint (a folder with {MANIFEST})"
-                )
-            return path, _read_at_rest(path, read)
-    except DamagedCheckpoint as error:
-        raise UsageError(f"the checkpoint is damaged: {error}") from error
-
-
-def _newest(folder: Path, read: Callable[[Path], T], warn: bool = True) -> tuple[Path, T] | None:
+def _newest(folder: Path, read: Callable[[Path], T], warn: bool) -> tuple[Path, T] | None:
     if folder.is_symlink():
         raise UsageError(f"'{folder}' is a symbolic link; put the folder itself there")
     reasons = []
     for path in reversed(checkpoints_in(folder)):
         try:
-            found = _read_at_rest(path, read)
+            found = read(path)
         except RemovedCheckpoint:
             raise
         except DamagedCheckpoint as error:
@@ -493,31 +512,17 @@ def _best(folder: Path, read: Callable[[Path], T], warn: bool) -> tuple[Path, T]
             "--best for the newest"
         )
     path = committed.get(step, _place(folder, step))
-    return path, _read_at_rest(path, read)
+    return path, read(path)
 
 
-def _load(path: Path) -> Checkpoint:
-    names = _verify(path)
-    with _damage_named(path):
-        tensors = {name: read_tensors(path / name) for name in names if name != STATE}
-        wrong = [name for name in (MODEL, OPTIM, PROCESSES) if name not in tensors]
-        if wrong:
-            raise DamagedCheckpoint(f"{path.name}: no {', '.join(wrong)} in it")
-        return Checkpoint(
-            progress=_parse_progress(path),
-            model=tensors[MODEL],
-            optim=tensors[OPTIM],
-            ema=tensors.get(AVERAGE),
-            **tensors[PROCESSES],
-        )
-
-
+@_at_rest
 def _load_progress(path: Path) -> Progress:
     with _damage_named(path):
         _check_hashes(path, _read_manifest(path), STATE)
         return _parse_progress(path)
 
 
+@_at_rest
 def _load_weights(path: Path) -> tuple[Progress, Tensors]:
     with _damage_named(path):
         hashes = _read_manifest(path)
@@ -528,16 +533,6 @@ def _load_weights(path: Path) -> tuple[Progress, Tensors]:
 
 def _parse_progress(path: Path) -> Progress:
     return Progress.from_json(json.loads((path / STATE).read_text(encoding="utf-8")))
-
-
-def _verify(path: Path) -> list[str]:
-    with _damage_named(path):
-        hashes = _read_manifest(path)
-        _check_hashes(path, hashes, *hashes)
-        unknown = {file.name for file in path.iterdir()} - {MANIFEST, *hashes}
-    if unknown:
-        print(f"warning: {path.name} holds unknown files: {', '.join(sorted(unknown))}", flush=True)
-    return list(hashes)
 
 
 def _read_manifest(path: Path) -> dict[str, str]:
@@ -600,7 +595,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
 
 def _commit(temporary: Path, target: Path) -> None:
     """Rename a folder to `target`; at every moment the old or the new checkpoint can be found."""
-    aside = _set_aside(target)
+    aside = target.with_name(f".{target.name}.old")  # for an older checkpoint of the same step
     if target.exists() and aside.exists():
         shutil.rmtree(aside)
     files.put_in_place(temporary, target, aside)

@@ -92,7 +92,8 @@ def check_out(recipe: Recipe, lock: RunLock) -> None:
             f"the run folder '{out}' cannot be used: '{existing}' {reason}; name another with --out"
         )
     if recipe.out and out.is_dir():
-        _take(lock, out)
+        with _usable(out):
+            lock.take(out)
         _check_checkpoints(out)
         _check_recipe(recipe, out)
 
@@ -107,32 +108,29 @@ def claim(recipe: Recipe, lock: RunLock) -> Path:
     out = local_path(recipe.out or f"runs/{recipe.name}-{stamp}")
     while not recipe.out and out.exists():  # another run started in the same second
         out = out.with_name(f"{out.name}-again")
-    try:
+    with _usable(out):
         out.mkdir(parents=True, exist_ok=bool(recipe.out))
         if not lock.held:
-            _take(lock, out)
+            lock.take(out)
             _check_recipe(recipe, out)
         damage = _damage_of(out / "recipe.yaml")
         replace_file(out / "recipe.yaml", dump_recipe(recipe))
-    except OSError as error:
-        raise UsageError(_unusable(out, error)) from error
     if damage:
         print(f"warning: {damage}; it is written again, as the checkpoint's recipe", flush=True)
     return out
 
 
-def _take(lock: RunLock, out: Path) -> None:
+@contextmanager
+def _usable(out: Path) -> Iterator[None]:
+    """Within the block, turn OSError into a UsageError about the run folder."""
     try:
-        lock.take(out)
+        yield
     except OSError as error:
-        raise UsageError(_unusable(out, error)) from error
-
-
-def _unusable(out: Path, error: OSError) -> str:
-    place = f": '{error.filename}'" if error.filename else ""
-    return (
-        f"the run folder '{out}' cannot be used ({error.strerror}{place}); name another with --out"
-    )
+        place = f": '{error.filename}'" if error.filename else ""
+        raise UsageError(
+            f"the run folder '{out}' cannot be used ({error.strerror}{place}); name another with "
+            "--out"
+        ) from error
 
 
 def _check_checkpoints(out: Path) -> None:

@@ -44,7 +44,7 @@ def load_weights(network: nn.Module, place: str) -> bool:
         "it lacks": [name for name in own if name not in given],
         "it has unknown": [name for name in given if name not in own],
         "it differs in": [
-            f"{name} ({_describe(given[name])} there, {_describe(tensor)} here)"
+            f"{name} ({describe_value(given[name])} there, {describe_value(tensor)} here)"
             for name, tensor in own.items()
             if name in given and not _fits(given[name], tensor)
         ],
@@ -88,8 +88,11 @@ def _fits(given: torch.Tensor, own: torch.Tensor) -> bool:
     return given.shape == own.shape and same_kind
 
 
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+def describe_value(value: Any) -> str:
+    """Return dtype and shape of a tensor, or else the type: "float32 [2, 3]"."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__
 
 
 def restore_network(

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.module_tracker import ModuleTracker
 
 from cifar_dist.errors import UsageError, one_line, require
+from cifar_dist.storage.weights import describe_value
 from cifar_dist.training.losses import Loss
 from cifar_dist.user_code import UserCode
 
@@ -82,8 +83,8 @@ def try_network(
     for key, value in network.state_dict().items():
         require(
             isinstance(value, torch.Tensor) and _is_storable(value.dtype),
-            f"model.name {name}: the state {key} is {_describe(value)}, which safetensors cannot "
-            "store; register tensors only",
+            f"model.name {name}: the state {key} is {describe_value(value)}, which safetensors "
+            "cannot store; register tensors only",
         )
     return reads.module
 
@@ -103,8 +104,8 @@ def try_loss(loss: Loss, code: UserCode, num_classes: int, device: torch.device)
         raise code.fail("train.loss", error) from error
     require(
         isinstance(losses, torch.Tensor) and tuple(losses.shape) == (IMAGES,),
-        f"train.loss {code.place} returned {_describe(losses)} for {IMAGES} images; expected the "
-        f"loss per image, [{IMAGES}] (reduction='none')",
+        f"train.loss {code.place} returned {describe_value(losses)} for {IMAGES} images; expected "
+        f"the loss per image, [{IMAGES}] (reduction='none')",
     )
     require(losses.requires_grad, f"train.loss {code.place} has no gradient")
 
@@ -135,7 +136,7 @@ def _forward(
 def _check_logits(logits: Any, name: str, num_classes: int, image_size: int) -> None:
     require(
         isinstance(logits, torch.Tensor),
-        f"model.name {name} returned {_describe(logits)} in training; expected one tensor of "
+        f"model.name {name} returned {describe_value(logits)} in training; expected one tensor of "
         "logits [N, classes]; turn off auxiliary outputs, as with model.options.aux_logits false",
     )
     shape = list(logits.shape)
@@ -174,12 +175,6 @@ def _is_storable(dtype: torch.dtype) -> bool:
     except (KeyError, ValueError, SafetensorError):
         return False
     return True
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return type(value).__name__
 
 
 @torch.no_grad()
