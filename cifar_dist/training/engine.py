@@ -69,7 +69,12 @@ class TrainState:
     @property
     def evaluated(self) -> nn.Module:
         """The network to evaluate: the moving average if there is one."""
-        return self.network if self.average is None else self.average.module
+        return self.networks[-1]
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The network, and its moving average if there is one."""
+        return [self.network] if self.average is None else [self.network, self.average.module]
 
 
 def train_epoch(
@@ -309,15 +314,9 @@ def view(images: torch.Tensor, mirrored: bool, down: int, right: int) -> torch.T
     return padded[:, :, top : top + height, left : left + width]
 
 
-def read_buffers(*networks: nn.Module | None) -> torch.Tensor:
-    """Return a copy of the BatchNorm statistics of all networks as one tensor, float [n]."""
-    buffers = _statistics(networks)
-    return torch.cat([b.flatten() for b in buffers]) if buffers else torch.empty(0)
-
-
 @torch.no_grad()
-def write_buffers(values: torch.Tensor, *networks: nn.Module | None) -> None:
-    """Set the BatchNorm statistics of all networks, float [n], in the order of `read_buffers`."""
+def write_buffers(values: torch.Tensor, *networks: nn.Module) -> None:
+    """Set the BatchNorm statistics of all networks, float [n], in the order of `gather_buffers`."""
     buffers = _statistics(networks)
     for buffer, part in zip(buffers, values.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(part.view_as(buffer))
@@ -327,7 +326,7 @@ def copy_states(values: torch.Tensor, *networks: nn.Module) -> list[dict[str, to
     """Copy the state_dict of each network to the CPU, with other BatchNorm statistics.
 
     Args:
-        values: the statistics of all networks, float [n], in the order of `read_buffers`.
+        values: the statistics of all networks, float [n], in the order of `gather_buffers`.
     """
     copies = []
     for network in networks:
@@ -342,26 +341,21 @@ def copy_states(values: torch.Tensor, *networks: nn.Module) -> list[dict[str, to
 
 
 def gather_buffers(
-    accelerator: Accelerator, *networks: nn.Module | None
+    accelerator: Accelerator, *networks: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the BatchNorm statistics of every rank, float [ranks, n], and their mean, [n]."""
-    mine = read_buffers(*networks)[None]
+    buffers = _statistics(networks)
+    mine = torch.cat([b.flatten() for b in buffers])[None] if buffers else torch.empty(1, 0)
     rows = accelerator.gather(mine) if len(mine[0]) and accelerator.num_processes > 1 else mine
     # Values that are equal on all ranks are kept, because a mean may be rounded.
     return rows, torch.where((rows == rows[0]).all(dim=0), rows[0], rows.mean(dim=0))
 
 
-def average_buffers(accelerator: Accelerator, *networks: nn.Module | None) -> None:
+def average_buffers(accelerator: Accelerator, *networks: nn.Module) -> None:
     """Set the BatchNorm statistics of every rank to their mean; every process must call it."""
     if accelerator.num_processes > 1:
         write_buffers(gather_buffers(accelerator, *networks)[1], *networks)
 
 
-def _statistics(networks: Sequence[nn.Module | None]) -> list[torch.Tensor]:
-    return [
-        buffer
-        for network in networks
-        if network is not None
-        for buffer in network.buffers()
-        if buffer.is_floating_point()
-    ]
+def _statistics(networks: Sequence[nn.Module]) -> list[torch.Tensor]:
+    return [b for network in networks for b in network.buffers() if b.is_floating_point()]

@@ -198,5 +198,4 @@ def reduce_sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over all processes into a new one."""
     if accelerator.num_processes == 1:
         return values.clone()
-    reduced: torch.Tensor = accelerator.reduce(values.clone(), reduction="sum")
-    return reduced
+    return accelerator.reduce(values.clone(), reduction="sum")

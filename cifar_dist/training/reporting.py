@@ -2,8 +2,10 @@
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import psutil
@@ -136,17 +138,16 @@ def show_inputs(session: Session) -> None:
     tracker.graph(session.state.network, pixels.for_evaluation(batch.images[:1]).to(device))
 
 
-class ProgressBar:
-    """A progress bar over the steps of an epoch, shown by rank 0 on a terminal."""
-
-    def __init__(self, session: Session, epoch: int) -> None:
-        self._warned, self._bar = session.warned, None
-        with self._warned.spare("the progress bar"):
-            if not (session.accelerator.is_main_process and sys.stderr.isatty()):
-                return
+@contextmanager
+def progress_bar(session: Session, epoch: int) -> Iterator[Callable[[], None]]:
+    """Show a progress bar on rank 0's terminal; yield a function that advances it by one step."""
+    spare = partial(session.warned.spare, "the progress bar")
+    bar: Any = None
+    with spare():
+        if session.accelerator.is_main_process and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(
+            bar = tqdm(
                 total=session.end_of(epoch) - epoch * session.steps_per_epoch,
                 initial=session.state.step % session.steps_per_epoch,
                 desc=f"epoch {epoch + 1}/{session.recipe.train.epochs}",
@@ -154,20 +155,17 @@ class ProgressBar:
                 leave=False,
             )
 
-    def __enter__(self) -> "ProgressBar":
-        return self
+    def update() -> None:
+        if bar is not None:
+            with spare():
+                bar.update()
 
-    def __exit__(self, *_: object) -> None:
-        """Remove the bar from the terminal."""
-        if self._bar is not None:
-            with self._warned.spare("the progress bar"):
-                self._bar.close()
-
-    def update(self) -> None:
-        """Advance by one step."""
-        if self._bar is not None:
-            with self._warned.spare("the progress bar"):
-                self._bar.update()
+    try:
+        yield update
+    finally:
+        if bar is not None:
+            with spare():
+                bar.close()
 
 
 def report_window(session: Session, epoch: int, window: Totals) -> None:

@@ -27,8 +27,8 @@ from cifar_dist.storage.folder import RunLock, check_out, claim, write_status
 from cifar_dist.training.engine import average_buffers, evaluate, refuse_bad_numbers, train_epoch
 from cifar_dist.training.metrics import Evaluation
 from cifar_dist.training.reporting import (
-    ProgressBar,
     announce,
+    progress_bar,
     report_epoch,
     report_window,
     show_inputs,
@@ -172,11 +172,11 @@ def _train(session: Session, preemption: Preemption) -> None:
             epoch, (state.step - begin) * train.accumulate, (end - begin) * train.accumulate
         )
         session.clock = time.monotonic()
-        with ProgressBar(session, epoch) as bar:
+        with progress_bar(session, epoch) as update_bar:
             for _ in train_epoch(
                 accelerator, state, loader, pixels, train, session.loss, schedule, epoch
             ):
-                bar.update()
+                update_bar()
                 reports = _due(recipe.track.every_steps, state.step)
                 stop = preemption.agreed()
                 saves = stop or _due(recipe.checkpoint.every_steps, state.step)
@@ -224,7 +224,7 @@ def _measure(session: Session, preemption: Preemption) -> dict[str, Evaluation]:
         if preemption.agreed():
             raise Stopped
 
-    average_buffers(accelerator, state.network, state.average)
+    average_buffers(accelerator, *state.networks)
     return {
         name: evaluate(
             accelerator,
@@ -268,7 +268,6 @@ def _end(
     report: Callable[[Ending], object],
 ) -> Ending:
     """Agree with the other processes on why the run ends, and write the cause to status.json."""
-
     if session is None:
         ending = agree(error, "at the start", report)
         # Rank 0 may hold the lock on the folder, so it writes too.

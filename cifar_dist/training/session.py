@@ -174,19 +174,24 @@ def open_session(
         blend = get_ema_multi_avg_fn(recipe.train.ema)
         average = AveragedModel(network, multi_avg_fn=blend, use_buffers=True)
     optimizer = build_optimizer(network, recipe.optim)
-    guard = Guard(optimizer, accelerator.device) if accelerator.scaler is None else None
-    if start:
-        _restore(start, network, average, optimizer, accelerator)
-    model, optimizer = _prepare(accelerator, recipe, network, optimizer)
-    tally = Tally(accelerator.device)
     state = TrainState(
-        network, model, optimizer, average, guard, tally, progress.step, torch.zeros(())
+        network=network,
+        model=network,
+        optimizer=optimizer,
+        average=average,
+        guard=Guard(optimizer, accelerator.device) if accelerator.scaler is None else None,
+        tally=Tally(accelerator.device),
+        step=progress.step,
+        gradient_norm=torch.zeros(()),
+        host_read=host_read,
     )
-    state.host_read = host_read
+    if start:
+        _restore(start, state, accelerator)
+    _prepare(accelerator, state, recipe.train.compile)
     if accelerator.num_processes > 2:
         settle_buckets(state, dataset.train.image_size)
     if start:  # after DDP has made all processes equal to rank 0
-        _restore_own(start, network, average, tally, accelerator)
+        _restore_own(start, state, accelerator)
     warned, is_main = Warned(), accelerator.is_main_process
     return Session(
         accelerator=accelerator,
@@ -236,34 +241,25 @@ def _initialise(
     return network, beginning
 
 
-def _prepare(
-    accelerator: Accelerator,
-    recipe: Recipe,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return the module and the optimizer that a training step calls."""
+def _prepare(accelerator: Accelerator, state: TrainState, compiles: bool) -> None:
+    """Set the module and the optimizer that a training step calls."""
     # The compiled module shares its weights with `network`, which is evaluated and saved.
-    called = torch.compile(network) if recipe.train.compile else network
+    called = torch.compile(state.network) if compiles else state.network
     # Without device_placement, Accelerate imports torch's sharded tensors to look for them.
-    model, prepared = accelerator.prepare(called, optimizer, device_placement=[True, True])
+    model, optimizer = accelerator.prepare(called, state.optimizer, device_placement=[True, True])
     if accelerator.num_processes > 1:
         # BatchNorm statistics are averaged before an evaluation and a checkpoint, not broadcast at
         # each step. The argument of DDP's constructor changed its name between torch versions.
         model.broadcast_buffers = False
-    return model, prepared if accelerator.scaler is not None else optimizer
+    state.model = model
+    if accelerator.scaler is not None:
+        state.optimizer = optimizer
 
 
-def _restore(
-    start: Checkpoint,
-    network: nn.Module,
-    average: AveragedModel | None,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-) -> None:
-    progress = start.progress
+def _restore(start: Checkpoint, state: TrainState, accelerator: Accelerator) -> None:
+    progress, average, optimizer = start.progress, state.average, state.optimizer
     try:
-        network.load_state_dict(start.model)
+        state.network.load_state_dict(start.model)
         if average is not None:
             average.module.load_state_dict(start.ema or {})
             average.n_averaged.fill_(progress.step)
@@ -279,13 +275,7 @@ def _restore(
         accelerator.scaler.load_state_dict(progress.scaler)
 
 
-def _restore_own(
-    start: Checkpoint,
-    network: nn.Module,
-    average: AveragedModel | None,
-    tally: Tally,
-    accelerator: Accelerator,
-) -> None:
+def _restore_own(start: Checkpoint, state: TrainState, accelerator: Accelerator) -> None:
     """Restore per-rank state.
 
     If the world size changed, keep the averaged BatchNorm statistics and give rank 0 the sum of the
@@ -293,11 +283,11 @@ def _restore_own(
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     if len(start.statistics) == world:
-        write_buffers(start.statistics[rank].to(accelerator.device), network, average)
+        write_buffers(start.statistics[rank].to(accelerator.device), *state.networks)
     if len(start.tallies) == world:
-        tally.sums.copy_(start.tallies[rank])
+        state.tally.sums.copy_(start.tallies[rank])
     elif rank == 0:
-        tally.sums.copy_(start.tallies.sum(dim=0))
+        state.tally.sums.copy_(start.tallies.sum(dim=0))
 
 
 def finish_window(session: Session) -> Totals:
@@ -372,8 +362,7 @@ def save(session: Session) -> None:
     """
     state, accelerator = session.state, session.accelerator
     compare_weights(session)
-    networks = [state.network] if state.average is None else [state.network, state.average.module]
-    statistics, mean = gather_buffers(accelerator, *networks)
+    statistics, mean = gather_buffers(accelerator, *state.networks)
     tallies = accelerator.gather(state.tally.sums[None])
     if not accelerator.is_main_process:
         return
@@ -387,7 +376,7 @@ def save(session: Session) -> None:
     )
     # The saved weights contain the mean of all ranks' BatchNorm statistics. Training continues with
     # the statistics of each rank, also after a resume.
-    model, *ema = copy_states(mean, *networks)
+    model, *ema = copy_states(mean, *state.networks)
     checkpoint = Checkpoint(
         progress=progress,
         model=model,
