@@ -15,8 +15,6 @@ VERBS = {
     "parity": "train a few steps on one process and on several, and compare",
     "plan": "show what a launch would do, and its problems, without starting it",
 }
-
-
 LAUNCHING = ("plan", "doctor", "parity")
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 
 from cifar_dist.errors import RunFailed, UsageError
 from cifar_dist.processes.ending import end_command
@@ -34,3 +35,13 @@ def run_verb(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -
             return NOBODY_READS
         complain(f"error: cannot write to stdout ({error.strerror})")
         return 1
+
+
+def command(verb: Callable[[Sequence[str]], int]) -> Callable[..., int]:
+    """Make the `main` of a verb: `verb` run by `run_verb`, on sys.argv by default."""
+
+    @wraps(verb)
+    def main(argv: Sequence[str] | None = None) -> int:
+        return run_verb(verb, argv)
+
+    return main

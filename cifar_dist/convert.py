@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from cifar_dist.command import run_verb
-from cifar_dist.errors import UsageError, require
+from cifar_dist.command import command
+from cifar_dist.errors import UsageError, one_line, require
 from cifar_dist.files import replace_file
 
 if TYPE_CHECKING:
@@ -24,21 +24,18 @@ if TYPE_CHECKING:
 PREFIXES = ("module.", "_orig_mod.")  # added to every name by DDP and torch.compile
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     """Parse the command line, convert, print, and return the exit code."""
-
-    def verb(arguments: Sequence[str]) -> int:
-        parser = argparse.ArgumentParser("cifar_dist.convert", allow_abbrev=False)
-        parser.add_argument("source", type=Path, metavar="IN.pt", help="file of torch.save")
-        parser.add_argument("target", type=Path, metavar="OUT.safetensors", help="file to write")
-        parser.add_argument("--key", help="entry of IN.pt that holds the state_dict")
-        options = parser.parse_args(list(arguments))
-        tensors = convert(options.source, options.target, options.key)
-        count = sum(tensor.numel() for tensor in tensors.values())
-        print(f"{options.target}: {len(tensors)} tensors, {count} parameters and buffers")
-        return 0
-
-    return run_verb(verb, argv)
+    parser = argparse.ArgumentParser("cifar_dist.convert", allow_abbrev=False)
+    parser.add_argument("source", type=Path, metavar="IN.pt", help="file of torch.save")
+    parser.add_argument("target", type=Path, metavar="OUT.safetensors", help="file to write")
+    parser.add_argument("--key", help="entry of IN.pt that holds the state_dict")
+    options = parser.parse_args(list(argv))
+    tensors = convert(options.source, options.target, options.key)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{options.target}: {len(tensors)} tensors, {count} parameters and buffers")
+    return 0
 
 
 def convert(source: Path, target: Path, key: str | None = None) -> Tensors:
@@ -93,7 +90,7 @@ def _read(source: Path) -> Any:
             "it, save only the network's state_dict()"
         ) from error
     except Exception as error:  # a damaged or malicious file may raise any exception
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise UsageError(
             f"'{source}' cannot be read as a file of torch.save ({reason}); get a new copy"
         ) from error

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from cifar_dist.command import run_verb
+from cifar_dist.command import command
 from cifar_dist.config import (
     DataConfig,
     new_parser,
@@ -29,27 +29,24 @@ MATRIX_CLASSES = 1000  # maximum number of classes for the confusion matrix in J
 TABLE_CLASSES = 20  # maximum number of classes for the confusion matrix in the table
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     """Parse the command line, evaluate, print, and return the exit code."""
+    options = _parse(argv)
+    from accelerate import PartialState
 
-    def verb(arguments: Sequence[str]) -> int:
-        options = _parse(arguments)
-        from accelerate import PartialState
-
-        result = evaluate_checkpoint(
-            options.checkpoint,
-            options.data,
-            options.split,
-            options.tta,
-            options.best,
-            options.model.name,
-        )
-        if PartialState().is_main_process:
-            print(json.dumps(result) if options.json else _table(result), flush=True)
-        leave_processes()
-        return 0
-
-    return run_verb(verb, argv)
+    result = evaluate_checkpoint(
+        options.checkpoint,
+        options.data,
+        options.split,
+        options.tta,
+        options.best,
+        options.model.name,
+    )
+    if PartialState().is_main_process:
+        print(json.dumps(result) if options.json else _table(result), flush=True)
+    leave_processes()
+    return 0
 
 
 def evaluate_checkpoint(

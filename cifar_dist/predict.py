@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cifar_dist.command import run_verb
+from cifar_dist.command import command
 from cifar_dist.errors import UsageError, require
 
 if TYPE_CHECKING:
@@ -27,46 +27,41 @@ if TYPE_CHECKING:
 BATCH = 256  # images decoded and classified at a time
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     """Parse the command line, predict, print, and return the exit code."""
-
-    def verb(arguments: Sequence[str]) -> int:
-        parser = argparse.ArgumentParser("cifar_dist.predict", allow_abbrev=False)
-        parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
-        parser.add_argument(
-            "--checkpoint", required=True, help="run folder (its newest checkpoint) or a checkpoint"
-        )
-        parser.add_argument(
-            "--best", action="store_true", help="use the best checkpoint of a run by validation"
-        )
-        parser.add_argument(
-            "--model.name",
-            dest="model",
-            help="FILE.py:NAME of the run, if its network is your own",
-        )
-        parser.add_argument("--top", type=int, default=3, help="number of classes per image")
-        parser.add_argument("--json", action="store_true", help="print one JSON object per line")
-        parser.add_argument(
-            "--bad-images",
-            choices=("skip", "stop"),
-            default="skip",
-            help="if an image cannot be decoded: skip it, report it and exit with code 1 at the "
-            "end, or stop at the first one before any result is printed",
-        )
-        options = parser.parse_args(list(arguments))
-        run = predict if options.bad_images == "stop" else stream_predictions
-        code = 0
-        for result in run(
-            options.checkpoint, options.images, options.top, options.best, options.model
-        ):
-            if "error" in result:
-                print(f"error: {_refusal(result)}", file=sys.stderr, flush=True)
-                code = 1
-            else:
-                print(json.dumps(result) if options.json else _row(result), flush=True)
-        return code
-
-    return run_verb(verb, argv)
+    parser = argparse.ArgumentParser("cifar_dist.predict", allow_abbrev=False)
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
+    parser.add_argument(
+        "--checkpoint", required=True, help="run folder (its newest checkpoint) or a checkpoint"
+    )
+    parser.add_argument(
+        "--best", action="store_true", help="use the best checkpoint of a run by validation"
+    )
+    parser.add_argument(
+        "--model.name",
+        dest="model",
+        help="FILE.py:NAME of the run, if its network is your own",
+    )
+    parser.add_argument("--top", type=int, default=3, help="number of classes per image")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument(
+        "--bad-images",
+        choices=("skip", "stop"),
+        default="skip",
+        help="if an image cannot be decoded: skip it, report it and exit with code 1 at the "
+        "end, or stop at the first one before any result is printed",
+    )
+    options = parser.parse_args(list(argv))
+    run = predict if options.bad_images == "stop" else stream_predictions
+    code = 0
+    for result in run(options.checkpoint, options.images, options.top, options.best, options.model):
+        if "error" in result:
+            print(f"error: {_refusal(result)}", file=sys.stderr, flush=True)
+            code = 1
+        else:
+            print(json.dumps(result) if options.json else _row(result), flush=True)
+    return code
 
 
 def predict(

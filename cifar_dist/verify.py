@@ -9,21 +9,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_dist.command import run_verb
+from cifar_dist.command import command
 from cifar_dist.errors import require
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     """Parse the command line, verify, print, and return the exit code."""
-
-    def verb(arguments: Sequence[str]) -> int:
-        parser = argparse.ArgumentParser("cifar_dist.verify", allow_abbrev=False)
-        parser.add_argument("places", nargs="+", metavar="RUN_OR_STEP")
-        places = parser.parse_args(list(arguments)).places
-        results = [_verify_all(place) for place in map(Path, places)]
-        return 0 if all(results) else 1
-
-    return run_verb(verb, argv)
+    parser = argparse.ArgumentParser("cifar_dist.verify", allow_abbrev=False)
+    parser.add_argument("places", nargs="+", metavar="RUN_OR_STEP")
+    places = parser.parse_args(list(argv)).places
+    results = [_verify_all(place) for place in map(Path, places)]
+    return 0 if all(results) else 1
 
 
 def _verify_all(place: Path) -> bool:

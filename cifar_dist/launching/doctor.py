@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cifar_dist.command import run_verb
+from cifar_dist.command import command
 from cifar_dist.config import OWN_KEYS, Recipe, flatten, local_path
 from cifar_dist.errors import UsageError
 from cifar_dist.launching.accelerate_config import read_config
@@ -45,12 +45,9 @@ UNEVEN = 2.0  # ratio of the slowest to the fastest process
 WORK = 512  # side of the matrices with which the speed of a process is measured
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     """Parse the command line, run the checks, and return 0, 1 with warnings, 2 with errors."""
-    return run_verb(_run, argv)
-
-
-def _run(argv: Sequence[str]) -> int:
     options, _, recipe, _ = _parser().read(argv)
     if options.explain:
         return _explain(options.explain, options.json)
@@ -136,8 +133,11 @@ def _compare(
     accelerator: Accelerator, peers: Peers, facts: Facts, findings: list[Finding]
 ) -> dict[str, Any]:
     """Compare machines, devices and configurations, and collect the findings of all ranks."""
-    token = f".doctor-{uuid.uuid4().hex}"
-    token = str(peers.exchange("token", token, STAGE_SECONDS)[0])
+    import torch
+
+    device = accelerator.device
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    token = str(peers.exchange("token", f".doctor-{uuid.uuid4().hex}", STAGE_SECONDS)[0])
     place = local_path(facts.recipe.out or ".").absolute()
     folder = next(path for path in (place, *place.parents) if path.is_dir())
     if peers.rank == 0:
@@ -145,7 +145,7 @@ def _compare(
     peers.exchange("written", 0, STAGE_SECONDS)
     mine = {
         "host": platform.node(),
-        "device": _device_id(accelerator.device),
+        "device": f"GPU-{properties.uuid}" if properties else "",
         "same": {"configuration": facts.config.digest},
         "clock": time.time(),
         "sees_out": (folder / token).exists(),
@@ -168,19 +168,10 @@ def _compare(
                 findings.append(there)
     findings += check_ranks(ranks)
     shown = {
-        f"rank_{rank}": f"{other['host']}, {other['device'] or accelerator.device.type}"
+        f"rank_{rank}": f"{other['host']}, {other['device'] or device.type}"
         for rank, other in enumerate(ranks)
     }
     return {**describe_machine(facts), **shown}
-
-
-def _device_id(device: torch.device) -> str:
-    """Return the UUID of a process's GPU, or "" on a CPU."""
-    import torch
-
-    if device.type != "cuda":
-        return ""
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def _check_all_reduce(

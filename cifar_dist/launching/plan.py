@@ -5,7 +5,6 @@ and every error that can be found before the launch.
 """
 
 import argparse
-import dataclasses
 import platform
 import shlex
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from cifar_dist.command import run_verb
+from cifar_dist.command import command
 from cifar_dist.config import Recipe
 from cifar_dist.errors import require
 from cifar_dist.launching.accelerate_config import AccelerateConfig, read_config
@@ -31,12 +30,9 @@ TEMPLATES = Path(__file__).parents[2] / "launch"
 ENGINES = ("accelerate", "torchrun", "ssh", "slurm", "kubernetes", "skypilot")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     """Parse the command line, print the plan, and return the exit code."""
-    return run_verb(_plan, argv)
-
-
-def _plan(argv: Sequence[str]) -> int:
     options, own, recipe, origin = _parser().read(argv)
     config = read_config(options.accelerate_config)
     facts = _facts(options, config, recipe)
@@ -148,11 +144,8 @@ def _seconds(
 
 def _numbers(prediction: Prediction, recipe: Recipe) -> dict[str, Any]:
     """Return a prediction as plain values, under the names of run.json."""
-    dataset = prediction.dataset
-    values = {
-        field.name: getattr(prediction, field.name) for field in dataclasses.fields(prediction)
-    }
-    del values["dataset"]
+    values = dict(vars(prediction))
+    dataset = values.pop("dataset")
     return {
         "world_size": values.pop("processes"),
         "train_images": len(dataset.train),
