@@ -220,16 +220,15 @@ def endpoint(facts: Facts) -> Iterator[Finding]:
 
 def interface(facts: Facts) -> Iterator[Finding]:
     """Check that gloo would not publish a loopback address, and that the host name resolves."""
-    if facts.machines > 1 and facts.address.startswith(LOOPBACK):
-        chosen = facts.environment.get("GLOO_SOCKET_IFNAME")
-        if not chosen:
-            fix = f"export GLOO_SOCKET_IFNAME={facts.interface or 'INTERFACE'}"
-            yield warning(
-                "loopback-address",
-                f"this machine's host name resolves to {facts.address}, which gloo would publish "
-                "to the other machines",
-                f"{fix} if the live doctor fails (cifar_dist sets it if it finds the interface)",
-            )
+    chosen = facts.environment.get("GLOO_SOCKET_IFNAME")
+    if facts.machines > 1 and facts.address.startswith(LOOPBACK) and not chosen:
+        yield warning(
+            "loopback-address",
+            f"this machine's host name resolves to {facts.address}, which gloo would publish to "
+            "the other machines",
+            f"export GLOO_SOCKET_IFNAME={facts.interface or 'INTERFACE'} if the live doctor fails "
+            "(cifar_dist sets it if it finds the interface)",
+        )
     if facts.nameless:
         name = facts.nameless
         yield warning(
@@ -248,7 +247,7 @@ def counts(facts: Facts) -> Iterator[Finding]:
             "total",
             f"num_processes is the total: {config.processes} over {config.machines} machines "
             f"would start {config.per_machine} on each",
-            f"{nearest_multiples(config.processes, config.machines)}",
+            nearest_multiples(config.processes, config.machines),
         )
     if facts.devices and facts.per_machine > len(facts.devices):
         yield error(

@@ -92,12 +92,13 @@ def describe_machine(facts: Facts) -> dict[str, str]:
     """Return the facts to show to a person, by name."""
     config = facts.config
     names = [f"{device.index} {device.name}" for device in facts.devices]
+    has_mps = sys.platform == "darwin" and platform.machine() == "arm64"
     launch = f"{facts.machines} machines x " if facts.machines > 1 else ""
     noun = "processes" if facts.per_machine > 1 else "process"
     return {
         "machine": f"{platform.node()} ({facts.address or 'no address'}), {platform.platform()}, "
         f"{facts.cores} cores, {psutil.virtual_memory().total / 1e9:.0f} GB",
-        "devices": ", ".join(names) or ("MPS" if _has_mps() else "CPU"),
+        "devices": ", ".join(names) or ("MPS" if has_mps else "CPU"),
         "versions": ", ".join(
             f"{name} {version(name)}" for name in ("cifar_dist", "torch", "accelerate")
         )
@@ -241,7 +242,3 @@ def _read_script(place: str | None) -> tuple[str, str] | None:
         return place, local_path(place).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"'{place}' cannot be read ({error}); name a Slurm script") from error
-
-
-def _has_mps() -> bool:
-    return sys.platform == "darwin" and platform.machine() == "arm64"

@@ -169,17 +169,44 @@ class Comparison:
         """Train on one process from weights that differ in the last bit."""
         rounded = self.folder / f"rounded-{number}.safetensors"
         _write_rounded(network, rounded)
-        out = self.folder / f"control-{number}"
-        return _differ(
-            self.alone,
-            _train(1, [*self.options, "--model.weights", str(rounded)], out, self.program),
-            self.begun,
-        )
+        run = self._train(1, 1, "--model.weights", str(rounded))
+        return _differ(self.alone, run, self.begun)
 
-    def _train(self, processes: int, parts: int = 1) -> Run:
+    def _train(self, processes: int, parts: int = 1, *options: str) -> Run:
+        """Run the real command, with `parts` times as many micro-batches, and read its results.
+
+        Raises:
+            TrainingFailed: a run on several processes failed.
+            UsageError: a run on one process failed, whatever the world size.
+        """
+        from cifar_dist.storage.checkpoint import checkpoints_in, load_checkpoint
+
         out = self.folder / f"{processes}-{parts}"
+        launcher = [*ON_THIS_MACHINE, "--nproc_per_node", str(processes)]
+        start = [sys.executable, *launcher * (processes > 1), *self.program]
         accumulated = ["--train.accumulate", str(self.recipe.train.accumulate * parts)]
-        return _train(processes, [*self.options, *accumulated], out, self.program)
+        done = subprocess.run(
+            [*start, *self.options, *accumulated, *options, "--out", str(out)],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
+        if done.returncode:
+            lines = done.stderr.splitlines()
+            errors = [line for line in lines if line.startswith("error: ")]
+            words = (errors or lines or ["it exited without an error message"])[-1]
+            failure = UsageError if processes == 1 else TrainingFailed
+            raise failure(words.removeprefix("error: "))
+        steps = [line for line in read_metrics(out) if line["split"] == "train_window"]
+        run = Run(
+            [line["loss"] for line in steps],
+            [line["gradient_norm"] for line in steps],
+            [load_checkpoint(path).model for path in checkpoints_in(out / "checkpoints")],
+            json.loads((out / "run.json").read_text(encoding="utf-8")),
+        )
+        shutil.rmtree(out)  # weights and optimizer state of each step
+        return run
 
 
 def _shorten(recipe: Recipe, several: Sequence[int], steps: int) -> tuple[list[str], list[str]]:
@@ -220,41 +247,6 @@ def has_batchnorm(network: nn.Module) -> bool:
     from torch.nn.modules.batchnorm import _BatchNorm
 
     return any(isinstance(layer, _BatchNorm) for layer in network.modules())
-
-
-def _train(processes: int, options: Sequence[str], out: Path, program: Sequence[str]) -> Run:
-    """Run the real command and read its results.
-
-    Raises:
-        TrainingFailed: a run on several processes failed.
-        UsageError: a run on one process failed, whatever the world size.
-    """
-    from cifar_dist.storage.checkpoint import checkpoints_in, load_checkpoint
-
-    launcher = [*ON_THIS_MACHINE, "--nproc_per_node", str(processes)]
-    start = [sys.executable, *launcher * (processes > 1), *program]
-    done = subprocess.run(
-        [*start, *options, "--out", str(out)],
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        words = (errors or done.stderr.splitlines() or ["it exited without an error message"])[-1]
-        if processes == 1:
-            raise UsageError(words.removeprefix("error: "))
-        raise TrainingFailed(words.removeprefix("error: "))
-    steps = [line for line in read_metrics(out) if line["split"] == "train_window"]
-    run = Run(
-        [line["loss"] for line in steps],
-        [line["gradient_norm"] for line in steps],
-        [load_checkpoint(path).model for path in checkpoints_in(out / "checkpoints")],
-        json.loads((out / "run.json").read_text(encoding="utf-8")),
-    )
-    shutil.rmtree(out)  # weights and optimizer state of each step
-    return run
 
 
 def _build(recipe: Recipe, run: Run) -> nn.Module:
