@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -63,19 +64,12 @@ class UserCode:
         A class or function defined in a notebook or an interactive session has no file. Its source
         is hashed instead, if Python has it.
         """
-        files = self.files()
-        if files:
-            return {
-                path.relative_to(self.root).as_posix(): hashlib.sha256(
-                    path.read_bytes()
-                ).hexdigest()
-                for path in files
-            }
-        try:
-            source = inspect.getsource(self.object)
-        except (OSError, TypeError):
-            source = ""
-        return {self.place: hashlib.sha256(source.encode()).hexdigest()}
+        sources = {p.relative_to(self.root).as_posix(): p.read_bytes() for p in self.files()}
+        if not sources:
+            sources[self.place] = b""
+            with suppress(OSError, TypeError):
+                sources[self.place] = inspect.getsource(self.object).encode()
+        return {name: hashlib.sha256(source).hexdigest() for name, source in sources.items()}
 
     def fail(self, option: str, error: BaseException) -> UserCodeError:
         """Return a UserCodeError for an exception that this code raised."""

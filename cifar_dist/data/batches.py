@@ -6,7 +6,7 @@ does not change the batches.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -114,7 +114,7 @@ def build_loader(
     loader: DataLoader = DataLoader(
         dataset,
         batch_sampler=sampler,  # type: ignore[arg-type]  # batches of positions as tensors
-        collate_fn=_as_it_is,
+        collate_fn=lambda batch: batch,
     )
     return accelerator.prepare(loader), sampler
 
@@ -125,7 +125,3 @@ def build_evaluation_loader(accelerator: Accelerator, images: Images) -> DataLoa
     height, width = images.images.shape[1:3]
     each = max(1, min(most, most * 32 * 32 // (height * width)))
     return build_loader(accelerator, images, each * accelerator.num_processes, None)[0]
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

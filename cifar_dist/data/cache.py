@@ -103,7 +103,6 @@ def load_or_build(folder: Path, key: str, build: Callable[[CacheWriter], None]) 
                 pass
             except Damaged as error:
                 damage = f"the cached images in {_place(folder, key)} are damaged ({error})"
-            if damage:
                 print(f"warning: {damage}; decoding them again", file=sys.stderr, flush=True)
             _build(folder, key, build)
             return _open_built(folder, key)
