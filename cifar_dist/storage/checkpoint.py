@@ -28,7 +28,7 @@ from safetensors.torch import load, load_file, save_file
 
 from cifar_dist import files
 from cifar_dist.config import Recipe, from_dict, local_path, to_dict
-from cifar_dist.errors import RunError, UsageError
+from cifar_dist.errors import RunError, UsageError, require
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
@@ -448,10 +448,10 @@ def _find(place: str, best: bool, read: Callable[[Path], T], warn: bool = True) 
             if found is None:
                 raise UsageError(f"the run in '{place}' has not saved a checkpoint yet")
             return found
-        if not _exists(path / MANIFEST):
-            raise UsageError(
-                f"'{place}' is neither a run folder nor a checkpoint (a folder with {MANIFEST})"
-            )
+        require(
+            _exists(path / MANIFEST),
+            f"'{place}' is neither a run folder nor a checkpoint (a folder with {MANIFEST})",
+        )
         return path, read(path)
     except DamagedCheckpoint as error:
         raise UsageError(f"the checkpoint is damaged: {error}") from error
@@ -472,8 +472,7 @@ def _choose(
 
 
 def _newest(folder: Path, read: Callable[[Path], T], warn: bool) -> tuple[Path, T] | None:
-    if folder.is_symlink():
-        raise UsageError(f"'{folder}' is a symbolic link; put the folder itself there")
+    require(not folder.is_symlink(), f"'{folder}' is a symbolic link; put the folder itself there")
     reasons = []
     for path in reversed(checkpoints_in(folder)):
         try:
@@ -486,11 +485,11 @@ def _newest(folder: Path, read: Callable[[Path], T], warn: bool) -> tuple[Path, 
             for reason in reasons if warn else ():
                 print(f"warning: damaged checkpoint {reason}; using {path.name}", flush=True)
             return path, found
-    if reasons:
-        raise UsageError(
-            f"no checkpoint in '{folder}' is whole ({'; '.join(reasons)}); restore one, or start "
-            "a new run with another --out"
-        )
+    require(
+        not reasons,
+        f"no checkpoint in '{folder}' is whole ({'; '.join(reasons)}); restore one, or start a new "
+        "run with another --out",
+    )
     return None
 
 

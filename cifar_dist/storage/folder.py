@@ -21,7 +21,7 @@ import filelock
 
 from cifar_dist import __version__
 from cifar_dist.config import Recipe, differences, dump_recipe, load_recipe, local_path
-from cifar_dist.errors import UsageError, one_line
+from cifar_dist.errors import UsageError, one_line, require
 from cifar_dist.files import replace_file
 
 LINE = {"split": str, "epoch": int, "step": int}  # keys of every line of metrics.jsonl
@@ -136,8 +136,7 @@ def _usable(out: Path) -> Iterator[None]:
 def _check_checkpoints(out: Path) -> None:
     """Refuse a folder of checkpoints in which every save would fail."""
     folder = out / "checkpoints"
-    if folder.is_symlink():
-        raise UsageError(f"'{folder}' is a symbolic link; put the folder itself there")
+    require(not folder.is_symlink(), f"'{folder}' is a symbolic link; put the folder itself there")
     usable = folder.is_dir() and os.access(folder, os.R_OK | os.W_OK | os.X_OK)
     if os.path.lexists(folder) and not usable:
         reason = "cannot be read and written" if folder.is_dir() else "is not a folder"
@@ -153,25 +152,24 @@ def _check_recipe(recipe: Recipe, out: Path) -> None:
     )
     if not saved and not (os.path.lexists(path) and os.path.lexists(out / "status.json")):
         return  # no run, or a run that was refused before it started
-    if recipe.resume != "auto":
-        raise UsageError(
-            f"'{out}' already holds a run; name another folder with --out, or continue that run "
-            "with --resume auto"
-        )
+    require(
+        recipe.resume == "auto",
+        f"'{out}' already holds a run; name another folder with --out, or continue that run with "
+        "--resume auto",
+    )
     damage = _damage_of(path)
     if saved and (damage or not os.path.lexists(path)):
         return  # checkpoints contain the recipe too; it is compared when one is loaded
-    if damage:
-        raise UsageError(
-            f"{damage}, and no checkpoint in '{out}' holds the recipe; name another folder with "
-            "--out"
-        )
+    require(
+        not damage,
+        f"{damage}, and no checkpoint in '{out}' holds the recipe; name another folder with --out",
+    )
     found = differences(load_recipe(path), recipe)
-    if found:
-        raise UsageError(
-            f"'{out}' holds a run of another recipe ({'; '.join(found)}); name another folder with "
-            "--out, or use the same recipe to continue"
-        )
+    require(
+        not found,
+        f"'{out}' holds a run of another recipe ({'; '.join(found)}); name another folder with "
+        "--out, or use the same recipe to continue",
+    )
 
 
 def _damage_of(path: Path) -> str:
