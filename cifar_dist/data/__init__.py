@@ -45,6 +45,14 @@ class Dataset:
         """Class names, in label order."""
         return self.train.classes
 
+    def require_batch(self, size: int) -> None:
+        """Raise UsageError unless the training images fill a batch of `size` images."""
+        images = len(self.train)
+        require(
+            size <= images,
+            f"train.batch_size {size} exceeds the {images} training images; give {images} or less",
+        )
+
 
 def load_dataset(config: DataConfig) -> Dataset:
     """Load, split and limit a dataset as the options data.* require.

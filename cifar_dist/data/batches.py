@@ -44,11 +44,6 @@ class ImageDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the images; positions must be on it too."""
-        return self.rows.device
-
     def __getitems__(self, positions: torch.Tensor) -> Batch:
         rows = self.rows[positions]
         return Batch(
@@ -110,7 +105,7 @@ def build_loader(
 ) -> tuple[DataLoader, GlobalBatches]:
     """Return the loader of this process's slices, and the sampler that sets where it starts."""
     dataset = ImageDataset(images, accelerator.device)
-    sampler = GlobalBatches(len(images), batch_size, seed, together, dataset.device)
+    sampler = GlobalBatches(len(images), batch_size, seed, together, dataset.rows.device)
     loader: DataLoader = DataLoader(
         dataset,
         batch_sampler=sampler,  # type: ignore[arg-type]  # batches of positions as tensors

@@ -75,11 +75,7 @@ def predict(recipe: Recipe, processes: int) -> Prediction:
     """
     train, dataset = recipe.train, count_images(recipe.data)
     images, side = len(dataset.train), dataset.train.image_size
-    require(
-        train.batch_size <= images,
-        f"train.batch_size {train.batch_size} exceeds the {images} training images; give {images} "
-        "or less",
-    )
+    dataset.require_batch(train.batch_size)
     per_epoch = images // train.batch_size
     costs = measure_network(recipe.model, len(dataset.classes), side)
     part = train.batch_size // train.accumulate // processes

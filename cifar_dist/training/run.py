@@ -131,7 +131,7 @@ def _start(recipe: Recipe, lock: RunLock, preemption: Preemption, code: UserCode
         hashes = [code.hashes() for code in codes.values()]
         peers.compare("source code", {name: h for files in hashes for name, h in files.items()})
         dataset = load_dataset(recipe.data)
-        _check_dataset(recipe, dataset)
+        dataset.require_batch(recipe.train.batch_size)
         # Listing and decoding the images may take one machine longer than the others.
         peers.compare("dataset", describe(dataset), seconds=None)
         start = on_main_process(accelerator, lambda: find_start(recipe, dataset, codes))
@@ -304,14 +304,6 @@ def _check_batch_size(recipe: Recipe, world: int) -> None:
         f"train.batch_size {size} does not divide among {world} processes"
         + (f" x {recipe.train.accumulate} parts" if recipe.train.accumulate > 1 else "")
         + f"; {nearest_multiples(size, parts)}",
-    )
-
-
-def _check_dataset(recipe: Recipe, dataset: Dataset) -> None:
-    size, images = recipe.train.batch_size, len(dataset.train)
-    require(
-        size <= images,
-        f"train.batch_size {size} exceeds the {images} training images; give {images} or less",
     )
 
 
