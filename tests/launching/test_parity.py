@@ -103,7 +103,7 @@ def test_random_layers_that_stay_on_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = parity.Run([], [], [], {"classes": list(range(10))})
-    monkeypatch.setattr(parity, "_train", lambda *_: alone)
+    monkeypatch.setattr(parity.Comparison, "_train", lambda *_: alone)
     network = nn.Sequential(nn.RReLU(), nn.Flatten(), nn.Linear(3072, 10))
     monkeypatch.setattr(parity, "_build", lambda *_: network)
     assert parity.main(TINY) == 2
