@@ -130,11 +130,10 @@ class Comparison:
         )
         self.normalised = has_batchnorm(network) and not recipe.train.sync_batchnorm
         self.begun = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
-        self.noise = largest([self._control(network, number) for number in range(CONTROLS)])
-        self.report[f"1 process, the last bits of its first weights changed, {CONTROLS} runs"] = (
-            self.noise.describe()
-        )
-        self.findings += self.noise.blur()
+        self.rounded = [folder / f"rounded-{number}.safetensors" for number in range(CONTROLS)]
+        for path in self.rounded:
+            _write_rounded(network, path)
+        self.noise: dict[int, Difference] = {}
 
     def judge(self, number: int) -> None:
         """Train on `number` processes and compare with one process."""
@@ -147,12 +146,14 @@ class Comparison:
             return
         plain = f"{number} processes against 1"
         name = f"{plain} in {number} micro-batches" if self.normalised else plain
-        exact = self._train(1, number) if self.normalised else self.alone
+        parts = number if self.normalised else 1
+        exact = self._train(1, parts) if parts > 1 else self.alone
+        noise = self._measure_noise(exact, parts)
         difference = _differ(exact, together, self.begun)
         self.report[name] = difference.describe()
         self.findings += [
             error("differs", f"{name}: {what}", "that is a bug")
-            for what in difference.beyond(self.noise)
+            for what in difference.beyond(noise)
         ]
         if self.normalised:
             self.report[plain] = _differ(self.alone, together, self.begun).describe()
@@ -165,12 +166,21 @@ class Comparison:
                 )
             )
 
-    def _control(self, network: nn.Module, number: int) -> Difference:
-        """Train on one process from weights that differ in the last bit."""
-        rounded = self.folder / f"rounded-{number}.safetensors"
-        _write_rounded(network, rounded)
-        run = self._train(1, 1, "--model.weights", str(rounded))
-        return _differ(self.alone, run, self.begun)
+    def _measure_noise(self, exact: Run, parts: int) -> Difference:
+        """Return the difference that rounding makes, in batches of `parts` micro-batches.
+
+        It depends on them, because BatchNorm over fewer values amplifies rounding errors more.
+        """
+        if parts not in self.noise:
+            runs = [self._train(1, parts, "--model.weights", str(path)) for path in self.rounded]
+            noise = largest([_differ(exact, run, self.begun) for run in runs])
+            name = f"1 process in {parts} micro-batches" if parts > 1 else "1 process"
+            self.report[f"{name}, the last bits of its first weights changed, {CONTROLS} runs"] = (
+                noise.describe()
+            )
+            self.findings += noise.blur()
+            self.noise[parts] = noise
+        return self.noise[parts]
 
     def _train(self, processes: int, parts: int = 1, *options: str) -> Run:
         """Run the real command, with `parts` times as many micro-batches, and read its results.
