@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from cifar_dist import __version__
+from cifar_dist.errors import suggest
 from cifar_dist.processes.streams import complain, open_streams
 
 VERBS = {
@@ -26,8 +28,11 @@ def main() -> int:
         print("usage: cifar-dist VERB [options]; `cifar-dist VERB --help` lists the options\n")
         print("\n".join(f"  {name:10} {what}" for name, what in VERBS.items()))
         return 0
+    if verb == "--version":
+        print(f"cifar-dist {__version__}")
+        return 0
     if verb not in VERBS:
-        complain(f"error: unknown verb '{verb}'; choose from {', '.join(VERBS)}")
+        complain(f"error: unknown verb '{verb}'{suggest(verb, list(VERBS))}")
         return 2
     package = "cifar_dist.launching" if verb in LAUNCHING else "cifar_dist"
     module = importlib.import_module(f"{package}.{verb}")

@@ -1,15 +1,57 @@
-"""Run a command: errors become one line on stderr and an exit code."""
+"""Run a command: parse its options, and turn errors into one line on stderr and an exit code."""
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
+from typing import Any, NoReturn
 
-from cifar_dist.errors import RunFailed, UsageError
+from cifar_dist import __version__
+from cifar_dist.errors import RunFailed, UsageError, nearest
 from cifar_dist.processes.ending import end_command
 from cifar_dist.processes.preemption import Preempted
 from cifar_dist.processes.streams import complain, is_lost, open_streams
 
 NOBODY_READS = 128 + 13  # a shell's exit code for SIGPIPE, which Windows does not have
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser for the options of one verb. An error is a UsageError, so it is one line.
+
+    Args:
+        verb: the name, such as "evaluate".
+        description: the text for `--help`.
+        epilog: the last line of `--help`.
+    """
+
+    def __init__(self, verb: str, description: str | None, epilog: str | None = None) -> None:
+        super().__init__(
+            f"cifar-dist {verb}",
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--version", action="version", version=f"cifar-dist {__version__}")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError."""
+        raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+    def read(self, argv: Sequence[str]) -> Any:
+        """Return the options.
+
+        Raises:
+            UsageError: an option is unknown or invalid.
+        """
+        options, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            known = list(self._option_string_actions)
+            raise UsageError(
+                f"unexpected argument '{name}'{nearest(name, known)}; see {self.prog} --help"
+            )
+        return options
 
 
 def run_verb(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:

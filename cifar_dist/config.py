@@ -5,20 +5,30 @@ misspelt key is an error within a fraction of a second.
 """
 
 import dataclasses
+import difflib
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
 from cifar_dist import user_code
 from cifar_dist.errors import UsageError, one_line, require, require_known, suggest
 from cifar_dist.files import local_path
+from cifar_dist.values import (
+    CORE,
+    RecipeLoader,
+    Types,
+    check_value,
+    describe,
+    dump,
+    parse_node,
+    parse_text,
+)
 
 RECIPES = Path(__file__).parent / "recipes"
 LARGEST_IMAGE = 2048  # pixels; limits the memory that an untrusted checkpoint can allocate
@@ -29,9 +39,10 @@ class DataConfig:
     """The dataset.
 
     Attributes:
-        name: cifar10 and cifar100 are downloaded into `root` if missing. imagefolder reads
-            `root`/train and `root`/test (or val, valid, validation), or class folders directly in
-            `root`, split by `val_fraction`. synthetic draws ten classes of shapes, without files.
+        name: the dataset. cifar10 and cifar100 are downloaded into `root` if missing. imagefolder
+            reads `root`/train and `root`/test (or val, valid, validation), or class folders
+            directly in `root`, split by `val_fraction`. synthetic draws ten classes of shapes,
+            without files.
         root: folder of the dataset.
         image_size: height and width of the images in pixels; null means 32.
         limit_train: number of training images, a random subset; null means all.
@@ -42,7 +53,7 @@ class DataConfig:
             train.seed, so that runs with different seeds have the same split.
         normalize: subtract the mean of each channel and divide by its standard deviation; false
             leaves pixels in [0, 1].
-        bad_images: for imagefolder; stop at an image that cannot be decoded, or skip and report it.
+        bad_images: at an image that cannot be decoded, stop, or skip and report it (imagefolder).
         cache: folder of the cache of decoded images; null means ~/.cache/cifar-dist, or
             cifar-dist in XDG_CACHE_HOME.
     """
@@ -134,14 +145,14 @@ class OptimConfig:
     """The optimizer.
 
     Attributes:
-        name: sgd, adamw or muon. muon orthogonalises the updates of convolution filters and trains
+        name: the optimizer. muon orthogonalises the updates of convolution filters and trains
             all other parameters with SGD.
         lr: learning rate for the global batch size; follows the schedule.
         bias_lr: learning rate for biases (Muon with speednet only); null means `lr`. Follows the
             schedule.
         head_lr: learning rate for the head (Muon with speednet only); null means `lr`. Follows the
             schedule.
-        momentum: momentum of sgd; with muon, momentum of the convolution filters.
+        momentum: momentum; with muon, that of the convolution filters.
         nesterov: Nesterov momentum for sgd. Muon always uses it.
         weight_decay: L2 penalty with sgd and muon, decoupled weight decay with adamw. With muon,
             convolution filters have none.
@@ -184,9 +195,9 @@ class ScheduleConfig:
         name: shape of the schedule after the warm-up.
         warmup_epochs: length of the linear warm-up from 0, in epochs. one_cycle warms up from
             lr/25; if this is 0, over the first 30 % of the run.
-        step_epochs: for step; epochs between two drops of the learning rate.
-        gamma: for step; factor of each drop.
-        final: for cosine, linear and one_cycle; final learning rate as a fraction of optim.lr.
+        step_epochs: epochs between two drops of the learning rate (step only).
+        gamma: factor of each drop (step only).
+        final: final learning rate as a fraction of optim.lr (cosine, linear and one_cycle).
     """
 
     name: Literal["constant", "step", "cosine", "linear", "one_cycle"] = "constant"
@@ -297,14 +308,19 @@ class TrackConfig:
 
     Attributes:
         log_with: trackers by Accelerate's names (tensorboard, wandb, ...); [] means none.
-        every_steps: optimizer steps between records of the training loss; 0 means once per epoch.
+        every_steps: optimizer steps between records of the training loss; 0 means once per epoch,
+            null every 50 steps or more often, so that a run has at least 20 records.
     """
 
     log_with: list[str] = field(default_factory=lambda: ["tensorboard"])
-    every_steps: int = 50
+    every_steps: int | None = None
 
     def __post_init__(self) -> None:
         _at_least(self, "track", 0, "every_steps")
+
+    def interval(self, steps: int) -> int:
+        """Return the steps between two records in a run of `steps`; 0 means once per epoch."""
+        return max(1, min(50, steps // 20)) if self.every_steps is None else self.every_steps
 
 
 @dataclass(frozen=True)
@@ -424,7 +440,7 @@ def comparable(recipe: Recipe) -> dict[str, Any]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML; `--config PATH` reads it back."""
-    return _dump(to_dict(recipe))
+    return dump(to_dict(recipe))
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -438,61 +454,6 @@ def load_recipe(path: Path) -> Recipe:
     whole = path.read_bytes().endswith(b"\n") and set(sections) <= set(values)
     require(whole, f"recipe '{path}' is incomplete")
     return from_dict(values)
-
-
-class RecipeLoader(yaml.SafeLoader):
-    """YAML loader that refuses duplicate keys and reads numbers as decimal.
-
-    PyYAML's own loader keeps the last of several equal keys. It reads numbers by YAML 1.1: 010 as
-    8, 1:30 as 90, and 1e-3 as text.
-    """
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # as PyYAML declares it
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        """Compose a mapping, and refuse duplicate keys."""
-        node = super().compose_mapping_node(anchor)
-        lines: dict[Any, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key.value, str):
-                require(
-                    key.value not in lines,
-                    f"{key.value} is given twice in {self.name}, "
-                    f"lines {lines.get(key.value)} and {line}",
-                )
-                lines[key.value] = line
-        return node
-
-
-class RecipeDumper(yaml.SafeDumper):
-    """YAML dumper that quotes every string that RecipeLoader would not read as a string."""
-
-
-CORE = "tag:yaml.org,2002:"
-FLOAT = re.compile(
-    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$"
-    r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
-    r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
-)
-WORDS = "yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF"
-SCALARS = {  # in the order in which they are tried, with their possible first characters
-    "null": (re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-    "bool": (re.compile(f"(?:{WORDS})$"), list("yYnNtTfFoO")),
-    "int": (re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")),
-    "float": (FLOAT, list("-+.0123456789")),
-}
-for _name, _scalar in SCALARS.items():
-    RecipeLoader.add_implicit_resolver(f"{CORE}{_name}", *_scalar)
-RecipeDumper.add_implicit_resolver(f"{CORE}float", *SCALARS["float"])
-
-
-def _load(text: str) -> Any:
-    return yaml.load(text, Loader=RecipeLoader)
-
-
-def _dump(values: Any) -> str:
-    return yaml.dump(values, Dumper=RecipeDumper, sort_keys=False)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -537,14 +498,19 @@ def _read_keys(loader: RecipeLoader, root: Any, path: Path) -> dict[str, Any]:
             key not in lines, f"{key} is given twice in {path}, lines {lines.get(key)} and {line}"
         )
         lines[key] = line
-        holder, (*sections, name) = values, key.split(".")
-        for section in sections:
-            holder = holder.setdefault(section, {})
         if key in types:
-            holder[name] = _read_value(loader, node, types[key], key, place)
+            _set(values, key, parse_node(loader, node, types[key], key, place))
         elif node.tag != f"{CORE}null":
-            holder[name] = loader.construct_object(node, deep=True)
+            _set(values, key, loader.construct_object(node, deep=True))
     return values
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set values[section][key], or values[key] for a key without section."""
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[name] = value
 
 
 def _leaves(root: Any) -> Iterator[tuple[str, int, Any]]:
@@ -562,70 +528,14 @@ def _leaves(root: Any) -> Iterator[tuple[str, int, Any]]:
             yield str(name.value), name.start_mark.line + 1, node
 
 
-def _read_value(loader: RecipeLoader, node: Any, types: Sequence[Any], key: str, place: str) -> Any:
-    """Return the value of a YAML node; `types` are the types that its key accepts."""
-    items = next((get_args(kind) for kind in types if get_origin(kind) is list), None)
-    if items and isinstance(node, yaml.SequenceNode):
-        return [_read_value(loader, item, items, key, place) for item in node.value]
-    require(isinstance(node, yaml.ScalarNode), f"{key} is not a single value in {place}")
-    text, plain = node.value, node.style is None
-    require(
-        node.tag in (f"{CORE}str", loader.resolve(yaml.ScalarNode, text, (plain, not plain))),
-        f"{key} has the tag {node.tag} in {place}; remove the tag",
-    )
-    value = loader.construct_object(node)
-    if value is None:
-        require(NoneType in types, f"{key} has no value in {place}; give one, or remove the key")
-    elif plain:
-        words = [word for kind in types if get_origin(kind) is Literal for word in get_args(kind)]
-        if words or str in types:
-            require(
-                not words or text in words,
-                f"{key} is {text} in {place}; give one of {', '.join(words)}",
-            )
-            require(
-                isinstance(value, str),
-                f'{key}: write "{text}" in quotes in {place}; without them YAML reads {value}',
-            )
-        elif any(get_origin(kind) is dict for kind in types):
-            raise UsageError(
-                f"{key} is {text} in {place}; give options by name, such as {{width: 64}}"
-            )
-        elif items:
-            raise UsageError(f"{key} is {text} in {place}; give a list, such as [] or [{text}]")
-    if value is not None:
-        _require_number(text, types, f"{key} in {place}")
-    return value
-
-
-def _require_number(text: str, types: Sequence[Any], name: str) -> None:
-    """Refuse a number that is not decimal; jsonargparse would read it by YAML 1.1."""
-    if {int, float} & set(types):
-        tag = RecipeLoader("").resolve(yaml.ScalarNode, text.strip(), (True, False))
-        allowed = ("int", "float", *["null"] * (NoneType in types))
-        require(
-            tag in [f"{CORE}{kind}" for kind in allowed],
-            f"{name}: '{text}' is not a decimal number; give one such as 10 or 0.5",
-        )
-
-
-def _require_numbers(argv: Sequence[str]) -> None:
-    """Refuse numbers on the command line that are not decimal."""
-    types = _types()
-    for arg, following in zip(argv, [*argv[1:], ""], strict=False):
-        name, equals, value = arg.partition("=")
-        kinds = types.get(name.removeprefix("--").rstrip("+"), ())
-        text = value if equals else following
-        _require_number(text, kinds, name)
-        for kind in kinds:
-            if get_origin(kind) is list:
-                for item in re.findall(r"[^][, ]+", text):
-                    _require_number(item.strip("'\""), get_args(kind), name)
+def types_of(key: str) -> Types:
+    """Return the types of a key; a value has one of them."""
+    return _types()[key]
 
 
 @cache
-def _types() -> dict[str, tuple[Any, ...]]:
-    """Return {"section.key": types}; a value has one of the types."""
+def _types() -> dict[str, Types]:
+    """Return {"section.key": types}."""
     found: dict[str, Any] = {}
     for name, kind in get_type_hints(Recipe).items():
         if dataclasses.is_dataclass(kind):
@@ -645,7 +555,8 @@ def parse_recipe(argv: Sequence[str]) -> tuple[Recipe, str]:
     """Read the command line of `train`.
 
     Args:
-        argv: `[--config RECIPE] [--section.key value ...]`; RECIPE is a file or a shipped name.
+        argv: `[RECIPE] [--section.key value ...]`, or `--config RECIPE`; RECIPE is a file or a
+            shipped name.
 
     Returns:
         The recipe, and a description of its origin for the banner.
@@ -653,45 +564,19 @@ def parse_recipe(argv: Sequence[str]) -> tuple[Recipe, str]:
     Raises:
         UsageError: the recipe or a key is unknown, or a value has the wrong type.
     """
-    argv, path = _resolve_config([_rename_option(arg) for arg in argv])
-    recipe = _build_recipe(argv, read_recipe(path), path.parent)
-    overrides = sum(arg.startswith("--") for arg in argv)
-    shown = path.stem if path.parent == RECIPES else str(path)
-    return recipe, f"recipe {shown}" + (f" with {overrides} overrides" if overrides else "")
-
-
-def _build_recipe(argv: Sequence[str], content: dict[str, Any], folder: Path) -> Recipe:
-    """Return the recipe of a command line and the values of a recipe file in `folder`."""
-    parser = new_parser("cifar_dist.train")
-    parser.add_argument(
-        "--config",
-        action="config",
-        help=f"YAML file or shipped recipe ({', '.join(recipe_names())}); default: cifar10",
+    options, path = _take_recipe(argv)
+    overrides, others = parse_overrides(options)
+    require(
+        not others,
+        f"unexpected argument '{' '.join(others[:1])}'; the recipe comes first, and options begin "
+        "with --",
     )
-    parser.add_class_arguments(Recipe)
-    refuse_unknown_options(parser, argv)
-    values = parse_strictly(parser, argv, content)
-    recipe = Recipe(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Recipe)})
-    return _find_code(recipe, folder)
-
-
-def _find_code(recipe: Recipe, folder: Path) -> Recipe:
-    """Look up source files in the recipe's folder if the working directory has none."""
-
-    def find(place: str) -> str:
-        file, _, name = place.rpartition(":")
-        beside = file.endswith(".py") and not local_path(file).exists() and folder / file
-        return f"{beside}:{name}" if beside and beside.is_file() else place
-
-    model = dataclasses.replace(recipe.model, name=find(recipe.model.name))
-    train = dataclasses.replace(recipe.train, loss=recipe.train.loss and find(recipe.train.loss))
-    return dataclasses.replace(recipe, model=model, train=train)
-
-
-def _rename_option(arg: str) -> str:
-    key, equals, value = arg.partition("=")
-    new = RENAMED.get(key.removeprefix("--"))
-    return f"--{new}{equals}{value}" if new and key.startswith("--") else arg
+    values = read_recipe(path)
+    for key, value in overrides.items():
+        _set(values, key, value)
+    shown = path.stem if path.parent == RECIPES else str(path)
+    count = f" with {len(overrides)} option{'s' * (len(overrides) > 1)}" if overrides else ""
+    return _build(values, path.parent), f"recipe {shown}{count}"
 
 
 def make_recipe(recipe: "str | Path | Recipe", options: Mapping[str, Any]) -> Recipe:
@@ -705,73 +590,113 @@ def make_recipe(recipe: "str | Path | Recipe", options: Mapping[str, Any]) -> Re
         UsageError: the recipe or a key is unknown, or a value has the wrong type.
     """
     if isinstance(recipe, Recipe):
-        content, folder = to_dict(recipe), Path()
+        values, folder = to_dict(recipe), Path()
     else:
-        path = _resolve_config(["--config", str(recipe)])[1]
-        content, folder = read_recipe(path), path.parent
+        path = _find_recipe(str(recipe))
+        values, folder = read_recipe(path), path.parent
     types = _types()
     for key, value in options.items():
         key = RENAMED.get(key, key)
         if not key.startswith(OPTIONS):
             require_known(key, types, f"unknown option '{key}'")
-        holder, (*sections, name) = content, key.split(".")
-        for section in sections:
-            holder = holder.setdefault(section, {})
-        holder[name] = str(value) if isinstance(value, Path) else value
-    return _build_recipe([], content, folder)
+            value = str(value) if isinstance(value, Path) else value
+            value = check_value(value, types[key], key)
+        _set(values, key, value)
+    return _build(values, folder)
 
 
-def new_parser(prog: str) -> Any:
-    """Return a jsonargparse parser that reads values with RecipeLoader."""
-    import jsonargparse
-
-    jsonargparse.set_loader("recipe", _load, exceptions=(yaml.YAMLError,))
-    jsonargparse.set_dumper("recipe", _dump)
-    return jsonargparse.ArgumentParser(
-        prog=prog, exit_on_error=False, allow_abbrev=False, parser_mode="recipe"
-    )
-
-
-def parse_strictly(parser: Any, argv: Sequence[str], content: dict[str, Any] | None = None) -> Any:
-    """Parse with a jsonargparse parser and return its instantiated values.
+def parse_overrides(argv: Sequence[str], section: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Read `--section.key value` and `--section.key=value`.
 
     Args:
-        parser: result of `new_parser`.
-        argv: the command line.
-        content: values of a recipe file, which the command line overrides.
+        section: prefix of the keys to read, such as "data."; "" means all.
+
+    Returns:
+        {"section.key": value}, in the order of the command line, and the other words.
 
     Raises:
-        UsageError: a value has the wrong type; jsonargparse's message is folded into one line.
+        UsageError: a key is unknown, or a value is missing or has the wrong type.
     """
-    import argparse
+    types = {key: kinds for key, kinds in _types().items() if key.startswith(section)}
+    found: dict[str, Any] = {}
+    others: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith(f"--{section}"):
+            others.append(word)
+            continue
+        name, equals, text = word[2:].partition("=")
+        key = RENAMED.get(name, name)
+        free = key.startswith(OPTIONS)
+        require(free or key in types, f"unknown option '--{name}'{_hint(name, types)}")
+        if not equals:
+            require(
+                bool(words) and not words[0].startswith("--"),
+                f"--{name} has no value" + ("" if free else f"; give {describe(types[key])}"),
+            )
+            text = words.pop(0)
+        found[key] = parse_text(text, (Any,) if free else types[key], f"--{name}")
+    return found, others
 
-    _require_numbers(argv)
-    try:
-        namespace = parser.parse_object(content) if content else None
-        return parser.instantiate(parser.parse_args(list(argv), namespace=namespace))
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise UsageError("; ".join(line for line in lines if line)) from error
+
+def _hint(name: str, known: Collection[str]) -> str:
+    """Return the end of a message about an unknown option: the nearest known ones."""
+    keys = [key for key in known if key.startswith(f"{name}.") or key.endswith(f".{name}")]
+    if not keys:
+        last = {key.rpartition(".")[2]: key for key in known}
+        near = difflib.get_close_matches(name, [*known, *last], n=1, cutoff=0.6)
+        keys = [last.get(match, match) for match in near]
+    if not keys:
+        return "; --help lists the options"
+    return f"; did you mean {' or '.join(f'--{key}' for key in keys[:4])}?"
 
 
-def refuse_unknown_options(parser: Any, argv: Sequence[str]) -> None:
-    """Refuse options that a jsonargparse parser does not have.
+def _take_recipe(argv: Sequence[str]) -> tuple[list[str], Path]:
+    """Return the command line without the recipe, and the path of the recipe."""
+    named, rest = [], []
+    words = list(argv)
+    if words and not words[0].startswith("-"):
+        named.append(words.pop(0))
+    while words:
+        word = words.pop(0)
+        if word.partition("=")[0] != "--config":
+            rest.append(word)
+        elif "=" in word:
+            named.append(word.partition("=")[2])
+        else:
+            require(bool(words), "--config has no value; give a file or a shipped recipe")
+            named.append(words.pop(0))
+    require(
+        len(named) < 2,
+        f"two recipes are given, {' and '.join(named[:2])}; give one, and override its keys",
+    )
+    return rest, _find_recipe(*named)
 
-    Raises:
-        UsageError: names the first unknown option and the nearest known one.
-    """
-    known = {
-        option[2:].rstrip("+")
-        for action in parser._actions
-        for option in action.option_strings
-        if option.startswith("--")
-    }
-    # A section, such as --train, would read another file without the checks of `read_recipe`.
-    known -= {key.partition(".")[0] for key in known if "." in key}
-    for arg in argv:
-        key = arg[2:].partition("=")[0].rstrip("+")
-        if arg.startswith("--") and not (OPTIONS[:-1] in known and key.startswith(OPTIONS)):
-            require_known(key, known, f"unknown option '--{key}'")
+
+def _find_recipe(name: str = "cifar10") -> Path:
+    path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        path = local_path(name)
+    require(
+        path.is_file(),
+        f"recipe '{name}' is neither a file nor a shipped recipe{suggest(name, recipe_names())}",
+    )
+    return path
+
+
+def _build(values: dict[str, Any], folder: Path) -> Recipe:
+    """Return a recipe; source files are looked up in `folder` if the working directory has none."""
+    recipe = from_dict(values)
+
+    def find(place: str) -> str:
+        file, _, name = place.rpartition(":")
+        beside = file.endswith(".py") and not local_path(file).exists() and folder / file
+        return f"{beside}:{name}" if beside and beside.is_file() else place
+
+    model = dataclasses.replace(recipe.model, name=find(recipe.model.name))
+    train = dataclasses.replace(recipe.train, loss=recipe.train.loss and find(recipe.train.loss))
+    return dataclasses.replace(recipe, model=model, train=train)
 
 
 def nearest_multiples(value: int, step: int) -> str:
@@ -788,26 +713,6 @@ def _at_least(section: Any, prefix: str, least: float, *names: str) -> None:
             value is None or least <= value < math.inf,
             f"{prefix}.{name} is {value}; give {least} or more",
         )
-
-
-def _resolve_config(argv: list[str]) -> tuple[list[str], Path]:
-    """Return the command line without `--config RECIPE`, and the path of the recipe."""
-    asked, own = "cifar10", list(argv)
-    places = [n for n, arg in enumerate(argv) if arg.partition("=")[0] == "--config"]
-    require(len(places) < 2, "--config is given twice; give one recipe, and override its keys")
-    for place in places:
-        end = place + 1 if "=" in argv[place] else place + 2
-        require(end <= len(argv), "--config has no value; give a file or a shipped recipe")
-        asked = argv[end - 1].removeprefix("--config=")
-        del own[place:end]
-    path = RECIPES / f"{asked}.yaml"
-    if not path.is_file():
-        path = local_path(asked)
-    require(
-        path.is_file(),
-        f"recipe '{asked}' is neither a file nor a shipped recipe{suggest(asked, recipe_names())}",
-    )
-    return own, path
 
 
 def walk(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""Convert weights to safetensors: `python -m cifar_dist.convert IN.pt OUT.safetensors`.
+"""Convert weights to safetensors: `cifar-dist convert IN.pt OUT.safetensors`.
 
 Only tensors and plain values are unpickled (`weights_only`): a file with other objects is refused,
 and no code in it runs.
@@ -6,7 +6,6 @@ and no code in it runs.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from cifar_dist.command import command
+from cifar_dist.command import Parser, command
 from cifar_dist.errors import UsageError, one_line, require
 from cifar_dist.files import replace_file
 
@@ -27,11 +26,11 @@ PREFIXES = ("module.", "_orig_mod.")  # added to every name by DDP and torch.com
 @command
 def main(argv: Sequence[str]) -> int:
     """Parse the command line, convert, print, and return the exit code."""
-    parser = argparse.ArgumentParser("cifar_dist.convert", allow_abbrev=False)
+    parser = Parser("convert", __doc__)
     parser.add_argument("source", type=Path, metavar="IN.pt", help="file of torch.save")
     parser.add_argument("target", type=Path, metavar="OUT.safetensors", help="file to write")
     parser.add_argument("--key", help="entry of IN.pt that holds the state_dict")
-    options = parser.parse_args(list(argv))
+    options = parser.read(argv)
     tensors = convert(options.source, options.target, options.key)
     count = sum(tensor.numel() for tensor in tensors.values())
     print(f"{options.target}: {len(tensors)} tensors, {count} parameters and buffers")

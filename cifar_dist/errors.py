@@ -55,5 +55,10 @@ def require_known(name: str, known: Collection[str], message: str) -> None:
 
 def suggest(word: str, known: Sequence[str]) -> str:
     """Return the end of a message about an unknown name: the nearest known name, or else all."""
+    return nearest(word, known) or f"; known: {', '.join(known)}"
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest known name, or ""."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: `python -m cifar_dist.evaluate --checkpoint RUN_OR_STEP`.
+"""Evaluate a checkpoint: `cifar-dist evaluate RUN`.
 
 Counts every image exactly once at any world size, and prints a table or JSON.
 """
@@ -10,15 +10,10 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from cifar_dist.command import command
-from cifar_dist.config import (
-    DataConfig,
-    new_parser,
-    parse_strictly,
-    refuse_unknown_options,
-)
+from cifar_dist.command import Parser, command
+from cifar_dist.config import DataConfig, parse_overrides
 from cifar_dist.errors import require
 from cifar_dist.processes.start import leave_processes
 
@@ -26,22 +21,18 @@ if TYPE_CHECKING:
     from cifar_dist.data.images import Images
 
 MATRIX_CLASSES = 1000  # maximum number of classes for the confusion matrix in JSON
+FIXED = ("data.image_size", "data.normalize")  # the network's preprocessing
 TABLE_CLASSES = 20  # maximum number of classes for the confusion matrix in the table
 
 
 @command
 def main(argv: Sequence[str]) -> int:
     """Parse the command line, evaluate, print, and return the exit code."""
-    options = _parse(argv)
+    options, data = _parse(argv)
     from accelerate import PartialState
 
     result = evaluate_checkpoint(
-        options.checkpoint,
-        options.data,
-        options.split,
-        options.tta,
-        options.best,
-        options.model.name,
+        options.run, data, options.split, options.tta, options.best, options.model
     )
     if PartialState().is_main_process:
         print(json.dumps(result) if options.json else _table(result), flush=True)
@@ -139,32 +130,34 @@ def _check_classes(images: Images, classes: Sequence[str]) -> None:
     require(not parts, f"the dataset's classes are not the checkpoint's; {'; '.join(parts)}")
 
 
-def _parse(argv: Sequence[str]) -> Any:
-    """Parse the options.
+def _parse(argv: Sequence[str]) -> tuple[Any, DataConfig]:
+    """Parse the options, and return them with the dataset to evaluate on.
 
     data.* defaults to the dataset of the checkpoint. If data.name or data.root is given, limits and
     val_fraction of the checkpoint's recipe are not used.
     """
-    import argparse
-
     from cifar_dist.storage.checkpoint import find_progress
 
-    parser = new_parser("cifar_dist.evaluate")
+    parser = Parser("evaluate", __doc__, "--data.KEY VALUE, as of train, evaluates on other images")
     parser.add_argument(
-        "--checkpoint", required=True, help="run folder (its newest checkpoint) or a checkpoint"
+        "run", nargs="?", metavar="RUN", help="run folder (its newest checkpoint) or a checkpoint"
     )
+    parser.add_argument("--checkpoint", metavar="RUN", help="RUN as an option")
     parser.add_argument(
         "--best", action="store_true", help="use the best checkpoint of a run by validation"
     )
     parser.add_argument(
-        "--model.name", type=str | None, help="FILE.py:NAME of the run, if its network is your own"
+        "--model.name",
+        dest="model",
+        metavar="NAME",
+        help="FILE.py:NAME of the run, if its network is your own",
     )
     parser.add_argument(
-        "--split", type=Literal["test", "val", "train"], help="default: the first that exists"
+        "--split", choices=("test", "val", "train"), help="default: the first that exists"
     )
     parser.add_argument(
         "--tta",
-        type=Literal["none", "flip", "flip_shift"],
+        choices=("none", "flip", "flip_shift"),
         default="none",
         help="test-time augmentation: average over mirrored and shifted views of each image",
     )
@@ -174,17 +167,20 @@ def _parse(argv: Sequence[str]) -> Any:
         help="print one JSON object; above 1000 classes it has confusion_pairs, a list of [true "
         "label, predicted label, images], instead of the confusion matrix",
     )
-    parser.add_class_arguments(DataConfig, "data")
-    refuse_unknown_options(parser, argv)
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--checkpoint")
-    place = early.parse_known_args(list(argv))[0].checkpoint
-    if place:
-        data = dataclasses.asdict(find_progress(place)[1].recipe.data)
-        if any(arg.startswith(("--data.name", "--data.root")) for arg in argv):
-            data |= {"val_fraction": 0.0, "limit_train": None, "limit_test": None}
-        parser.set_defaults({"data": data})
-    return parse_strictly(parser, argv)
+    given, rest = parse_overrides(argv, "data.")
+    options = parser.read(rest)
+    require(
+        (options.run is None) != (options.checkpoint is None),
+        "name one run: cifar-dist evaluate RUN",
+    )
+    options.run = options.run or options.checkpoint
+    for key in FIXED:
+        require(key not in given, f"--{key} is fixed by the checkpoint; remove it")
+    data = find_progress(options.run)[1].recipe.data
+    if {"data.name", "data.root"} & set(given):
+        data = dataclasses.replace(data, val_fraction=0.0, limit_train=None, limit_test=None)
+    values = {key.removeprefix("data."): value for key, value in given.items()}
+    return options, dataclasses.replace(data, **values)
 
 
 def _table(result: dict[str, Any]) -> str:

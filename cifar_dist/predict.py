@@ -1,11 +1,10 @@
-"""Classify images: `python -m cifar_dist.predict --checkpoint RUN_OR_STEP IMAGE...`.
+"""Classify images: `cifar-dist predict RUN IMAGE...`.
 
 Reads all image formats of Pillow. Class names and preprocessing come from the checkpoint.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cifar_dist.command import command
+from cifar_dist.command import Parser, command
 from cifar_dist.errors import UsageError, require
 
 if TYPE_CHECKING:
@@ -24,17 +23,16 @@ if TYPE_CHECKING:
 
     from cifar_dist.data.augment import Pixels
 
+PLACES = "run folder (its newest checkpoint) or a checkpoint, then image files or folders of them"
 BATCH = 256  # images decoded and classified at a time
 
 
 @command
 def main(argv: Sequence[str]) -> int:
     """Parse the command line, predict, print, and return the exit code."""
-    parser = argparse.ArgumentParser("cifar_dist.predict", allow_abbrev=False)
-    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
-    parser.add_argument(
-        "--checkpoint", required=True, help="run folder (its newest checkpoint) or a checkpoint"
-    )
+    parser = Parser("predict", __doc__)
+    parser.add_argument("places", nargs="+", metavar="RUN IMAGE", help=PLACES)
+    parser.add_argument("--checkpoint", metavar="RUN", help="RUN as an option")
     parser.add_argument(
         "--best", action="store_true", help="use the best checkpoint of a run by validation"
     )
@@ -52,10 +50,12 @@ def main(argv: Sequence[str]) -> int:
         help="if an image cannot be decoded: skip it, report it and exit with code 1 at the "
         "end, or stop at the first one before any result is printed",
     )
-    options = parser.parse_args(list(argv))
+    options = parser.read(argv)
+    place, *images = [options.checkpoint, *options.places][options.checkpoint is None :]
+    require(bool(images), f"no images are named; use: cifar-dist predict {place} IMAGE ...")
     run = predict if options.bad_images == "stop" else stream_predictions
     code = 0
-    for result in run(options.checkpoint, options.images, options.top, options.best, options.model):
+    for result in run(place, images, options.top, options.best, options.model):
         if "error" in result:
             print(f"error: {_refusal(result)}", file=sys.stderr, flush=True)
             code = 1

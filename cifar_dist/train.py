@@ -9,8 +9,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from cifar_dist.command import run_verb
-from cifar_dist.config import Recipe, make_recipe, parse_recipe
-from cifar_dist.processes.ending import print_ending
+from cifar_dist.config import Recipe, dump_recipe, make_recipe, parse_recipe
+from cifar_dist.launching.options import split_options
+from cifar_dist.processes.ending import note_preempted, print_ending
 from cifar_dist.processes.preemption import EXIT_CODE, Preemption
 from cifar_dist.processes.start import leave_processes
 
@@ -23,7 +24,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     preemption = Preemption()
 
     def verb(arguments: Sequence[str]) -> int:
+        if {"-h", "--help"} & set(arguments):
+            print(_help(arguments))
+            return 0
+        launched, arguments = split_options(arguments)
+        print_config = "--print_config" in arguments
+        arguments = [word for word in arguments if word != "--print_config"]
         recipe, origin = parse_recipe(arguments)
+        if print_config:
+            print(dump_recipe(recipe), end="")
+            return 0
+        if launched.processes:
+            from cifar_dist.launching.processes import launch
+
+            with preemption.interruptible():  # until the launcher handles signals
+                return launch(launched, recipe, arguments)
         from torch.distributed.elastic.multiprocessing.errors import record
 
         from cifar_dist.training.run import run_until_end
@@ -31,10 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         recorded = record(run_until_end)  # names a crash in the launcher's lines
         result = recorded(recipe, origin, preemption, print_ending)
         leave_processes()
-        return EXIT_CODE if result and result.state == "preempted" else 0
+        if result and result.state == "preempted":
+            note_preempted()
+            return EXIT_CODE
+        return 0
 
     with preemption.listen():
         return run_verb(verb, argv)
+
+
+def _help(argv: Sequence[str]) -> str:
+    from cifar_dist.help import train_help
+
+    place = next(n for n, word in enumerate(argv) if word in ("-h", "--help"))
+    in_full = list(argv[place + 1 : place + 2]) == ["all"]
+    rest = [*argv[:place], *argv[place + 1 + in_full :]]
+    return train_help(*parse_recipe(split_options(rest)[1]), in_full)
 
 
 def train(recipe: str | Path | Recipe = "cifar10", model: Any = None, **options: Any) -> Result:

@@ -1,24 +1,23 @@
-"""Verify checkpoints: `python -m cifar_dist.verify RUN_OR_STEP...`.
+"""Verify checkpoints: `cifar-dist verify RUN...`.
 
 Compares the size and SHA-256 of every file with the manifest, and prints one line per checkpoint.
 The exit code is 0 if all are intact, 1 if one is damaged or not readable by this user.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_dist.command import command
+from cifar_dist.command import Parser, command
 from cifar_dist.errors import require
 
 
 @command
 def main(argv: Sequence[str]) -> int:
     """Parse the command line, verify, print, and return the exit code."""
-    parser = argparse.ArgumentParser("cifar_dist.verify", allow_abbrev=False)
-    parser.add_argument("places", nargs="+", metavar="RUN_OR_STEP")
-    places = parser.parse_args(list(argv)).places
+    parser = Parser("verify", __doc__)
+    parser.add_argument("places", nargs="+", metavar="RUN", help="run folder or checkpoint")
+    places = parser.read(argv).places
     results = [_verify_all(place) for place in map(Path, places)]
     return 0 if all(results) else 1
 

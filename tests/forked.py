@@ -19,11 +19,7 @@ from tests.faults.inject import inject
 from tests.helpers import free_port
 
 PRELOADED = ["cifar_dist.train", "cifar_dist.training.run", "tests.forked"]
-PRELOADED += [
-    "torch._dynamo",
-    "jsonargparse.typing",
-    "torch.distributed.elastic.multiprocessing.errors",
-]
+PRELOADED += ["torch._dynamo", "torch.distributed.elastic.multiprocessing.errors"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
 

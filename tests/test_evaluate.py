@@ -166,8 +166,13 @@ def test_a_missing_class_is_refused_by_name(
     ("options", "message"),
     [
         (["--checkpoint", "/absent"], "neither a run folder nor a checkpoint"),
-        (["--chekpoint", "x"], "did you mean 'checkpoint'?"),
-        ([], "checkpoint"),
+        (["--chekpoint", "x"], "did you mean '--checkpoint'?"),
+        ([], "name one run: cifar-dist evaluate RUN"),
+        (["x", "--checkpoint", "x"], "name one run: cifar-dist evaluate RUN"),
+        (["x", "--data.image_size", "64"], "--data.image_size is fixed by the checkpoint"),
+        (["x", "--data.nam", "cifar10"], "did you mean --data.name?"),
+        (["x", "--train.epochs", "3"], "unexpected argument '--train.epochs'"),
+        (["x", "--split", "testing"], "--split: invalid choice: 'testing'"),
     ],
 )
 def test_invalid_options_are_refused_in_one_line(

@@ -108,10 +108,10 @@ def test_accuracy_by_class_is_tracked_for_some_classes_only(
 ) -> None:
     monkeypatch.setattr(reporting, "CLASS_SCALARS", 9)
     run(parse_recipe([*BOARD, "--out", str(tmp_path)])[0])
-    events = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0, "scalars": 0})
+    events = EventAccumulator(str(tmp_path), {"images": 0, "scalars": 0})
     tags = events.Reload().Tags()
-    assert "test_accuracy" in tags["scalars"]
-    assert not any(tag.startswith("test_class/") for tag in tags["scalars"])
+    assert "accuracy/test" in tags["scalars"]
+    assert not any(tag.startswith("per_class/") for tag in tags["scalars"])
     assert "test_confusion" in tags["images"]
 
 
@@ -205,8 +205,8 @@ def test_the_project_is_named_after_this_package_and_tensorboard_keeps_its_folde
     options = ["--train.epochs", "1", "--track.log_with", "[tensorboard, recording]"]
     run(parse_recipe([*TINY, *options, "--out", str(tmp_path)])[0])
     assert Recording.projects == ["cifar-dist"]
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert "test_accuracy" in events.Tags()["scalars"]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert "accuracy/test" in events.Tags()["scalars"]
     assert not (tmp_path / "cifar-dist").exists()
 
 
@@ -232,7 +232,7 @@ def test_drawing_the_graph_does_not_change_the_network(traceable: bool, tmp_path
     tracker.scalars({"caf\udce9": 1.0}, 1)
     tracker.finish()
     assert (network.calls, network.training) == (0, True)
-    tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()
     assert tags["graph"] == traceable
     assert tags["scalars"] == ["caf\\udce9"]  # although the name is not valid UTF-8
     assert list(warned.reasons) == ([] if traceable else ["the graph of the network"])

@@ -1,6 +1,7 @@
 """Training through the public commands, in this process: files, resuming and refusals."""
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -83,19 +84,24 @@ def test_a_finished_run_writes_its_files(trained: Result) -> None:
 
 
 def test_tensorboard_holds_the_tutorials_scalars_and_pictures(trained: Result) -> None:
-    events = EventAccumulator(str(trained.out / "tensorboard"), {"images": 0, "scalars": 0})
+    events = EventAccumulator(str(trained.out), {"images": 0, "scalars": 0})
     events.Reload()
     tags = events.Tags()
-    assert {"train_loss", "test_loss", "test_accuracy", "val_accuracy", "train_epoch_loss"} <= set(
-        tags["scalars"]
-    )
-    assert {"learning_rate", "gradient_norm", "images_per_second", "memory_mb"} <= set(
-        tags["scalars"]
-    )
-    assert {"test_class/disc", "val_class/ring"} <= set(tags["scalars"])
+    groups = dict.fromkeys(("train", "val", "test"), 0)
+    assert {f"{what}/{split}" for what in ("accuracy", "loss") for split in groups} | {
+        *("loss/train_window", "optim/learning_rate", "optim/gradient_norm", "progress/epoch"),
+        *(
+            "speed/images_per_second",
+            "speed/memory_mb",
+            "per_class/test_disc",
+            "per_class/val_ring",
+        ),
+    } <= set(tags["scalars"])
+    assert sorted(tags["scalars"])[0].startswith("accuracy/")
+    assert "custom_scalars__config__" in tags["tensors"]
     assert {"train_images", "test_wrong", "test_confusion"} <= set(tags["images"])
     assert tags["graph"]
-    losses = {event.step: event.value for event in events.Scalars("test_loss")}
+    losses = {event.step: event.value for event in events.Scalars("loss/test")}
     lines = [line for line in read_lines(trained.out) if line["split"] == "test"]
     assert losses == {line["step"]: pytest.approx(line["loss"]) for line in lines}
 
@@ -168,11 +174,11 @@ def test_curves_are_continuous_after_a_resume(
                 train(tmp_path, *options)
         time.sleep(1)  # TensorBoard sorts its files by name, in whole seconds
     train(tmp_path, *options)
-    events = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0})
+    events = EventAccumulator(str(tmp_path), {"scalars": 0})
     events.Reload()
-    steps = [event.step for event in events.Scalars("train_loss")]
+    steps = [event.step for event in events.Scalars("loss/train_window")]
     assert steps == list(range(1, 21))
-    assert [e.step for e in events.Scalars("test_accuracy")] == [10, 20]
+    assert [e.step for e in events.Scalars("accuracy/test")] == [10, 20]
 
 
 def test_a_finished_run_is_unchanged_and_more_epochs_resume_it(tmp_path: Path) -> None:
@@ -182,7 +188,7 @@ def test_a_finished_run_is_unchanged_and_more_epochs_resume_it(tmp_path: Path) -
     assert digest_of(again.out) == before
     assert again.metrics == first.metrics
     longer = train(tmp_path / "a", "--train.epochs", "3")
-    assert longer.metrics["test"]["epoch"] == 2
+    assert longer.metrics["test"]["epoch"] == 3
     straight = train(tmp_path / "b", "--train.epochs", "3")
     assert digest_of(straight.out) == digest_of(longer.out)  # the schedule is constant
 
@@ -200,7 +206,7 @@ def test_a_run_may_end_in_the_middle_of_an_epoch(
     ]
     assert [line["step"] for line in lines if line["split"] == "test"] == [10, 15]
     windows = [line for line in lines if line["split"] == "train_window"]
-    for epoch in (0, 1):  # the windows of an epoch add up to the epoch
+    for epoch in (1, 2):  # the windows of an epoch add up to the epoch
         parts = [line for line in windows if line["epoch"] == epoch]
         whole = next(x for x in lines if x["split"] == "train" and x["epoch"] == epoch)
         for what in ("correct", "count"):
@@ -257,7 +263,10 @@ def test_the_best_checkpoint_survives_pruning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--train.batch_size", "400"], "exceeds the 320 training images; give 320 or less"),
+        (
+            ["--train.batch_size", "400"],
+            "exceeds the 320 training images; try --train.batch_size 200 --optim.lr 0.01",
+        ),
         (["--train.precision", "fp16"], "fp16 is unavailable on a CPU"),
         (["--train.sync_batchnorm", "true"], "needs CUDA GPUs, but the device is cpu"),
         (["--track.log_with", "[nonsense]"], "nonsense"),
@@ -360,9 +369,18 @@ def test_the_console_shows_one_line_per_epoch(
 ) -> None:
     train(tmp_path)
     output = capfd.readouterr()
-    assert [line[:9] for line in output.out.splitlines() if line.startswith("epoch")] == [
-        "epoch 1/2",
-        "epoch 2/2",
+    lines = output.out.splitlines()
+    start = lines.index("epoch        loss accuracy     loss accuracy    time     left")
+    assert re.fullmatch(r" {21}train {14}test", lines[start - 1])
+    for number, line in enumerate(lines[start + 1 : start + 3], 1):
+        assert re.fullmatch(rf"{number}/2  ( +\d\.\d{{4}}){{4}} +[\d.]+ s +[\d.]+ s", line), line
+        assert len(line) <= 80
+    assert re.fullmatch(r"test accuracy 0\.\d{4} \(\d+ of 100\)", lines[start + 3])
+    assert lines[start + 4 :] == [
+        f"finished at step 20: {tmp_path}",
+        f"  cifar-dist evaluate {tmp_path}",
+        f"  cifar-dist predict {tmp_path} IMAGE",
+        f"  tensorboard --logdir {tmp_path.parent}",
     ]
     assert "1 process on cpu, backend none, precision fp32" in output.out
     assert "batch 32, 32 per process; 10 steps per epoch (0 images dropped)" in output.out

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from cifar_dist.config import DataConfig, local_path
+from cifar_dist.config import DataConfig, OptimConfig, local_path
 from cifar_dist.data.cifar import load_cifar
 from cifar_dist.data.imagefolder import load_imagefolder
 from cifar_dist.data.images import Images, Source
-from cifar_dist.data.listing import LeftOut, find_splits
+from cifar_dist.data.listing import SPLITS, LeftOut, find_splits
 from cifar_dist.data.synthetic import load_synthetic
 from cifar_dist.errors import UsageError, require
 
@@ -45,12 +45,24 @@ class Dataset:
         """Class names, in label order."""
         return self.train.classes
 
-    def require_batch(self, size: int) -> None:
-        """Raise UsageError unless the training images fill a batch of `size` images."""
-        images = len(self.train)
+    def require_batch(self, size: int, optim: OptimConfig) -> None:
+        """Raise UsageError unless the training images fill a batch of `size` images.
+
+        The message proposes a smaller batch with its learning rates: proportional to the batch with
+        SGD (Goyal et al., 2017), to its square root with optimizers that normalise the update.
+        """
+        images, smaller = len(self.train), size
+        while smaller > max(images, 1):
+            smaller //= 2
+        factor = smaller / size if optim.name == "sgd" else (smaller / size) ** 0.5
+        rates = {name: getattr(optim, name) for name in ("lr", "bias_lr", "head_lr")}
+        options = "".join(
+            f" --optim.{name} {rate * factor:.2g}" for name, rate in rates.items() if rate
+        )
         require(
             size <= images,
-            f"train.batch_size {size} exceeds the {images} training images; give {images} or less",
+            f"train.batch_size {size} exceeds the {images} training images; try "
+            f"--train.batch_size {smaller}{options}",
         )
 
 
@@ -76,7 +88,8 @@ def arrange(source: Source, config: DataConfig) -> Dataset:
             "the folder of training images train or training"
         )
     train = source.splits["train"]
-    evaluation = {name: source.splits[name] for name in ("val", "test") if name in source.splits}
+    named = _named_splits(source, config)
+    evaluation = {name: named[name] for name in ("val", "test") if name in named}
     if config.val_fraction:
         if "val" in evaluation:
             raise UsageError(
@@ -108,6 +121,19 @@ def arrange(source: Source, config: DataConfig) -> Dataset:
     )
 
 
+def _named_splits(source: Source, config: DataConfig) -> dict[str, Images]:
+    """Return the splits by name; a validation folder without a test folder is "val".
+
+    It is listed, cached and hashed as "test", as in earlier versions.
+    """
+    splits = dict(source.splits)
+    if config.name == "imagefolder" and "test" in splits and "val" not in splits:
+        folder = find_splits(local_path(config.root)).get("test")
+        if folder is not None and SPLITS[folder.name.lower()] == "val":
+            splits["val"] = splits.pop("test")
+    return splits
+
+
 def load_evaluation(config: DataConfig, split: str | None) -> tuple[str, Images]:
     """Return the name and the images of `split`, or by default of test, val or train.
 
@@ -121,7 +147,7 @@ def load_evaluation(config: DataConfig, split: str | None) -> tuple[str, Images]
         limits = {"train": config.limit_train}
         parts = {
             name: images.limited(limits.get(name, config.limit_test), config.seed)
-            for name, images in DATASETS[config.name](config).splits.items()
+            for name, images in _named_splits(DATASETS[config.name](config), config).items()
         }
     names = [split] if split else ["test", "val", "train"]
     found = next((name for name in names if name in parts), None)

@@ -32,6 +32,7 @@ from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from cifar_dist.errors import UsageError, one_line
 from cifar_dist.processes.environment import usable_cores
 from cifar_dist.processes.preemption import ignore_signals, uninterrupted
+from cifar_dist.processes.streams import progress_bar
 
 LEAST = 2000  # images per process that justify starting it
 
@@ -202,11 +203,9 @@ def decode_files(paths: Sequence[str], target: Path, title: str) -> dict[int, st
     Raises:
         UsageError: a decoding process was killed, for example by the OOM killer; names its image.
     """
-    from tqdm import tqdm
-
     processes = min(usable_cores(), len(paths) // LEAST)
     with (
-        tqdm(desc=title, total=len(paths), unit=" images", disable=not sys.stderr.isatty()) as bar,
+        progress_bar(title, len(paths), " images") as bar,
         ExitStack() as stack,
     ):
         if processes > 1:

@@ -17,8 +17,9 @@ from typing import Any
 
 import yaml
 
-from cifar_dist.config import RecipeLoader, local_path, walk
+from cifar_dist.config import local_path, walk
 from cifar_dist.errors import UsageError, one_line, require
+from cifar_dist.values import RecipeLoader
 
 # Keys that `accelerate launch` reads and ignores: a key is used only if the command line option has
 # no value, and these options have default values.

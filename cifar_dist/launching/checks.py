@@ -100,6 +100,7 @@ class Facts:
         alone: the message of `environment.asked_world_size` if it refuses, else "".
         sharded: the model sharding that the launcher configured, or "".
         devices: GPUs of this machine.
+        searched: whether this machine was searched for GPUs, as by the doctor.
         cores: CPU cores of this machine.
         address: the address of the host name, or "".
         nameless: the host name, if it does not resolve, else "".
@@ -123,6 +124,7 @@ class Facts:
     alone: str = ""
     sharded: str = ""
     devices: Sequence[Device] = ()
+    searched: bool = False
     cores: int = 1
     address: str = ""
     nameless: str = ""
@@ -255,6 +257,14 @@ def counts(facts: Facts) -> Iterator[Finding]:
             f"{facts.per_machine} processes per machine, but this one has {len(facts.devices)} "
             "GPUs",
             "num_processes is the total over all machines; use one process per GPU",
+        )
+    on_cpu = config.values.get("use_cpu") is True
+    if facts.searched and not facts.devices and config.kind == "MULTI_GPU" and not on_cpu:
+        yield warning(
+            "no-devices",
+            f"{config.path} is for GPUs, but this machine has none that nvidia-smi shows: "
+            f"{facts.per_machine} processes would train on its CPU",
+            "install the driver, or set use_cpu: true if the CPU is meant",
         )
     batch = facts.recipe.train.batch_size
     micro_batches = facts.processes * facts.recipe.train.accumulate
@@ -527,6 +537,13 @@ def room(facts: Facts) -> Iterator[Finding]:
     """Check the run folder, the free disk space and the shared memory."""
     if facts.out:
         yield error("out", facts.out, "name another run folder with --out")
+    if facts.machines > 1 and not facts.recipe.out:
+        yield note(
+            "no-out",
+            f"{facts.machines} machines without --out: the run folder would be named after the "
+            "time, so the same command could not resume the run",
+            "name a folder that the first machine can write, with --out",
+        )
     if facts.free is not None and facts.free < facts.needed:
         yield error(
             "disk",

@@ -48,7 +48,7 @@ WORK = 512  # side of the matrices with which the speed of a process is measured
 @command
 def main(argv: Sequence[str]) -> int:
     """Parse the command line, run the checks, and return 0, 1 with warnings, 2 with errors."""
-    options, _, recipe, _ = _parser().read(argv)
+    options, _, recipe, _ = _parser().read_recipe(argv)
     if options.explain:
         return _explain(options.explain, options.json)
     config = read_config(options.accelerate_config)
@@ -62,7 +62,7 @@ def _parser() -> Options:
     parser = Options("doctor", __doc__)
     parser.add_argument("--accelerate-config", metavar="YAML", help="configuration of Accelerate")
     parser.add_argument("--machines", type=int, metavar="M")
-    parser.add_argument("--processes-per-machine", type=int, metavar="P")
+    parser.add_argument("--processes-per-machine", "--processes", type=int, metavar="P")
     parser.add_argument("--script", metavar="FILE", help="Slurm script to check as well")
     parser.add_argument("--explain", metavar="LOG", help="log of a failed run, or - for stdin")
     parser.add_argument("--json", action="store_true")

@@ -73,6 +73,7 @@ def gather(
         alone=_refusal(asked_world_size),
         sharded=sharding(),
         devices=find_devices(),
+        searched=True,
         cores=usable_cores(),
         address=own_address(),
         nameless="" if own_address() else platform.node(),

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 LEVELS = ("note", "warning", "error")
 
@@ -46,16 +46,22 @@ def exit_code(findings: Iterable[Finding]) -> int:
     return max((LEVELS.index(finding.level) for finding in findings), default=0)
 
 
-def show(findings: Sequence[Finding], facts: dict[str, Any], as_json: bool) -> int:
-    """Print facts and findings, as text or as one JSON object, and return the exit code."""
+def show(
+    findings: Sequence[Finding], facts: dict[str, Any], as_json: bool, file: TextIO | None = None
+) -> int:
+    """Print facts and findings, as text or as one JSON object, and return the exit code.
+
+    Args:
+        file: where text is printed; None is standard output.
+    """
     if as_json:
         listed = [dataclasses.asdict(finding) for finding in findings]
         print(json.dumps({**facts, "findings": listed}, indent=1))
         return exit_code(findings)
     for name, value in facts.items():
-        print(f"{name.replace('_', ' ')}: {value}")
+        print(f"{name.replace('_', ' ')}: {value}", file=file)
     for finding in sorted(findings, key=lambda f: -LEVELS.index(f.level)):
-        print(f"{finding.level}: {finding.message}; {finding.fix} [{finding.code}]")
+        print(f"{finding.level}: {finding.message}; {finding.fix} [{finding.code}]", file=file)
     if not findings:
-        print("no problems found")
+        print("no problems found", file=file)
     return exit_code(findings)

@@ -75,7 +75,7 @@ def predict(recipe: Recipe, processes: int) -> Prediction:
     """
     train, dataset = recipe.train, count_images(recipe.data)
     images, side = len(dataset.train), dataset.train.image_size
-    dataset.require_batch(train.batch_size)
+    dataset.require_batch(train.batch_size, recipe.optim)
     per_epoch = images // train.batch_size
     costs = measure_network(recipe.model, len(dataset.classes), side)
     part = train.batch_size // train.accumulate // processes

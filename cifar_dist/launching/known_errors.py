@@ -38,6 +38,14 @@ KNOWN = (
         "the first machine (`cifar-dist doctor` names it)",
     ),
     KnownError(
+        "download",
+        r"could not be downloaded|urlopen error|CERTIFICATE_VERIFY_FAILED",
+        "a file could not be downloaded: this machine is offline, behind a proxy, or lacks the "
+        "server's certificates",
+        "download the file elsewhere and put it where the message says, set https_proxy, or train "
+        "on --data.name synthetic or imagefolder",
+    ),
+    KnownError(
         "late",
         r"[Ww]atchdog caught collective operation timeout|did not arrive within \d+ s|"
         r"Timed out waiting \d+ms for (recv|send)",

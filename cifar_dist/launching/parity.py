@@ -79,7 +79,7 @@ def compare(argv: Sequence[str], program: Sequence[str] = ("-m", "cifar_dist.tra
     parser.add_argument("--processes", default="1,2", metavar="N,N", help="world sizes to compare")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each run")
     parser.add_argument("--json", action="store_true")
-    options, own, recipe, _ = parser.read(argv)
+    options, own, recipe, _ = parser.read_recipe(argv)
     words = options.processes.split(",")
     numbers = sorted({int(word) for word in words if word.isdigit() and int(word) > 0})
     require(

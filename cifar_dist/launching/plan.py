@@ -8,7 +8,7 @@ import argparse
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from cifar_dist.errors import require
 from cifar_dist.launching.accelerate_config import AccelerateConfig, read_config
 from cifar_dist.launching.checks import CAPABILITIES, Device, Endpoint, Facts, check
 from cifar_dist.launching.facts import own_address
-from cifar_dist.launching.findings import show
+from cifar_dist.launching.findings import Finding, show, warning
 from cifar_dist.launching.forecast import Prediction, predict, read_link, read_rate, step_seconds
 from cifar_dist.launching.options import Options
 
@@ -33,24 +33,43 @@ ENGINES = ("accelerate", "torchrun", "ssh", "slurm", "kubernetes", "skypilot")
 @command
 def main(argv: Sequence[str]) -> int:
     """Parse the command line, print the plan, and return the exit code."""
-    options, own, recipe, origin = _parser().read(argv)
+    options, own, recipe, origin = _parser().read_recipe(argv)
     config = read_config(options.accelerate_config)
     facts = _facts(options, config, recipe)
     findings = check(facts)
+    started = commands(facts, options, own)
     report: dict[str, Any] = {"recipe": origin}
-    report |= commands(facts, options, own)
+    if options.json or not options.engine:
+        report |= started
+    else:  # standard output is the input of the engine, and nothing else
+        print("\n".join(started.values()).strip())
     if "batch" not in {finding.code for finding in findings}:
         prediction = predict(recipe, facts.processes)
         report |= _seconds(prediction, recipe, options)
         report |= _numbers(prediction, recipe) if options.json else _describe(prediction, recipe)
-    return show(findings, report, options.json)
+        findings += dropped(prediction)
+    return show(findings, report, options.json, sys.stderr if options.engine else None)
+
+
+def dropped(prediction: Prediction) -> Iterator[Finding]:
+    """Check that an epoch uses most of the training images."""
+    images = len(prediction.dataset.train)
+    if prediction.left_over > images / 10:
+        yield warning(
+            "dropped",
+            f"each epoch leaves out {prediction.left_over} of {images} training images, other ones "
+            "each time, because the last incomplete batch is dropped",
+            "use a smaller train.batch_size",
+        )
 
 
 def _parser() -> Options:
     parser = Options("plan", __doc__)
     parser.add_argument("--accelerate-config", metavar="YAML", help="as `accelerate config` writes")
     parser.add_argument("--machines", type=int, metavar="M")
-    parser.add_argument("--processes-per-machine", type=int, metavar="P", help="one per GPU")
+    parser.add_argument(
+        "--processes-per-machine", "--processes", type=int, metavar="P", help="one per GPU"
+    )
     parser.add_argument(
         "--engine",
         choices=ENGINES,

@@ -7,16 +7,18 @@ process has failed.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cifar_dist.errors import PeerLost, RunError, RunFailed, UsageError, UserCodeError, one_line
-from cifar_dist.processes.environment import local_rank
+from cifar_dist.processes.environment import ending_file, local_rank
 from cifar_dist.processes.preemption import EXIT_CODE, Preempted, ignore_signals
 from cifar_dist.processes.streams import complain
 
@@ -68,9 +70,37 @@ def end_command(error: BaseException) -> int:
 
 
 def print_ending(ending: Ending) -> None:
-    """Print the traceback of the process that failed first, then the line."""
+    """Print the traceback of the process that failed first, then the line.
+
+    A process that `cifar-dist train --processes` started leaves both to its parent.
+    """
+    if _leave(ending):
+        return
     begin = "" if ending.code == EXIT_CODE else f"{ending.traceback}error: "
     complain(f"{begin}{ending.line}")
+
+
+def note_preempted() -> None:
+    """Leave the exit code of a preempted run to the parent; launchers turn it into 1."""
+    _leave(Ending(EXIT_CODE, ""))
+
+
+def _leave(ending: Ending) -> bool:
+    """Write an ending to the parent's file, unless there is one; return whether there is a file."""
+    file = ending_file()
+    if file is None:
+        return False
+    with suppress(OSError), file.open("x", encoding="utf-8") as report:  # the first one counts
+        json.dump(asdict(ending), report)
+    return True
+
+
+def read_ending(file: Path) -> Ending | None:
+    """Return the ending that `print_ending` left in a file, or None if it left none."""
+    try:
+        return Ending(**json.loads(file.read_bytes()))
+    except (OSError, ValueError):  # a process may have been killed while it wrote
+        return None
 
 
 def agree(

@@ -54,8 +54,18 @@ LAUNCHER_PROGRAMS = {
     "torchrun",
     "torch.distributed.run",
     "torch.distributed.launch",
+    "cifar-dist",
+    "cifar_dist",
+    "cifar_dist.train",
 }
 PORTS = 65535
+
+
+# Set by `cifar-dist train --processes`: file in which one process of this machine reports the
+# ending, for its parent to print.
+ENDING = "CIFAR_DIST_ENDING"
+
+
 SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED",
@@ -316,6 +326,12 @@ def rendezvous_endpoint() -> tuple[str, str]:
     if not host and env.get("PET_RDZV_ENDPOINT"):
         host, _, port = env["PET_RDZV_ENDPOINT"].partition(":")
     return host, port
+
+
+def ending_file() -> Path | None:
+    """Return the file for the ending, if `cifar-dist train --processes` started this process."""
+    name = os.environ.get(ENDING)
+    return Path(name) if name else None
 
 
 def visible_gpus() -> list[str] | None:

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cifar_dist.config import TrainConfig
-from cifar_dist.errors import PeersMissing, UsageError, one_line, require
+from cifar_dist.errors import PeersMissing, UsageError, one_line, require, require_known
 from cifar_dist.processes.ending import describe_refusal
 from cifar_dist.processes.environment import (
     LOCAL_SIZES,
@@ -67,6 +67,7 @@ def start_processes(
     from accelerate.state import AcceleratorState
     from accelerate.utils import DDPCommunicationHookType, ProjectConfiguration
 
+    _check_trackers(log_with)
     # A second run in the same Python process, as in a notebook, may use another precision.
     AcceleratorState._reset_state()
     use_cpu = _cpu_is_meant(asked)
@@ -109,7 +110,7 @@ def start_processes(
             "the machines must reach each other through the network interface "
             f"{os.environ.get('GLOO_SOCKET_IFNAME')} (GLOO_SOCKET_IFNAME)"
         ) from error
-    _check(accelerator, asked, log_with, train)
+    _check(accelerator, asked, train)
     return accelerator, peers
 
 
@@ -204,9 +205,7 @@ def _choose_precision(asked: str, use_cpu: bool) -> str:
     return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
 
 
-def _check(
-    accelerator: "Accelerator", asked: int, log_with: Sequence[str], train: TrainConfig
-) -> None:
+def _check(accelerator: "Accelerator", asked: int, train: TrainConfig) -> None:
     world = accelerator.num_processes
     require(
         world == asked,
@@ -217,11 +216,6 @@ def _check(
     require(
         kind in ("NO", "MULTI_CPU", "MULTI_GPU"),
         f"Accelerate found {kind}, but several processes can train on CPUs or CUDA GPUs only",
-    )
-    require(
-        len(accelerator.log_with) == len(log_with),
-        f"not all of the trackers {', '.join(log_with)} are installed; install them, or change "
-        "track.log_with",
     )
     require(
         not train.sync_batchnorm or accelerator.device.type == "cuda",
@@ -236,6 +230,22 @@ def _check(
         "train.compile needs a C++ compiler on a CPU, but neither g++ nor clang++ was found; "
         "install one, or remove train.compile and the launcher's dynamo_backend",
     )
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that Accelerate does not know, or whose package is not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    available = [str(name) for name in get_available_trackers()]
+    available += set(LOGGER_TYPE_TO_CLASS) - {kind.value for kind in LoggerType}  # registered
+    for name in names:
+        require_known(name, LOGGER_TYPE_TO_CLASS, f"unknown tracker '{name}' in track.log_with")
+        require(
+            name in available,
+            f"the tracker {name} is not installed; install it: pip install {name}, or set "
+            "--track.log_with [tensorboard]",
+        )
 
 
 def _use_all_cores(chosen: int | None) -> None:

@@ -3,7 +3,10 @@
 import io
 import os
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def open_streams() -> None:
@@ -26,6 +29,23 @@ def open_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # notebooks and pytest replace the streams
             stream.reconfigure(errors="backslashreplace")
+
+
+def progress_bar(title: str, total: int, unit: str, initial: int = 0) -> "tqdm[Any]":
+    """Return a progress bar on standard error, shown on a terminal and in a notebook."""
+    from tqdm import tqdm
+
+    return tqdm(
+        desc=title,
+        total=total,
+        unit=unit,
+        initial=initial,
+        leave=False,
+        dynamic_ncols=True,
+        bar_format="{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}{unit}, "
+        "{remaining} left{postfix}",
+        disable=not (sys.stderr.isatty() or "ipykernel" in sys.modules),
+    )
 
 
 def complain(line: str) -> None:

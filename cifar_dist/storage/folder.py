@@ -98,16 +98,21 @@ def check_out(recipe: Recipe, lock: RunLock) -> None:
         _check_recipe(recipe, out)
 
 
+def default_out(recipe: Recipe) -> Path:
+    """Return the path of a new run folder, named after the recipe and the time."""
+    out = local_path(f"runs/{recipe.name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}")
+    while out.exists():  # another run started in the same second
+        out = out.with_name(f"{out.name}-again")
+    return out
+
+
 def claim(recipe: Recipe, lock: RunLock) -> Path:
     """Create the run folder if necessary, lock it, write recipe.yaml and return its path.
 
     Raises:
         UsageError: it cannot be written, or another run has locked it in the meantime.
     """
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = local_path(recipe.out or f"runs/{recipe.name}-{stamp}")
-    while not recipe.out and out.exists():  # another run started in the same second
-        out = out.with_name(f"{out.name}-again")
+    out = local_path(recipe.out) if recipe.out else default_out(recipe)
     with _usable(out):
         out.mkdir(parents=True, exist_ok=bool(recipe.out))
         if not lock.held:
@@ -295,7 +300,7 @@ class MetricsLog:
                 line
                 for line in lines
                 if line["step"] <= step
-                and (line["epoch"] < epoch or line["split"] in ("train_window", "notice"))
+                and (line["epoch"] < epoch + 1 or line["split"] in ("train_window", "notice"))
             ]
             replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._noticed = len(warned.reasons)
@@ -309,6 +314,8 @@ class MetricsLog:
         except PermissionError as error:
             print(f"warning: '{self.path}' cannot be read ({error.strerror}); it begins again")
             return []
+        if any(line["epoch"] == 0 for line in lines):  # an earlier version counted from 0
+            lines = [{**line, "epoch": line["epoch"] + 1} for line in lines]
         if damaged:
             print(f"warning: '{self.path}': {damaged} damaged lines are left out", flush=True)
         return lines

@@ -31,7 +31,7 @@ class Tracker:
     A tracker that fails causes one warning and is not used again. The run continues.
 
     Args:
-        out: run folder; TensorBoard writes to its subfolder `tensorboard`.
+        out: run folder; TensorBoard's files are in it, so that its name is the run's name there.
         step: optimizer step from which a run is resumed; TensorBoard discards later ones.
         warned: records the failures.
     """
@@ -44,8 +44,8 @@ class Tracker:
         if not accelerator.is_main_process:
             return
         accelerator.project_configuration.logging_dir = str(out)
-        # TensorBoard's folder would be named after the project, unless its tracker is built here.
-        board = TensorBoardTracker("tensorboard", out, purge_step=step + 1 if step else 0)
+        # TensorBoard's folder would be named after the project, unless its tracker is given.
+        board = TensorBoardTracker(".", out, purge_step=step + 1 if step else 0)
         accelerator.log_with = [
             board if str(name) == board.name else name for name in accelerator.log_with
         ]
@@ -109,6 +109,36 @@ class Tracker:
                     tracker.writer.add_graph(traced, images)
 
             self._each(record)
+
+    def charts(self, tags: Mapping[str, Sequence[str]]) -> None:
+        """Let TensorBoard show several curves in one chart, under "Custom scalars".
+
+        Args:
+            tags: the curves of each chart, by its title.
+        """
+        layout = {title: {title: ["Multiline", list(names)]} for title, names in tags.items()}
+
+        def record(tracker: Any) -> None:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_custom_scalars(layout)
+
+        self._each(record)
+
+    def result(self, recipe: Recipe, metrics: Mapping[str, float]) -> None:
+        """Record the options and the final metrics for TensorBoard's table of runs (HParams)."""
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {
+            key: value if isinstance(value, (bool, int, float)) else str(value)
+            for key, value in flatten(recipe).items()
+        }
+
+        def record(tracker: Any) -> None:
+            if tracker.name == "tensorboard":  # add_hparams would write to a folder of its own
+                for summary in hparams(plain, dict(metrics)):
+                    tracker.writer.file_writer.add_summary(summary)
+
+        self._each(record)
 
     def finish(self) -> None:
         """Flush and close."""

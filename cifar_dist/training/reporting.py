@@ -1,11 +1,9 @@
 """Reports on a run: banner, metrics.jsonl, trackers and console. None of them changes the run."""
 
-import sys
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import psutil
@@ -25,10 +23,18 @@ from cifar_dist.storage.tracking import (
     image_grid,
     wrong_images,
 )
+from cifar_dist.training.console import loss_name
 from cifar_dist.training.metrics import Evaluation, Totals
 from cifar_dist.training.session import Session, line_of
 from cifar_dist.user_code import identity
 
+TAGS = {  # of TensorBoard and other trackers, by the name in metrics.jsonl
+    "learning_rate": "optim/learning_rate",
+    "gradient_norm": "optim/gradient_norm",
+    "images_per_second": "speed/images_per_second",
+    "memory_mb": "speed/memory_mb",
+}
+CONSTANT_STEPS = 100  # after which a network that has learned nothing is reported
 CLASS_SCALARS = 100  # classes up to which the accuracy of each is tracked
 
 
@@ -82,6 +88,9 @@ def announce(session: Session, origin: str) -> None:
             f"note: no CUDA graph: {session.state.host_read} reads a tensor's value on the host",
             flush=True,
         )
+    if world == 1 and torch.cuda.device_count() > 1:
+        count = torch.cuda.device_count()
+        print(f"note: 1 of {count} GPUs is used; --processes auto uses all", flush=True)
     for reason in dataset.skipped:
         print(f"warning: left out, cannot be decoded: {reason}", flush=True)
     _warn_of_images(dataset, facts["identical_images"])
@@ -116,10 +125,17 @@ def _first(names: Sequence[str], most: int = 10) -> str:
 
 
 def show_inputs(session: Session) -> None:
-    """Track the network's graph and a grid of augmented training images. On rank 0."""
+    """Track the network's graph and a grid of augmented training images. On rank 0.
+
+    Also lays out the charts that show the curves of all splits together.
+    """
     dataset, pixels, tracker = session.dataset, session.pixels, session.tracker
     if not tracker.active:
         return
+    splits = ("train", *dataset.evaluation)
+    tracker.charts(
+        {what: [_tag(what, name, session) for name in splits] for what in ("accuracy", "loss")}
+    )
     positions = np.arange(len(dataset.train))[:: max(1, len(dataset.train) // TILES)][:TILES]
     rows = dataset.train.selected[positions]
     batch = Batch(
@@ -138,36 +154,6 @@ def show_inputs(session: Session) -> None:
     tracker.graph(session.state.network, pixels.for_evaluation(batch.images[:1]).to(device))
 
 
-@contextmanager
-def progress_bar(session: Session, epoch: int) -> Iterator[Callable[[], None]]:
-    """Show a progress bar on rank 0's terminal; yield a function that advances it by one step."""
-    spare = partial(session.warned.spare, "the progress bar")
-    bar: Any = None
-    with spare():
-        if session.accelerator.is_main_process and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            bar = tqdm(
-                total=session.end_of(epoch) - epoch * session.steps_per_epoch,
-                initial=session.state.step % session.steps_per_epoch,
-                desc=f"epoch {epoch + 1}/{session.recipe.train.epochs}",
-                unit=" steps",
-                leave=False,
-            )
-
-    def update() -> None:
-        if bar is not None:
-            with spare():
-                bar.update()
-
-    try:
-        yield update
-    finally:
-        if bar is not None:
-            with spare():
-                bar.close()
-
-
 def report_window(session: Session, epoch: int, window: Totals) -> None:
     """Record the training loss since the last report. On rank 0."""
     if session.log is None:
@@ -182,34 +168,57 @@ def report_window(session: Session, epoch: int, window: Totals) -> None:
     with session.warned.spare("reading the memory in use"):
         values["memory_mb"] = _memory_used(session.accelerator)
     session.log.write(line_of("train_window", epoch, state.step, window) | values)
-    session.tracker.scalars({"train_loss": window.loss, **values}, state.step)
+    tags = {TAGS[name]: value for name, value in values.items()}
+    tags |= {f"{_tag('loss', 'train', session)}_window": window.loss}
+    tags |= {"progress/epoch": state.step / session.steps_per_epoch}
+    session.tracker.scalars(tags, state.step)
 
 
-def report_epoch(session: Session, epoch: int, results: Mapping[str, Evaluation]) -> None:
+def report_epoch(session: Session, results: Mapping[str, Evaluation]) -> None:
     """Record an epoch and the evaluation after it. On rank 0."""
     if session.log is not None:
-        _show_epoch(session, session.log, epoch)
+        _track_epoch(session, session.log)
+        _warn_of_constant_output(session, results)
         _show_evaluation(session, results)
 
 
-def _show_epoch(session: Session, log: MetricsLog, epoch: int) -> None:
-    """Record the metrics of an epoch, one line per split, and print them as one line."""
-    step, lines = session.state.step, session.progress.metrics.values()
-    for line in lines:
+def _track_epoch(session: Session, log: MetricsLog) -> None:
+    """Record the metrics of an epoch, one line per split."""
+    for name, line in session.progress.metrics.items():
         log.write(line)
-        prefix = "train_epoch" if line["split"] == "train" else line["split"]
-        session.tracker.scalars(
-            {f"{prefix}_loss": line["loss"], f"{prefix}_accuracy": line["accuracy"]}, step
-        )
-    print(
-        f"epoch {epoch + 1}/{session.recipe.train.epochs}  step {step}  "
-        + "  ".join(
-            f"{line['split']} loss {line['loss']:.4f} accuracy {line['accuracy']:.4f} "
-            f"({line['correct']}/{line['count']})"
-            for line in lines
-        ),
-        flush=True,
-    )
+        tags = {_tag(what, name, session): line[what] for what in ("accuracy", "loss")}
+        session.tracker.scalars(tags, session.state.step)
+
+
+def _warn_of_constant_output(session: Session, results: Mapping[str, Evaluation]) -> None:
+    """Warn of a network that has learned nothing: one answer for all images, with the loss of it.
+
+    Checked once after CONSTANT_STEPS steps, to spare slow starts, and at the end of the run.
+    """
+    step = session.state.step
+    last = step == session.end_of(math.ceil(session.recipe.train.epochs) - 1)
+    first = step - session.steps_per_epoch < CONSTANT_STEPS <= step
+    for name, result in results.items() if first or last else ():
+        chance = math.log(result.classes)
+        constant = len(set(result.pairs[:, 1].tolist())) == 1 < result.classes
+        if constant and abs(result.totals.loss / chance - 1) < 0.02:
+            print(
+                f"warning: the network gives one class for all {name} images, and its loss "
+                f"{result.totals.loss:.4f} is that of guessing (ln {result.classes} = "
+                f"{chance:.4f}); usual causes: a learning rate that is too high or too low "
+                f"(optim.lr is {session.recipe.optim.lr:g}), images without contrast, or labels "
+                "that do not belong to the images",
+                flush=True,
+            )
+
+
+def _tag(what: str, split: str, session: Session) -> str:
+    """Return the tag of "accuracy" or "loss" of a split.
+
+    A training loss that is not comparable with the loss of an evaluation has its own name.
+    """
+    name = loss_name(session) if (what, split) == ("loss", "train") else what
+    return f"{what}/{split}" + ("" if name == what else f"_{name.replace(' ', '_')}")
 
 
 def _show_evaluation(session: Session, results: Mapping[str, Evaluation]) -> None:
@@ -218,7 +227,7 @@ def _show_evaluation(session: Session, results: Mapping[str, Evaluation]) -> Non
     for name, result in results.items() if tracker.active else ():
         if len(dataset.classes) <= CLASS_SCALARS:
             shares = zip(dataset.classes, result.per_class, strict=True)
-            scalars = {f"{name}_class/{kind}": share for kind, share in shares if share == share}
+            scalars = {f"per_class/{name}_{kind}": s for kind, s in shares if s == s}
             tracker.scalars(scalars, step)
         tracker.picture(f"{name}_confusion", partial(draw_confusion, result, dataset.classes), step)
         images = dataset.evaluation[name]

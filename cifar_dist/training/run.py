@@ -24,11 +24,11 @@ from cifar_dist.processes.streams import open_streams
 from cifar_dist.storage.checkpoint import newest_progress
 from cifar_dist.storage.console import kept
 from cifar_dist.storage.folder import RunLock, check_out, claim, write_status
+from cifar_dist.training.console import Console, show_end
 from cifar_dist.training.engine import average_buffers, evaluate, refuse_bad_numbers, train_epoch
 from cifar_dist.training.metrics import Evaluation
 from cifar_dist.training.reporting import (
     announce,
-    progress_bar,
     report_epoch,
     report_window,
     show_inputs,
@@ -131,7 +131,7 @@ def _start(recipe: Recipe, lock: RunLock, preemption: Preemption, code: UserCode
         hashes = [code.hashes() for code in codes.values()]
         peers.compare("source code", {name: h for files in hashes for name, h in files.items()})
         dataset = load_dataset(recipe.data)
-        dataset.require_batch(recipe.train.batch_size)
+        dataset.require_batch(recipe.train.batch_size, recipe.optim)
         # Listing and decoding the images may take one machine longer than the others.
         peers.compare("dataset", describe(dataset), seconds=None)
         start = on_main_process(accelerator, lambda: find_start(recipe, dataset, codes))
@@ -166,18 +166,20 @@ def _train(session: Session, preemption: Preemption) -> None:
         refuse_bad_numbers(accelerator, state, loader, order, pixels, train, session.loss)
 
     total = total_steps(train.epochs, steps)
+    every = recipe.track.interval(total)
+    console = Console(session)
     for epoch in range(math.ceil(session.progress.epoch), math.ceil(total / steps)):
         begin, end = epoch * steps, session.end_of(epoch)
         order.start_at(
             epoch, (state.step - begin) * train.accumulate, (end - begin) * train.accumulate
         )
         session.clock = time.monotonic()
-        with progress_bar(session, epoch) as update_bar:
+        with console.epoch(epoch):
             for _ in train_epoch(
                 accelerator, state, loader, pixels, train, session.loss, schedule, epoch
             ):
-                update_bar()
-                reports = _due(recipe.track.every_steps, state.step)
+                console.update()
+                reports = _due(every, state.step)
                 stop = preemption.agreed()
                 saves = stop or _due(recipe.checkpoint.every_steps, state.step)
                 if reports or saves:
@@ -200,7 +202,8 @@ def _train(session: Session, preemption: Preemption) -> None:
             results = _measure(session, preemption)
         finish_epoch(session, epoch, results)
         with session.warned.spare("the report of an epoch"):
-            report_epoch(session, epoch, results)
+            report_epoch(session, results)
+            console.show_epoch(epoch)
         if preemption.agreed() and not last:
             raise Stopped
         if (
@@ -242,19 +245,17 @@ def _measure(session: Session, preemption: Preemption) -> dict[str, Evaluation]:
 def _finish(session: Session, state: str) -> Result:
     """Write the final status after the checkpoint is saved, and wait for all processes."""
     session.saver.wait(final=True)
-    session.tracker.finish()
     progress, step = session.progress, session.state.step
+    measured = {k: v for k, v in progress.metrics.items() if k != "train"}
+    session.tracker.result(
+        session.recipe, {f"accuracy/{name}": line["accuracy"] for name, line in measured.items()}
+    )
+    session.tracker.finish()
     best = progress.best.metrics or None
     if session.accelerator.is_main_process:
         with session.warned.spare("status.json"):
             write_status(session.out, state, step, progress.epoch)
-        if state == "finished" and best:
-            numbers = ", ".join(
-                f"{name} {line['accuracy']:.4f}" for name, line in best.items() if name != "train"
-            )
-            print(f"best by validation: step {progress.best.step}, accuracy {numbers}")
-        hint = "" if state == "finished" else "; the same command with --out continues it"
-        print(f"{state} at step {step}: {session.out}{hint}", flush=True)
+        show_end(session, state)
     session.peers.leave()
     session.accelerator.wait_for_everyone()
     return Result(state, session.out, progress.metrics, best, session.state.evaluated.eval())

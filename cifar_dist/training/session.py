@@ -331,10 +331,10 @@ def finish_epoch(session: Session, epoch: int, results: Mapping[str, Evaluation]
 
 
 def line_of(split: str, epoch: int, step: int, totals: Totals) -> dict[str, Any]:
-    """Return a line of metrics.jsonl."""
+    """Return a line of metrics.jsonl, in which epochs are counted from 1."""
     return {
         "split": split,
-        "epoch": epoch,
+        "epoch": epoch + 1,
         "step": step,
         "loss": totals.loss,
         "accuracy": totals.accuracy,

@@ -267,6 +267,18 @@ def slow_steps(seconds: str) -> None:
     _after_step(None, None, act)
 
 
+def events_in(place: str) -> None:
+    """Let TensorBoard write to another folder, so that it can fail alone."""
+    from accelerate.tracking import TensorBoardTracker
+
+    original = TensorBoardTracker.__init__
+
+    def initialise(self: Any, run_name: str, folder: Path, **options: Any) -> None:
+        original(self, run_name, place, **options)
+
+    TensorBoardTracker.__init__ = initialise
+
+
 def broken_tracker() -> None:
     """Make the TensorBoard tracker raise from its third record on."""
     from accelerate.tracking import TensorBoardTracker

@@ -105,9 +105,10 @@ def test_a_full_disk_is_found_before_anything_is_decoded(mounted: Mount, tmp_pat
 def test_a_full_disk_under_tensorboard_changes_no_weights(
     mounted: Mount, tmp_path: Path, undisturbed: str
 ) -> None:
-    out = tmp_path / "run"
-    mounted(out / "tensorboard", "-t", "tmpfs", "-o", "size=32k", "tmpfs")
-    with start([*OPTIONS, *BOARD, "--out", str(out)], folder=tmp_path) as job:
+    out, board = tmp_path / "run", tmp_path / "board"
+    mounted(board, "-t", "tmpfs", "-o", "size=32k", "tmpfs")
+    options = [*OPTIONS, *BOARD, "--out", str(out)]
+    with start(options, folder=tmp_path, fault=f"events_in {board}") as job:
         assert job.wait() == [0], job.text()
         assert job.text().count("warning: ") == 1
         assert "warning: the tracker tensorboard failed, training goes on" in job.text()
@@ -122,13 +123,13 @@ def test_a_full_disk_under_tensorboard_changes_no_weights(
 def test_an_unwritable_folder_of_events_is_warned_of_once(
     kind: str, mounted: Mount, tmp_path: Path, undisturbed: str
 ) -> None:
-    out = tmp_path / "run"
-    out.mkdir()
+    out, board = tmp_path / "run", tmp_path / "board"
     if kind == "a file":
-        (out / "tensorboard").write_text("")
+        board.write_text("")
     else:
-        mounted(out / "tensorboard", "-t", "tmpfs", "-o", "ro", "tmpfs")
-    with start([*OPTIONS, *BOARD, "--out", str(out)], folder=tmp_path) as job:
+        mounted(board, "-t", "tmpfs", "-o", "ro", "tmpfs")
+    options = [*OPTIONS, *BOARD, "--out", str(out)]
+    with start(options, folder=tmp_path, fault=f"events_in {board}") as job:
         assert job.wait() == [0], job.text()
         assert job.text().count("warning: ") == 1
         assert "failed, training goes on" in job.text()

@@ -76,7 +76,7 @@ def test_a_signal_to_one_process_suffices_and_batchnorm_resumes_unchanged(
         job.wait_until(mark.exists)
         job.signal(number, rank)
         assert job.wait(20) == [EXIT_CODE, EXIT_CODE], job.text()
-        assert "; the same command with --out continues it" in job.text(0)
+        assert f"; the same command with --out {out} resumes it" in job.text(0)
     status = status_of(out)
     newest = load_newest(out / "checkpoints")
     assert newest is not None

@@ -60,8 +60,8 @@ def test_a_taken_port_is_found_with_its_holder(tmp_path: Path) -> None:
         config = write_config(tmp_path / "two.yaml", main_process_port=port)
         code, found = examined("--accelerate-config", str(config))
     assert code == 2
-    (finding,) = found["findings"]
-    assert finding["code"] == "port-taken"
+    finding, other = found["findings"]
+    assert (finding["code"], other["code"]) == ("port-taken", "no-devices")
     assert f"port {port} is in use by process {os.getpid()}" in finding["message"]
 
 
@@ -92,7 +92,7 @@ def test_the_default_configuration_is_reported(tmp_path: Path) -> None:
     path = write_config(tmp_path / "accelerate/default_config.yaml", rdzv_backend="c10d")
     code, found = examined(HF_HOME=str(tmp_path))
     assert code == 1
-    assert codes(found) == {"default-config", "ignored-key"}
+    assert codes(found) == {"default-config", "ignored-key", "no-devices"}
     assert str(path) in found["configuration"]
 
 
@@ -191,6 +191,7 @@ LOGS = {
     "Address already in use). EADDRINUSE",
     "libuv": "use_libuv was requested but PyTorch was built without libuv support",
     "wrong-interface": "RuntimeError: Gloo connectFullMesh failed with [127.0.1.1]:3: refused",
+    "download": "error: cifar10 is not in 'data' and could not be downloaded (https://x)",
     "late": "[rank1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=12)",
     "device-twice": "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1b000",
     "unknown-key": "ValueError: The config file at c.yaml had unknown keys (['fp16'])",

@@ -40,7 +40,7 @@ def test_the_notebook_trains_on_several_processes_and_on_one(
     assert any("1 process on cpu" in text for text in printed)
     assert tested(tmp_path / "runs" / "several") == alone()
     assert tested(tmp_path / "runs" / "alone") == alone()
-    assert read_lines(tmp_path / "runs" / "own")[-1]["epoch"] == 1
+    assert read_lines(tmp_path / "runs" / "own")[-1]["epoch"] == 2
 
 
 def test_the_notebook_is_committed_without_its_outputs() -> None:

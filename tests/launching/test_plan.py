@@ -263,7 +263,7 @@ def test_the_accelerate_configuration_is_followed(
     found = planned(capsys, "--accelerate-config", str(path), "--config", "tutorial")
     assert found["world_size"] == 8
     assert f"accelerate launch --config_file {path} --machine_rank 1 -m" in found["on machine 1"]
-    assert [finding["code"] for finding in found["findings"]] == ["port-zero"]
+    assert [finding["code"] for finding in found["findings"]] == ["port-zero", "no-out"]
 
 
 def test_mpirun_starts_the_processes_of_all_machines(
