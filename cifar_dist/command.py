@@ -1,6 +1,7 @@
 """Run a command: parse its options, and turn errors into one line on stderr and an exit code."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -35,8 +36,14 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"cifar-dist {__version__}")
 
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError."""
-        raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+        """Raise UsageError, in the words of the options of a recipe."""
+        message = message.removeprefix("argument ")
+        found = re.fullmatch(r"(\S+): invalid (?:choice|int value): '(.*?)'(?: \((.*)\))?", message)
+        if found:
+            words = re.findall(r"\w+", (found[3] or "").removeprefix("choose from"))
+            wanted = f"one of {', '.join(words)}" if words else "a whole number"
+            message = f"{found[1]}: '{found[2]}' is not {wanted}{nearest(found[2], words)}"
+        raise UsageError(f"{message}; see {self.prog} --help")
 
     def read(self, argv: Sequence[str]) -> Any:
         """Return the options.

@@ -172,7 +172,10 @@ def test_a_missing_class_is_refused_by_name(
         (["x", "--data.image_size", "64"], "--data.image_size is fixed by the checkpoint"),
         (["x", "--data.nam", "cifar10"], "did you mean --data.name?"),
         (["x", "--train.epochs", "3"], "unexpected argument '--train.epochs'"),
-        (["x", "--split", "testing"], "--split: invalid choice: 'testing'"),
+        (
+            ["x", "--split", "testing"],
+            "--split: 'testing' is not one of test, val, train; did you mean 'test'?",
+        ),
     ],
 )
 def test_invalid_options_are_refused_in_one_line(

@@ -152,5 +152,6 @@ def load_evaluation(config: DataConfig, split: str | None) -> tuple[str, Images]
     names = [split] if split else ["test", "val", "train"]
     found = next((name for name in names if name in parts), None)
     if found is None:
-        raise UsageError(f"'{config.root}' has no split '{split}'; it has {', '.join(parts)}")
+        held = "" if config.val_fraction else ", and data.val_fraction is 0"
+        raise UsageError(f"there is no split '{split}': the dataset has {', '.join(parts)}{held}")
     return found, parts[found]
