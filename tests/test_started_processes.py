@@ -117,7 +117,7 @@ def test_killed_processes_are_reported_in_one_line(
 def test_a_preempted_run_ends_with_one_line_and_75_and_resumes(
     processes: int, number: signal.Signals, tmp_path: Path
 ) -> None:
-    options = ["--train.epochs", "40", "--checkpoint.keep", "99"]
+    options = ["--train.epochs", "12", "--checkpoint.keep", "99"]
     code, *_ = ended(start(processes, *options, "--out", str(tmp_path / "whole")))
     assert code == 0
     job = start(processes, *options, "--out", str(tmp_path / "run"))

@@ -2,7 +2,9 @@
 
 import io
 import os
+import shutil
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -42,10 +44,18 @@ def progress_bar(title: str, total: int, unit: str, initial: int = 0) -> "tqdm[A
         initial=initial,
         leave=False,
         dynamic_ncols=True,
-        bar_format="{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}{unit}, "
-        "{remaining} left{postfix}",
+        bar_format="{desc} |{bar:8}| {n_fmt}/{total_fmt}{unit} {remaining}{postfix}",
         disable=not (sys.stderr.isatty() or "ipykernel" in sys.modules),
     )
+
+
+def fit(text: str) -> str:
+    """Wrap lines to the width of the terminal, if standard output is one."""
+    if not sys.stdout.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    wrapped = (textwrap.wrap(line, width, subsequent_indent="    ") for line in text.splitlines())
+    return "\n".join(line for lines in wrapped for line in lines)
 
 
 def complain(line: str) -> None:

@@ -42,7 +42,7 @@ class Console:
                 self._bar = progress_bar(
                     f"epoch {epoch + 1}/{session.recipe.train.epochs}",
                     session.end_of(epoch) - epoch * session.steps_per_epoch,
-                    " steps",
+                    "",
                     session.state.step % session.steps_per_epoch,
                 )
 

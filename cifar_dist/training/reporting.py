@@ -15,6 +15,7 @@ from cifar_dist.data.augment import augment
 from cifar_dist.data.batches import Batch
 from cifar_dist.data.listing import HIDDEN, describe, shown
 from cifar_dist.processes.start import compiler_of_launcher, describe_device, precision_in_force
+from cifar_dist.processes.streams import fit
 from cifar_dist.storage.folder import MetricsLog, describe_run, write_status
 from cifar_dist.storage.tracking import (
     CONFUSION_SIDE,
@@ -68,7 +69,7 @@ def announce(session: Session, origin: str) -> None:
     compiled = f", compiled by the launcher's dynamo_backend {compiler}" if compiler else ""
     parts = f" in {recipe.train.accumulate} micro-batches" if recipe.train.accumulate > 1 else ""
     dropped = len(dataset.train) - session.steps_per_epoch * recipe.train.batch_size
-    print(
+    banner = (
         f"cifar_dist: {origin}; out {session.out}\n"
         f"  {world} {'process' if world == 1 else 'processes'} on {facts['device']}, backend "
         f"{backend}, precision {precision}{compiled}, {facts['threads']} threads each\n"
@@ -80,9 +81,9 @@ def announce(session: Session, origin: str) -> None:
         f"  batch {recipe.train.batch_size}{parts}, {per_process} per process; "
         f"{session.steps_per_epoch} steps per epoch ({dropped} images dropped), "
         f"{recipe.train.epochs} epochs; {recipe.optim.name} {recipe.optim.lr} "
-        f"{recipe.schedule.name}" + (f"\n  {session.beginning}" if session.beginning else ""),
-        flush=True,
+        f"{recipe.schedule.name}" + (f"\n  {session.beginning}" if session.beginning else "")
     )
+    print(fit(banner), flush=True)
     if session.state.host_read and accelerator.device.type == "cuda":
         print(
             f"note: no CUDA graph: {session.state.host_read} reads a tensor's value on the host",

@@ -153,13 +153,15 @@ def test_the_planned_command_trains(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
-def test_a_plan_takes_little_time() -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    line = [sys.executable, "-m", "cifar_dist.launching.plan", "--config", "resnet18"]
-    assert subprocess.run(line, capture_output=True).returncode == 0
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # It takes 2.5 s. CPU time is measured, because other tests run at the same time.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4
+def test_a_plan_takes_little_more_than_the_import_of_torch() -> None:
+    def cpu_seconds(*arguments: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert subprocess.run([sys.executable, *arguments], capture_output=True).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    plan = cpu_seconds("-m", "cifar_dist.launching.plan", "--config", "resnet18")
+    assert plan < 2.5 * cpu_seconds("-c", "import torch")  # 1.3 times
 
 
 def test_every_optimizer_is_planned() -> None:
