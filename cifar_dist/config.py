@@ -1,4 +1,4 @@
-"""The recipe: every option of a run, as frozen dataclasses read from YAML and dotted overrides.
+"""The recipe: every option of a run, as frozen dataclasses read from YAML and the command line.
 
 Nothing else in the package reads options. This file imports neither torch nor the models, so a
 misspelt key is an error within a fraction of a second.

@@ -70,6 +70,7 @@ def test_a_tilde_means_a_home_or_nothing(homeless: Path, monkeypatch: pytest.Mon
     or subprocess.run([*NOBODY, "true"], capture_output=True).returncode != 0,
     reason="no right to make user namespaces; run as root",
 )
+@pytest.mark.slow
 def test_a_user_without_a_name_and_a_home_trains(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "set", {"train": 30, "test": 9})
     options = ["--config", "smoke", "--data.name", "imagefolder", "--data.root", str(root)]
@@ -178,7 +179,7 @@ SAME = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 @pytest.mark.parametrize(
     ("options", "environment", "asked"),
     [
-        (["--num_processes", "1"], KUBEFLOW, 1),
+        pytest.param(["--num_processes", "1"], KUBEFLOW, 1, marks=pytest.mark.slow),
         pytest.param(["--cpu", "--num_processes", "2"], KUBEFLOW, None, marks=pytest.mark.slow),
         (["--cpu", "--num_processes=2"], SAME, None),
         pytest.param(["--num_processes", "1"], SAME, 1, marks=pytest.mark.slow),

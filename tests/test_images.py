@@ -37,12 +37,15 @@ def test_the_images_labels_and_statistics_of_a_folder(tmp_path: Path) -> None:
     assert dataset.std == pytest.approx(tuple(pixels.std(axis=(0, 1, 2))))
 
 
-@pytest.mark.parametrize("name", ["test", "val", "valid", "validation"])
-def test_each_name_of_the_test_folder(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("test", "test"), ("val", "val"), ("valid", "val"), ("validation", "val")],
+)
+def test_each_name_of_the_folder_to_evaluate_on(name: str, split: str, tmp_path: Path) -> None:
     root = write_folder(tmp_path, {"train": 12, name: 6})
-    assert {k: len(v) for k, v in load_dataset(folder_config(root)).evaluation.items()} == {
-        "test": 6
-    }
+    evaluation = load_dataset(folder_config(root)).evaluation
+    assert {name: len(images) for name, images in evaluation.items()} == {split: 6}
+    assert load_evaluation(folder_config(root), None)[0] == split
 
 
 def test_test_and_validation_folders_together(tmp_path: Path) -> None:

@@ -189,7 +189,8 @@ def test_tracing_and_compiling_capture_plain_torch(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(compiled(images), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("capability", [pytest.param(75, marks=pytest.mark.slow), 90])
+@pytest.mark.parametrize("capability", [75, 90])
+@pytest.mark.slow
 def test_kernels_compile_for_gpus_once_for_all_sizes(capability: int, tmp_path: Path) -> None:
     done = run_command(
         [sys.executable, "-m", "tests.absent_gpu", str(capability)],

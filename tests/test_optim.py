@@ -48,7 +48,9 @@ def test_steps_equal_those_of_torch(name: str, nesterov: bool) -> None:
         assert torch.equal(mine, expected)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize(
+    "name", ["sgd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "muon"))]
+)
 def test_a_run_imports_no_compiler(name: str, tmp_path: Path) -> None:
     arguments = [*TINY, "--optim.name", name, "--optim.lr", "0.001", "--train.epochs", "1"]
     arguments += ["--model.name", "speednet", "--model.widths", "[8, 16]"]

@@ -258,6 +258,7 @@ def test_accumulation_set_by_the_launcher_is_refused(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set")
 
 
+@pytest.mark.slow
 def test_a_precision_chosen_with_the_launcher_is_used(tmp_path: Path) -> None:
     launch = command(1, "accelerate")
     launch[launch.index("--mixed_precision") + 1] = "bf16"

@@ -42,7 +42,7 @@ class LosesAll(Raises):
     def end(self):
         os.kill(os.getpid(), signal.SIGKILL)
 """
-SEVERAL = [1, 2, pytest.param(8, marks=pytest.mark.slow)]
+SEVERAL = [pytest.param(n, marks=[] if n == 2 else pytest.mark.slow) for n in (1, 2, 8)]
 
 
 def start(processes: int, *options: str) -> subprocess.Popen[str]:
@@ -88,7 +88,7 @@ def test_a_crash_ends_with_the_first_traceback_and_one_line(
     assert status_of(tmp_path / "run")["message"] == err[-1].removeprefix("error: ")
 
 
-@pytest.mark.parametrize("network", ["LosesOne", "LosesAll"])
+@pytest.mark.parametrize("network", ["LosesOne", pytest.param("LosesAll", marks=pytest.mark.slow)])
 def test_killed_processes_are_reported_in_one_line(
     network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +108,7 @@ def test_killed_processes_are_reported_in_one_line(
     ("processes", "number"),
     [
         (1, signal.SIGTERM),
-        (2, signal.SIGTERM),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(2, signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(2, signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param(8, signal.SIGTERM, marks=pytest.mark.slow),
@@ -133,6 +133,7 @@ def test_a_preempted_run_ends_with_one_line_and_75_and_resumes(
     assert digest_of(tmp_path / "run") == digest_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_without_out_the_run_folder_is_named_as_usual(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

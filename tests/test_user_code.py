@@ -445,6 +445,7 @@ def test_a_network_without_a_file_is_trained_from_python(here: Path) -> None:
     options = {"train.epochs": 1, "data.limit_train": 128, "data.limit_test": 50, "out": "run"}
     result = train("smoke", model=Typed, **options)  # type: ignore[operator]
     assert isinstance(result.network, Typed)
+    assert result.history[-1]["split"] == "test"
     assert load("run", model=Typed).predict(np.zeros((8, 8, 3), np.uint8)).name
     made = train("smoke", model=partial(Typed), **{**options, "out": "made"})  # type: ignore[operator]
     assert not (here / "made" / "code").exists()  # nothing of functools.py

@@ -23,7 +23,7 @@ from cifar_dist.processes.start import on_main_process, start_processes
 from cifar_dist.processes.streams import open_streams
 from cifar_dist.storage.checkpoint import newest_progress
 from cifar_dist.storage.console import kept
-from cifar_dist.storage.folder import RunLock, check_out, claim, write_status
+from cifar_dist.storage.folder import RunLock, check_out, claim, read_metrics, write_status
 from cifar_dist.training.console import Console, show_end
 from cifar_dist.training.engine import average_buffers, evaluate, refuse_bad_numbers, train_epoch
 from cifar_dist.training.metrics import Evaluation
@@ -63,6 +63,11 @@ class Result:
     metrics: dict[str, dict[str, Any]]
     best: dict[str, Any] | None
     network: nn.Module
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return read_metrics(self.out)
 
 
 class Stopped(Exception):

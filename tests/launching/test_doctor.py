@@ -150,6 +150,7 @@ def test_two_processes_measure_latency_and_bandwidth(launcher: str, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_processes_with_different_configurations_are_named(tmp_path: Path) -> None:
     for rank in range(2):
         (tmp_path / f"{rank}/accelerate").mkdir(parents=True)

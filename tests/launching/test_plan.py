@@ -313,7 +313,7 @@ def test_the_time_of_a_step_is_predicted_only_from_measurements(
     [
         (["--config", "tutorial", "--machines", "0"], "--machines is 0; give 1 or more"),
         (["--device", "Abacus"], "--device Abacus is not known; name one of"),
-        (["--engine", "oxcart"], "invalid choice: 'oxcart'"),
+        (["--engine", "oxcart"], "'oxcart' is not one of"),
         (["--machine", "2"], "unknown option '--machine'"),
         (["--like", "/nowhere"], "'/nowhere' is not a run folder with recorded speeds"),
         (["--accelerate-config", "/nowhere"], "'/nowhere' is not a file"),
