@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -30,24 +31,33 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("source", type=Path, metavar="IN.pt", help="file of torch.save")
     parser.add_argument("target", type=Path, metavar="OUT.safetensors", help="file to write")
     parser.add_argument("--key", help="entry of IN.pt that holds the state_dict")
+    parser.add_argument(
+        "--to",
+        metavar="NETWORK",
+        help="network whose names the tensors get, as of model.name; matched by name without a "
+        "prefix, or else by shape in their order",
+    )
     options = parser.read(argv)
-    tensors = convert(options.source, options.target, options.key)
+    tensors = convert(options.source, options.target, options.key, options.to)
     count = sum(tensor.numel() for tensor in tensors.values())
     print(f"{options.target}: {len(tensors)} tensors, {count} parameters and buffers")
     return 0
 
 
-def convert(source: Path, target: Path, key: str | None = None) -> Tensors:
+def convert(source: Path, target: Path, key: str | None = None, to: str | None = None) -> Tensors:
     """Write the tensors in `source` to `target` atomically, and return them.
 
     Args:
         source: a file of torch.save.
         target: a new file.
         key: the entry of `source` that holds the state_dict; None if `source` is a state_dict.
+        to: the network whose names the tensors get; None keeps their names. The matches are
+            printed.
 
     Raises:
-        UsageError: `source` has no such state_dict, or contains objects whose unpickling could run
-            code; or `target` exists or cannot be written.
+        UsageError: `source` has no such state_dict, its tensors do not match the network, or it
+            contains objects whose unpickling could run code; or `target` exists or cannot be
+            written.
     """
     from safetensors.torch import save
 
@@ -57,6 +67,8 @@ def convert(source: Path, target: Path, key: str | None = None) -> Tensors:
     )
     require(not os.path.lexists(target), f"'{target}' exists; remove it or choose another name")
     tensors = _make_plain(_choose(_read(source), key, source), source)
+    if to is not None:
+        tensors = _rename(tensors, to, source)
     try:
         replace_file(target, save(tensors))
     except KeyError as error:
@@ -155,6 +167,39 @@ def _make_plain(tensors: Tensors, source: Path) -> Tensors:
         name.removeprefix(prefix): tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
+
+
+def _rename(tensors: Tensors, to: str, source: Path) -> Tensors:
+    """Give tensors the names of a network, by name or by the order of their shapes."""
+    import torch
+
+    from cifar_dist.config import ModelConfig
+    from cifar_dist.models.catalogue import build_network
+
+    classes = len(list(tensors.values())[-1]) if list(tensors.values())[-1].ndim else 1
+    with torch.device("meta"):
+        wanted = build_network(ModelConfig(name=to), classes).state_dict()
+    columns = zip(*(name.split(".")[:-1] for name in tensors), strict=False)
+    prefix = ".".join(words[0] for words in takewhile(lambda words: len({*words}) == 1, columns))
+    plain = {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items()}
+    if plain.keys() == wanted.keys():
+        pairs = {name: (f"{prefix}.{name}" if prefix else name) for name in wanted}
+    else:
+        require(
+            len(tensors) == len(wanted),
+            f"'{source}' has {len(tensors)} tensors, and {to} has {len(wanted)}; name the network "
+            "that the weights are of",
+        )
+        pairs = dict(zip(wanted, tensors, strict=True))
+    for name, old in pairs.items():
+        found, needed = list(tensors[old].shape), list(wanted[name].shape)
+        require(
+            found == needed,
+            f"'{source}': {old} has the shape {found}, but {name} of {to}, in its place, has "
+            f"{needed}; name the network that the weights are of",
+        )
+        print(f"{old} -> {name} {needed}")
+    return {name: tensors[old] for name, old in pairs.items()}
 
 
 if __name__ == "__main__":

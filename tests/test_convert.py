@@ -315,3 +315,51 @@ def test_training_refuses_invalid_weights_before_its_first_step(
         start(tmp_path / "run", tmp_path / name)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+class Learners(nn.Module):
+    """The tutorials' network, with their names and layer numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(
+            *(nn.Conv2d(3, 32, 5, 1, 2), nn.MaxPool2d(2), nn.Conv2d(32, 32, 5, 1, 2)),
+            *(nn.MaxPool2d(2), nn.Conv2d(32, 64, 5, 1, 2), nn.MaxPool2d(2), nn.Flatten()),
+            *(nn.Linear(64 * 4 * 4, 64), nn.Linear(64, 10)),
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "net.inner."])
+def test_weights_of_the_tutorials_get_the_names_of_the_shipped_network(
+    prefix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    network = Learners().eval()
+    state = {f"{prefix}{name}": tensor for name, tensor in network.state_dict().items()}
+    torch.save(state, tmp_path / "model_9.pth")
+    target = tmp_path / "weights.safetensors"
+    assert convert.main([str(tmp_path / "model_9.pth"), str(target), "--to", "tutorial"]) == 0
+    assert "model.7.weight -> 8.weight [64, 1024]" in capfd.readouterr().out
+    shipped = tutorial(10)
+    load_weights(shipped, str(target))
+    images = torch.rand(8, 3, 32, 32)
+    torch.testing.assert_close(shipped.eval()(images), network(images))
+
+
+def test_weights_of_another_network_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(Learners().state_dict(), tmp_path / "model_9.pth")
+    names = [str(tmp_path / "model_9.pth"), str(tmp_path / "weights.safetensors")]
+    for to, message in {
+        "tutorial-wide": "has 10 tensors, and tutorial-wide has 12; name the network that",
+        "tutorail": "unknown network 'tutorail'; did you mean 'tutorial'?",
+    }.items():
+        assert convert.main([*names, "--to", to]) == 2
+        assert message in capfd.readouterr().err
+    torch.save({f"a.{n}": torch.ones(n + 1) for n in range(10)}, tmp_path / "model_9.pth")
+    assert convert.main([*names, "--to", "tutorial"]) == 2
+    assert "a.0 has the shape [1], but 0.weight of tutorial" in capfd.readouterr().err
+    assert not (tmp_path / "weights.safetensors").exists()
