@@ -54,9 +54,6 @@ LAUNCHER_PROGRAMS = {
     "torchrun",
     "torch.distributed.run",
     "torch.distributed.launch",
-    "cifar-dist",
-    "cifar_dist",
-    "cifar_dist.train",
 }
 PORTS = 65535
 
