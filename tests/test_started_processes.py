@@ -107,7 +107,7 @@ def test_killed_processes_are_reported_in_one_line(
 @pytest.mark.parametrize(
     ("processes", "number"),
     [
-        (1, signal.SIGTERM),
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(2, signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(2, signal.SIGUSR1, marks=pytest.mark.slow),

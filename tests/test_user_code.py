@@ -472,3 +472,28 @@ def test_own_network_under_accelerate_launch_from_another_folder(here: Path) -> 
     shutil.copytree("run", "copy")
     named = ["--checkpoint", "copy", "--model.name", f"{here}/wide.py:Wide"]
     assert evaluate.main(named) == 0
+
+
+CONSTANT = """
+import torch
+from torch import nn
+
+class Constant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(10))
+
+    def forward(self, images):
+        return self.bias.expand(len(images), -1)
+"""
+
+
+@pytest.mark.parametrize(("lr", "warned"), [("1e-12", True), ("100", False)])
+def test_a_network_that_gives_one_class_is_reported(
+    lr: str, warned: bool, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (here / "constant.py").write_text(CONSTANT)
+    options = ["--model.name", "constant.py:Constant", "--optim.lr", lr, "--out", "run"]
+    assert main([*TINY, *options]) == 0
+    text = "warning: the network gives one class for all test images, and its loss 2.3026 is"
+    assert (text in capfd.readouterr().out) == warned

@@ -371,3 +371,22 @@ def test_an_installation_without_templates_names_their_folder(
     monkeypatch.setattr(plan, "TEMPLATES", Path("/nowhere"))
     assert plan.main(["--config", "tutorial", "--engine", "kubernetes"]) == 2
     assert "are in the folder launch/ of the repository" in capsys.readouterr().err
+
+
+def test_an_engine_gets_its_input_alone_on_standard_output(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = ["--config", "tutorial", "--machines", "2", "--processes", "2", "--out", "/shared/run"]
+    assert plan.main([*own, "--engine", "kubernetes"]) == 0
+    printed = capsys.readouterr()
+    assert yaml.safe_load(printed.out)["kind"] == "TrainJob"
+    assert "steps: 781 per epoch" in printed.err
+    assert "no problems found" in printed.err
+
+
+def test_an_epoch_that_drops_many_images_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--config", "smoke", "--data.limit_train", "90", "--train.batch_size", "50"]
+    (finding,) = planned(capsys, *few)["findings"]
+    assert (finding["code"], finding["level"]) == ("dropped", "warning")
+    assert "each epoch leaves out 40 of 90 training images" in finding["message"]
+    assert not planned(capsys, "--config", "smoke")["findings"]
