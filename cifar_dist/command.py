@@ -35,6 +35,19 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--version", action="version", version=f"cifar-dist {__version__}")
 
+    def add_run_options(self) -> None:
+        """Add the options that select a checkpoint and name its network."""
+        self.add_argument("--checkpoint", metavar="RUN", help="RUN as an option")
+        self.add_argument(
+            "--best", action="store_true", help="use the best checkpoint of a run by validation"
+        )
+        self.add_argument(
+            "--model.name",
+            dest="model",
+            metavar="NAME",
+            help="FILE.py:NAME of the run, if its network is your own",
+        )
+
     def error(self, message: str) -> NoReturn:
         """Raise UsageError, in the words of the options of a recipe."""
         message = message.removeprefix("argument ")

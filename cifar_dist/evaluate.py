@@ -142,16 +142,7 @@ def _parse(argv: Sequence[str]) -> tuple[Any, DataConfig]:
     parser.add_argument(
         "run", nargs="?", metavar="RUN", help="run folder (its newest checkpoint) or a checkpoint"
     )
-    parser.add_argument("--checkpoint", metavar="RUN", help="RUN as an option")
-    parser.add_argument(
-        "--best", action="store_true", help="use the best checkpoint of a run by validation"
-    )
-    parser.add_argument(
-        "--model.name",
-        dest="model",
-        metavar="NAME",
-        help="FILE.py:NAME of the run, if its network is your own",
-    )
+    parser.add_run_options()
     parser.add_argument(
         "--split", choices=("test", "val", "train"), help="default: the first that exists"
     )

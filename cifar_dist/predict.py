@@ -32,15 +32,7 @@ def main(argv: Sequence[str]) -> int:
     """Parse the command line, predict, print, and return the exit code."""
     parser = Parser("predict", __doc__)
     parser.add_argument("places", nargs="+", metavar="RUN IMAGE", help=PLACES)
-    parser.add_argument("--checkpoint", metavar="RUN", help="RUN as an option")
-    parser.add_argument(
-        "--best", action="store_true", help="use the best checkpoint of a run by validation"
-    )
-    parser.add_argument(
-        "--model.name",
-        dest="model",
-        help="FILE.py:NAME of the run, if its network is your own",
-    )
+    parser.add_run_options()
     parser.add_argument("--top", type=int, default=3, help="number of classes per image")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument(

@@ -162,6 +162,8 @@ def test_two_machines(tmp_path: Path) -> None:
         (["--processes", "0"], "--processes is '0'"),
         (["--processes"], "--processes: expected one argument; see cifar-dist train --help"),
         (["--machines", "2"], "--machines needs --address HOST:PORT of the first machine"),
+        (["--machines", "2", "--address", "a:b"], "--machines needs --address HOST:PORT of"),
+        (["--machines", "2", "--address", "a"], "such as 10.0.0.1:29500"),
         (["--machines", "2", "--address", "a:1"], "--machines needs --machine-rank, 0 on the"),
         (["--machines", "2", "--address", "a:1", "--machine-rank", "2"], "give 0 to 1"),
         (["--machines", "0"], "--machines is 0; give 1 or more"),

@@ -9,6 +9,8 @@ from cifar_dist.config import Recipe, parse_recipe
 from cifar_dist.errors import require
 from cifar_dist.processes.environment import is_launched
 
+PORT = 29500  # of the first machine, by torch's convention
+
 
 class Options(Parser):
     """Parser for the options of one verb and those of train.
@@ -65,7 +67,10 @@ def split_options(argv: Sequence[str]) -> tuple[Launch, list[str]]:
     named = [name for name in ("machine_rank", "address") if getattr(options, name)]
     require(options.machines >= 1, f"--machines is {options.machines}; give 1 or more")
     if options.machines > 1:
-        require(bool(options.address), "--machines needs --address HOST:PORT of the first machine")
+        require(
+            options.address.rpartition(":")[2].isdecimal() and ":" in options.address[1:],
+            f"--machines needs --address HOST:PORT of the first machine, such as 10.0.0.1:{PORT}",
+        )
         require(options.machine_rank is not None, "--machines needs --machine-rank, 0 on the first")
         require(
             0 <= options.machine_rank < options.machines,

@@ -22,9 +22,8 @@ from cifar_dist.launching.checks import CAPABILITIES, Device, Endpoint, Facts, c
 from cifar_dist.launching.facts import own_address
 from cifar_dist.launching.findings import Finding, show, warning
 from cifar_dist.launching.forecast import Prediction, predict, read_link, read_rate, step_seconds
-from cifar_dist.launching.options import Options
+from cifar_dist.launching.options import PORT, Options
 
-PORT = 29500
 FIRST = "FIRST_MACHINE"  # placeholder for an unknown address
 TEMPLATES = Path(__file__).parents[2] / "launch"
 ENGINES = ("accelerate", "torchrun", "ssh", "slurm", "kubernetes", "skypilot")

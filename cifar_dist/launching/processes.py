@@ -32,8 +32,6 @@ from cifar_dist.processes.environment import ENDING
 from cifar_dist.processes.preemption import EXIT_CODE, Preempted
 from cifar_dist.storage.folder import default_out
 
-PORT = 29500
-
 
 def launch(launched: Launch, recipe: Recipe, argv: Sequence[str]) -> int:
     """Start the processes, wait for them, print why they failed, and return the exit code.
@@ -89,7 +87,7 @@ def _start(launched: Launch, argv: Sequence[str], messages: TextIO) -> Ending:
     flags = ["--multi_gpu", "--num_processes", str(launched.processes * launched.machines)]
     flags += ["--num_machines", str(launched.machines), "--machine_rank", str(launched.rank)]
     flags += ["--same_network", "--main_process_ip", host] if host else []
-    flags += ["--main_process_port", port or str(PORT if host else 0)]
+    flags += ["--main_process_port", port or "0"]
     parsed = launch_command_parser().parse_args([*flags, "-m", "cifar_dist.train", *argv])
     try:
         launch_command(parsed)

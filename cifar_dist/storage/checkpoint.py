@@ -461,7 +461,7 @@ def _find(place: str, best: bool, read: Callable[[Path], T], warn: bool = True) 
 def _choose(
     folder: Path, read: Callable[[Path], T], best: bool = False, warn: bool = True
 ) -> tuple[Path, T] | None:
-    """Read the newest or the best checkpoint; again while a run removes what is being read."""
+    """Read the newest or the best checkpoint. Retry if a run removes it meanwhile."""
     for _ in range(ATTEMPTS):
         with suppress(RemovedCheckpoint):
             return (_best if best else _newest)(folder, read, warn)
